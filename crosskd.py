@@ -1,0 +1,1228 @@
+"""CrossKD: the teacher's head reads the student's features (Wang et al., CVPR 2024, arXiv:2306.11369).
+
+Idea. A student that must copy the teacher AND fit the labels with the same layer gets contradictory gradients.
+CrossKD distils elsewhere: the student's i-th head feature f_i^s is sent through the REST of the frozen teacher
+head, C_{i+1}^t ... C_5^t, and these cross-head predictions must equal the teacher's own. The labels act on the
+student's own predictions, as without a teacher. In code: (1) student forward, keeping f_i of both towers;
+(2) teacher forward without gradient, same; (3) phi gives each channel of f_i^s the mean and deviation of f_i^t;
+(4) teacher head from block i + 1 on; the gradient passes THROUGH its frozen layers to the student's blocks <= i,
+its FPN and backbone, and never reaches the student's later layers; (5) loss = detection loss + distance between
+cross-head and teacher predictions. At test time the student is a plain detector: nothing is added to it.
+
+Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes (padded),
+K classes, R = 17 bins of a box edge; prefix t_ teacher, s_ student, cross_ cross-head. Boxes xyxy pixels.
+
+Differs from the paper (arXiv v1). Where text and released code disagree, the code is followed, since it made the numbers:
+  1. phi (statistics per level, tower and channel) is not in the paper. --align post|pre|none. The code takes f_i
+     after its ReLU (an in-place ReLU overwrites what it meant to keep): post is the default.
+  2. Eq. 3, box branch: paper S = foreground indicator; code S = teacher's top class score. --kd-reg-mask soft|fg.
+  3. FCOS: paper GIoU and i = 3; code -ln IoU, i = 2, weights 0.4 / 0.75. ATSS: the code adds a centerness term.
+  4. RetinaNet students make P6 from P5, their teachers from C5, as in the code.
+and from the code:
+  5. Normalisers are means over all processes (two of the code's are local: GFL's sum of S, RetinaNet's positives), and
+     their lower bound of 1 holds for the sum over processes, not the mean. FCOS distillation divides by at least 1.
+     Statistics of phi and PKD are local, as in the code; --sync-stats makes them global.
+  6. Not published, our choice: strategies b-d (a figure only), the LD rows (--method ld joins mmdetection's box term and
+     the LD authors' class term, main region; --method mimic is i = n with CrossKD's own losses), the weight of PKD
+     alone (that of CrossKD+PKD), MobileNetV2 (torchvision's weights, BatchNorm frozen, nothing else).
+
+    torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101                       # GFL R101 -> R50, 12 epochs, data/coco
+    torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r50 --student gfl_r18      # the paper's ablation setting
+    torchrun --nproc_per_node 8 crosskd.py --teacher fcos_r101                      # also atss_r101, retinanet_r101, ...
+    torchrun --nproc_per_node 8 crosskd.py --student gfl_r50 --method none          # the plain detector
+    python crosskd.py --data shapes                                                # everything in minutes on a CPU
+    python crosskd.py --eval gfl_r101
+    python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
+Every table row of the paper has its command in README.md.
+
+Expected, COCO val2017 AP (paper; 8 GPUs x 2 images, 12 epochs): GFL R50 teacher 40.2, R18 alone 35.8, CrossKD 38.7;
+GFL R101 teacher 44.9, R50 alone 40.2, CrossKD 43.7, with PKD 43.9. Measured here: COCO not run; shapes: README.md.
+"""
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from tqdm import tqdm
+
+from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside, centerness_target, decode_deltas,
+                          decode_distances, encode_deltas, encode_distances, grid_anchors, grid_points, overlap)
+from common.datasets import (CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_image,
+                             resize, train_loader)
+from common.evaluation import class_table, coco_evaluate, gather, to_coco_results
+from common.run import (Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, open_run, plot_curves,
+                        reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+from common.shapes import make_shapes
+
+STRIDES = (8, 16, 32, 64, 128)
+METHODS = ("none", "crosskd", "mimic", "ld", "pkd", "fitnet")
+
+
+# ================================================================== flags
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
+    p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
+                   "(default 800; FCOS 640,800; shapes 72-120)")
+    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
+    # model
+    p.add_argument("--teacher", help="zoo name (gfl_r101 ...), mmdetection .pth or our .pt (default gfl_r101; shapes: trained on demand)")
+    p.add_argument("--student", help="detector_backbone, e.g. gfl_r18 (default: the teacher's detector with r50)")
+    p.add_argument("--p6", choices=("on_output", "on_input"), default="on_output", help="student's P6 from P5, or from C5 (zoo RetinaNets)")
+    p.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay frozen), or none "
+                   "(default imagenet; shapes none)")
+    # method
+    p.add_argument("--method", help=f"one of {', '.join(METHODS)}, or joined: crosskd+pkd, crosskd+ld (default crosskd)")
+    p.add_argument("--kd-layer", type=int, help="i: the student's feature f_i enters the teacher's head, 0..4 (default 3; FCOS 2)")
+    p.add_argument("--kd-strategy", choices="abcd", default="a", help="which predictions are compared; a is CrossKD, Eq. 3")
+    p.add_argument("--kd-branches", choices=("cls", "reg", "both"), default="both", help="branches that are distilled")
+    p.add_argument("--kd-cls-loss", choices=("qfl", "bce"), default="qfl", help="D of Eq. 3, classification")
+    p.add_argument("--kd-region", choices=("P", "N", "P+N"), default="P+N", help="S of Eq. 3, classification: positives, negatives")
+    p.add_argument("--kd-reg-mask", choices=("soft", "fg"), default="soft", help="S of Eq. 3, boxes: teacher's top score or foreground")
+    p.add_argument("--align", choices=("post", "pre", "none"), default="post", help="phi on f_i after / before its ReLU, or no phi")
+    p.add_argument("--kd-T", type=float, default=1.0, help="temperature of Eq. 6, GFL boxes")
+    p.add_argument("--kd-beta", type=float, default=1.0, help="beta of Eq. 7, QFL")
+    p.add_argument("--pkd-at", choices=("neck", "cls", "reg", "cls+reg"), default="neck", help="where PKD compares features")
+    p.add_argument("--pkd-weight", type=float, help="(default GFL 6, ATSS 1, FCOS 2, RetinaNet 2)")
+    p.add_argument("--sync-stats", action="store_true", help="statistics of phi and PKD over all processes")
+    # schedule
+    p.add_argument("--epochs", type=int, help="(default 12; FCOS and retinanet_r101 -> r50: 24; shapes 6), x0.1 at 2/3 and 11/12")
+    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
+    p.add_argument("--batch-size", type=int, help="images per process and step (default 2; shapes 16)")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
+    p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw, which learns from scratch faster)")
+    p.add_argument("--lr", type=float, help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.002)")
+    p.add_argument("--weight-decay", type=float, default=1e-4)
+    # run
+    p.add_argument("--out", help="run folder (default runs/crosskd, runs/crosskd-eval or runs/crosskd-predict)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; losses stay fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
+    p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
+    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
+    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
+    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
+    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a zoo name, an mmdetection .pth or our .pt")
+    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
+    p.add_argument("--weights", help="for --predict: as for --eval")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score drawn")
+    args = p.parse_args(argv)
+    args.out = args.out or "runs/crosskd" + ("-eval" if args.eval else "-predict" if args.predict else "")
+    last = Path(args.out) / "last.pt"
+    if args.resume and last.exists():  # the flags of that run, then those given now
+        p.set_defaults(**load_checkpoint(last)["args"])
+        args = p.parse_args(argv)
+    parts = set((args.method or "crosskd").split("+"))
+    if parts - set(METHODS) or ("none" in parts and len(parts) > 1):
+        p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +")
+    if args.kd_layer is not None and not 0 <= args.kd_layer <= 4:
+        p.error(f"--kd-layer {args.kd_layer}: the heads have 4 blocks, so i is 0..4 (i = n, mimicking, is --method mimic)")
+    for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("lr", "kd_T"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.workers < 0:
+        p.error(f"--workers {args.workers}: must be 0 or more")
+    if args.kd_strategy != "a" and "crosskd" not in parts:
+        p.error(f"--kd-strategy {args.kd_strategy}: belongs to --method crosskd")
+    if args.weights and not args.predict:
+        p.error("--weights: belongs to --predict; --eval takes its weights directly, --init is where a student starts")
+    if args.predict and not args.weights:
+        p.error("--predict needs --weights: a zoo name, an mmdetection .pth or our .pt")
+    return args
+
+
+# ================================================================== model: backbone and pyramid
+
+def fp32(x):
+    """bf16 maps of autocast -> fp32, in which all statistics and losses are computed; fp64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Body(nn.Module):
+    """The stages of a torchvision classifier up to the last tap, run in order; returns {name: map} of the taps.
+
+    norms: optional LayerNorm per tap for channels-last stages (Swin), whose maps are turned to NCHW.
+    """
+
+    def __init__(self, stages, taps, norms=None):
+        super().__init__()
+        names = [n for n, _ in stages]
+        self.stages = nn.ModuleDict(stages[:names.index(taps[-1]) + 1])
+        self.taps, self.norms = taps, nn.ModuleDict(norms or {})
+
+    def forward(self, x):
+        maps = {}
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name in self.taps:
+                maps[name] = self.norms[name](x).permute(0, 3, 1, 2).contiguous() if self.norms else x
+        return maps
+
+
+class NarrowResNet(torchvision.models.ResNet):
+    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
+
+    def __init__(self, width):
+        norm = lambda c: nn.GroupNorm(c // 8, c)
+        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
+        self.inplanes = width
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
+        for level in range(4):
+            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
+            setattr(self, f"layer{level + 1}", layer)
+
+
+def make_body(name, caffe=False, init="none"):
+    """(Body, its three channel counts) of r18|r34|r50|r101|swint|mnv2|tinyN; init "imagenet" downloads its weights."""
+    pretrained = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "mnv2": "mobilenet_v2", "swint": "swin_t"}
+    if name not in pretrained and not re.fullmatch(r"tiny(8|16|24|32|48|64)", name):
+        raise UserError(f"backbone {name!r}: choose among {', '.join(pretrained)}, tiny8 ... tiny64")
+    if name.startswith("tiny"):
+        if init == "imagenet":
+            raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
+        width = int(name[4:])
+        net, taps, channels = NarrowResNet(width), ("layer2", "layer3", "layer4"), [2 * width, 4 * width, 8 * width]
+    else:
+        net = getattr(torchvision.models, pretrained[name])(weights=None)
+        taps, channels = {"mnv2": (("6", "13", "18"), [32, 96, 1280]), "swint": (("3", "5", "7"), [192, 384, 768])}.get(
+            name, (("layer2", "layer3", "layer4"), [128, 256, 512] if name in ("r18", "r34") else [512, 1024, 2048]))
+    if init == "imagenet":
+        if caffe:  # converted from Detectron's Caffe2 models; a few surplus conv biases in the file are not used
+            sha = {"r50": "788b5fa3", "r101": "3ad79236"}[name]
+            url = f"https://download.openmmlab.com/pretrain/third_party/{pretrained[name]}_caffe-{sha}.pth"
+        else:  # V1, never V2: the paper's baselines start from these
+            url = torchvision.models.get_model_weights(pretrained[name]).IMAGENET1K_V1.url
+            sha = re.search(r"-([0-9a-f]{8})\.pth$", url).group(1)
+        state = load_checkpoint(fetch(url, sha))
+        state = {k: v for k, v in state.get("state_dict", state).items() if k in net.state_dict()}
+        missing = [k for k in net.state_dict() if k not in state and not k.startswith(("fc.", "classifier.", "head."))
+                   and not k.endswith("num_batches_tracked")]
+        if missing:
+            raise UserError(f"{url}: lacks {len(missing)} keys of {name}, first {missing[0]}")
+        net.load_state_dict(state, strict=False)
+    if caffe:  # the stride of a stage sits in its first 1x1 convolution
+        for stage in (net.layer2, net.layer3, net.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    norms = {t: nn.LayerNorm(c) for t, c in zip(taps, channels)} if name == "swint" else None
+    return Body(list(getattr(net, "features", net).named_children()), taps, norms), channels
+
+
+class P6P7(ExtraFPNBlock):
+    """P6 and P7 by stride-2 convolutions, from C5 ("on_input") or P5 ("on_output"); only FCOS has a ReLU between.
+    (torchvision's LastLevelP6P7 always has it.)"""
+
+    def __init__(self, c5_channels, channels, source, relu):
+        super().__init__()
+        self.source, self.relu = source, relu
+        self.p6 = nn.Conv2d(c5_channels if source == "on_input" else channels, channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+
+    def forward(self, results, x, names):
+        p6 = self.p6(x[-1] if self.source == "on_input" else results[-1])
+        p7 = self.p7(p6.relu() if self.relu else p6)
+        return results + [p6, p7], names + ["p6", "p7"]
+
+
+# ================================================================== model: head
+
+class Block(nn.Module):
+    """C_1 .. C_4: 3x3 convolution, GroupNorm (RetinaNet: none), ReLU."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1, bias=not norm)
+        self.norm = nn.GroupNorm(32, channels) if norm else nn.Identity()
+
+    def forward(self, x, relu=True):
+        x = self.norm(self.conv(x))
+        return x.relu() if relu else x
+
+
+class Head(nn.Module):
+    """Two towers of n - 1 = 4 blocks and their prediction convolutions C_5, shared by all levels.
+
+    ctr: None, "cls" or "reg", the tower that centerness is read from. scales: a learnt factor per level on reg.
+    """
+
+    def __init__(self, channels, cls_out, reg_out, norm=True, ctr=None, scales=True):
+        super().__init__()
+        self.cls_tower = nn.ModuleList(Block(channels, norm) for _ in range(4))
+        self.reg_tower = nn.ModuleList(Block(channels, norm) for _ in range(4))
+        self.cls_pred = nn.Conv2d(channels, cls_out, 3, 1, 1)
+        self.reg_pred = nn.Conv2d(channels, reg_out, 3, 1, 1)
+        self.ctr, self.ctr_pred = ctr, nn.Conv2d(channels, 1, 3, 1, 1) if ctr else None
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES) if scales else None
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, std=0.01)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        if channels != 256:  # 0.01 belongs to 256 channels and SGD; a narrow head trained by AdamW needs its fan-in's scale
+            for block in (*self.cls_tower, *self.reg_tower):
+                nn.init.kaiming_normal_(block.conv.weight)
+        nn.init.constant_(self.cls_pred.bias, -4.59511985)  # -ln 99: every class starts at score 0.01
+
+    def forward(self, cls_feats, reg_feats, start=0, keep=(), pre=False):
+        """C_{start+1} .. C_5 on f_start, for L levels.
+
+        cls_feats, reg_feats: L maps (B, C, H_l, W_l), f_start of the two towers (f_0, twice, is the FPN).
+        keep: the i whose f_i the caller wants; pre: f_i before its ReLU.
+        Returns (maps, held): maps {"cls", "reg", "ctr"} -> L raw maps; held {(tower, i): L maps}.
+        """
+        maps, held = {"cls": [], "reg": [], "ctr": []}, {(t, i): [] for t in ("cls", "reg") for i in keep}
+        for level, feats in enumerate(zip(cls_feats, reg_feats)):
+            last = {}
+            for tower, x in zip(("cls", "reg"), feats):
+                blocks = self.cls_tower if tower == "cls" else self.reg_tower
+                if 0 in keep:
+                    held[tower, 0].append(x)
+                for i in range(start, 4):
+                    x = blocks[i](x, relu=False)
+                    if pre and i + 1 in keep:
+                        held[tower, i + 1].append(x)
+                    x = x.relu()  # not in place: it would overwrite the line above
+                    if not pre and i + 1 in keep:
+                        held[tower, i + 1].append(x)
+                last[tower] = x
+            maps["cls"].append(self.cls_pred(last["cls"]))
+            reg = self.reg_pred(last["reg"])
+            maps["reg"].append(reg * self.scales[level] if self.scales is not None else reg)
+            if self.ctr:
+                maps["ctr"].append(self.ctr_pred(last[self.ctr]))
+        return maps, held
+
+
+# ================================================================== model: the four detectors
+
+class Targets(NamedTuple):
+    """What the labels say about each prior. All device tensors, no Python numbers: nothing waits for the GPU."""
+    priors: torch.Tensor    # (A, 4) anchors, or (A, 2) points
+    strides: torch.Tensor   # (A, 1)
+    positive: torch.Tensor  # (B, A) bool
+    weight: torch.Tensor    # (B, A) label weight: 0 where ignored
+    onehot: torch.Tensor    # (B, A, K) 1 at the class of a positive
+    boxes: torch.Tensor     # (B, A, 4) the assigned box (arbitrary where not positive)
+    centerness: torch.Tensor  # (B, A) target in [0, 1], 0 where not positive
+    count: torch.Tensor     # () normaliser of the classification loss, mean over processes
+
+
+class Detector(nn.Module):
+    """Backbone, FPN, head. Subclasses say what the head's numbers mean and how they are trained."""
+    kind, cells, reg_out, norm, ctr, scales, nms_iou, p6 = "", 1, 4, True, None, True, 0.6, "on_output"
+    kd_layer, pkd_weight = 3, 2.0
+
+    def __init__(self, backbone="r50", num_classes=80, channels=256, p6=None, init="none"):
+        super().__init__()
+        self.arch = dict(kind=self.kind, backbone=backbone, num_classes=num_classes, channels=channels, p6=p6 or self.p6)
+        self.num_classes, self.frozen = num_classes, False
+        self.caffe = self.kind == "fcos" and backbone in ("r50", "r101")
+        self.body, widths = make_body(backbone, self.caffe, init)
+        self.fpn = FeaturePyramidNetwork(widths, channels, P6P7(widths[-1], channels, self.arch["p6"], self.kind == "fcos"))
+        for m in self.fpn.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        self.head = Head(channels, self.cells * num_classes, self.cells * self.reg_out, self.norm, self.ctr, self.scales)
+        mean, std = ((102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)) if self.caffe else (
+            (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        if init == "imagenet":
+            self.freeze()
+
+    def freeze(self):
+        """A pre-trained ResNet keeps its stem and first stage; FCOS (caffe) all BatchNorm affines too. And see train()."""
+        self.frozen = True
+        for name, parameter in self.body.stages.named_parameters():
+            if name.startswith(("conv1.", "bn1.", "layer1.")) or (self.caffe and re.search(r"bn\d\.|downsample\.1\.", name)):
+                parameter.requires_grad = False
+
+    def train(self, mode=True):
+        """BatchNorm of a pre-trained backbone always uses its running statistics: 2 images a GPU are too few."""
+        super().train(mode)
+        if self.frozen:
+            for m in self.body.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.eval()
+        return self
+
+    def normalise(self, images, sizes):
+        """uint8 RGB (B, 3, H, W) -> float; the padding is zeroed AFTER that, so it is the mean pixel."""
+        if self.caffe:
+            images = images.flip(1)  # BGR
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
+        cols = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
+        return x * (rows[:, None, :, None] & cols[:, None, None, :])
+
+    def forward(self, images, keep=(), pre=False):
+        """Normalised images (B, 3, H, W), H and W multiples of 32 -> (maps, feats, held): see Head; feats: L maps."""
+        feats = list(self.fpn(self.body(images)).values())
+        maps, held = self.head(feats, feats, 0, keep, pre)
+        return maps, feats, held
+
+    def flatten(self, maps):
+        """Maps of L levels -> {"cls": (B, A, K), "reg": (B, A, 4 or 4 R), "ctr": (B, A)} raw, fp32 under autocast."""
+        def flat(levels, width):
+            return fp32(torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, width) for m in levels], 1))
+        out = dict(cls=flat(maps["cls"], self.num_classes), reg=flat(maps["reg"], self.reg_out))
+        if self.ctr:
+            out["ctr"] = flat(maps["ctr"], 1)[..., 0]
+        return out
+
+    def priors(self, level_sizes, device):
+        """GFL, ATSS: one square anchor of side 8 strides per cell. (A, 4)"""
+        return grid_anchors(level_sizes, STRIDES, [8.0], device=device)
+
+    def assign(self, level_sizes, sizes, gt_boxes, gt_labels):
+        """Label assignment -> Targets. sizes (B, 2) h, w; gt_boxes (B, M, 4); gt_labels (B, M), -1 = padding."""
+        device, valid = gt_boxes.device, gt_labels >= 0
+        priors = self.priors(level_sizes, device)
+        counts = [h * w * self.cells for h, w in level_sizes]
+        owner = self.match(priors, counts, gt_boxes, valid, cells_inside(sizes, level_sizes, STRIDES, self.cells))
+        positive, index = owner >= 0, owner.clamp(min=0)
+        boxes = gt_boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        labels = gt_labels.gather(1, index).clamp(min=0)
+        onehot = torch.zeros(*labels.shape, self.num_classes, device=device)
+        onehot.scatter_(2, labels[..., None], positive[..., None].float())
+        per_image = positive.sum(1).float()
+        # An image without positives counts as one, before the sum over images; FCOS clamps the sum instead.
+        count = reduce_mean(per_image.sum(), 1.0) if self.kind == "fcos" else reduce_mean(per_image.clamp(min=1).sum())
+        points = priors if priors.shape[1] == 2 else (priors[:, :2] + priors[:, 2:]) / 2
+        return Targets(priors, self.strides(counts, device), positive, (owner > -2).float(), onehot, boxes,
+                       centerness_target(boxes, points) * positive, count)
+
+    def strides(self, counts, device):
+        """(A, 1) stride of each prior; counts: priors per level."""
+        return torch.cat([torch.full((n, 1), float(s), device=device) for n, s in zip(counts, STRIDES)])
+
+    def match(self, priors, counts, gt_boxes, valid, inside):
+        return assign_atss(priors, counts, gt_boxes, valid, inside)
+
+    def cls_loss(self, out, t):
+        """Sigmoid focal loss over all classes and priors, per positive."""
+        return (focal_loss(out["cls"], t.onehot).sum(-1) * t.weight).sum() / t.count
+
+    def kd_cls_weight(self, t):
+        return 1.0 / t.count
+
+    @torch.no_grad()
+    def detect(self, maps, sizes, score_thr=0.05, nms_pre=1000, max_per_image=100):
+        """Maps -> per image (boxes (N, 4) in network pixels, scores (N,), labels (N,)), by falling score.
+
+        sigmoid(cls) > score_thr -> the best nms_pre (prior, class) pairs of each level by that score alone ->
+        decode, clip to the image -> times sigmoid(centerness) -> class-wise NMS -> max_per_image.
+        """
+        level_sizes = [m.shape[-2:] for m in maps["cls"]]
+        out, counts = self.flatten(maps), [h * w * self.cells for h, w in level_sizes]
+        priors = self.priors(level_sizes, out["reg"].device).to(out["reg"].dtype)
+        strides = self.strides(counts, priors.device)
+        scores, results = out["cls"].sigmoid(), []
+        for b in range(len(scores)):
+            picked, start = [], 0
+            for count in counts:
+                level = scores[b, start:start + count]
+                pairs = (level > score_thr).nonzero()
+                best = level[pairs[:, 0], pairs[:, 1]].topk(min(nms_pre, len(pairs))).indices
+                picked.append(pairs[best] + pairs.new_tensor([start, 0]))
+                start += count
+            prior, label = torch.cat(picked).unbind(1)
+            boxes = self.decode(out["reg"][b, prior], priors[prior], strides[prior])
+            h, w = sizes[b].tolist()
+            boxes = torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h), boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)
+            score = scores[b, prior, label]
+            if self.ctr:
+                score = score * out["ctr"][b, prior].sigmoid()
+            solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+            boxes, score, label = boxes[solid], score[solid], label[solid]
+            kept = batched_nms(boxes, score, label, self.nms_iou)[:max_per_image]
+            results.append((boxes[kept], score[kept], label[kept]))
+        return results
+
+
+class GFL(Detector):
+    """Generalized Focal Loss: class score = IoU quality; each box edge is a distribution over R = 17 bins."""
+    kind, reg_out, pkd_weight = "gfl", 4 * 17, 6.0
+
+    def decode(self, reg, priors, strides):
+        """(..., 68) logits, side-major l, t, r, b x 17 -> boxes: the expected bin, in strides from the anchor's centre."""
+        p = reg.unflatten(-1, (4, 17)).softmax(-1)
+        distances = p @ torch.arange(17, device=reg.device, dtype=reg.dtype)
+        return decode_distances(distances * strides, (priors[..., :2] + priors[..., 2:]) / 2)
+
+    def losses(self, out, t):
+        """QFL + 2 GIoU + 0.25 DFL. Boxes are weighted by the student's own top score, and divided by its sum."""
+        boxes = self.decode(out["reg"], t.priors, t.strides)
+        iou, giou = overlap(boxes, t.boxes)
+        target = t.onehot * iou.detach()[..., None]  # (B, A, K) the quality at the true class of a positive
+        scores = out["cls"].sigmoid()
+        cls = (target - scores).abs().pow(2) * F.binary_cross_entropy_with_logits(out["cls"], target, reduction="none")
+        w = scores.detach().amax(-1) * t.positive
+        w_sum = reduce_mean(w.sum(), 1.0)
+        centers = (t.priors[:, :2] + t.priors[:, 2:]) / 2
+        edges = (encode_distances(t.boxes, centers) / t.strides).clamp(0, 16 - 0.1)  # (B, A, 4) in strides
+        return dict(cls=(cls.sum(-1) * t.weight).sum() / t.count,
+                    box=2.0 * ((1 - giou) * w).sum() / w_sum,
+                    dfl=0.25 * (distribution_focal_loss(out["reg"], edges).sum(-1) / 4 * w).sum() / w_sum)
+
+    def kd_box(self, cross, teach, t, region, a):
+        """Eq. 6 on the four edges: KL of the bin distributions; weight 4, over the sum of S."""
+        kl = region_kl(cross["reg"].unflatten(-1, (4, 17)), teach["reg"].unflatten(-1, (4, 17)), a.kd_T)  # (B, A, 4)
+        return dict(kd_box=4.0 * (kl.sum(-1) / 4 * region).sum() / reduce_mean(region.sum(), 1e-6))
+
+
+class ATSS(Detector):
+    """Adaptive training sample selection: box deltas from one square anchor, centerness from the box tower."""
+    kind, ctr, pkd_weight, delta_std = "atss", "reg", 1.0, (0.1, 0.1, 0.2, 0.2)
+
+    def decode(self, reg, priors, strides):
+        return decode_deltas(reg, priors, self.delta_std)
+
+    def losses(self, out, t):
+        """Focal + 2 GIoU weighted by the centerness target + centerness BCE."""
+        giou = overlap(self.decode(out["reg"], t.priors, t.strides), t.boxes)[1]
+        bce = F.binary_cross_entropy_with_logits(out["ctr"], t.centerness, reduction="none") * t.positive
+        return dict(cls=self.cls_loss(out, t), ctr=bce.sum() / t.count,
+                    box=2.0 * ((1 - giou) * t.centerness).sum() / reduce_mean(t.centerness.sum(), 1.0))
+
+    def kd_box(self, cross, teach, t, region, a):
+        """Eq. 5 (GIoU of the decoded boxes) and, in the released code only, centerness at the positives."""
+        giou = overlap(self.decode(cross["reg"], t.priors, t.strides), self.decode(teach["reg"], t.priors, t.strides))[1]
+        bce = F.binary_cross_entropy_with_logits(cross["ctr"], teach["ctr"].sigmoid(), reduction="none") * t.positive
+        return dict(kd_box=((1 - giou) * region).sum() / t.count, kd_ctr=bce.sum() / t.count)
+
+
+class FCOS(Detector):
+    """One point per cell regresses the four distances; centerness from the class tower."""
+    kind, ctr, nms_iou, kd_layer = "fcos", "cls", 0.5, 2
+    ranges = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
+
+    def priors(self, level_sizes, device):
+        return grid_points(level_sizes, STRIDES, 0.5, device)
+
+    def match(self, priors, counts, gt_boxes, valid, inside):  # padding is background here, not ignored
+        ranges = priors.new_tensor(self.ranges).repeat_interleave(torch.tensor(counts, device=priors.device), 0, output_size=sum(counts))
+        return assign_fcos(priors, ranges, gt_boxes, valid)
+
+    def decode(self, reg, priors, strides):
+        return decode_distances(reg.clamp(max=20).exp(), priors)  # finite, so that 0 * gradient is 0 where no loss acts
+
+    def losses(self, out, t):
+        """Focal + IoU loss weighted by the centerness target + centerness BCE."""
+        iou = overlap(self.decode(out["reg"], t.priors, t.strides), t.boxes)[0]
+        bce = F.binary_cross_entropy_with_logits(out["ctr"], t.centerness, reduction="none") * t.positive
+        return dict(cls=self.cls_loss(out, t), ctr=bce.sum() / t.count,
+                    box=(-iou.clamp(min=1e-6).log() * t.centerness).sum() / reduce_mean(t.centerness.sum(), 1e-6))
+
+    def kd_cls_weight(self, t):
+        # The code divides by max(sum of centerness, 1e-6), so one step without boxes multiplies KD by 10^6: clamped at 1.
+        return 0.4 / reduce_mean(t.centerness.sum(), 1.0)
+
+    def kd_box(self, cross, teach, t, region, a):
+        """-ln IoU of the decoded boxes, weight 0.75; the released code's choice (the paper says GIoU)."""
+        iou = overlap(self.decode(cross["reg"], t.priors, t.strides), self.decode(teach["reg"], t.priors, t.strides))[0]
+        return dict(kd_box=0.75 * (-iou.clamp(min=1e-6).log() * region).sum() / reduce_mean(t.centerness.sum(), 1.0))
+
+
+class RetinaNet(Detector):
+    """Nine anchors per cell, no norm in the head, plain deltas."""
+    kind, cells, norm, scales, nms_iou, p6 = "retinanet", 9, False, False, 0.5, "on_output"
+
+    def priors(self, level_sizes, device):
+        return grid_anchors(level_sizes, STRIDES, [4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)], (0.5, 1.0, 2.0), device)
+
+    def match(self, priors, counts, gt_boxes, valid, inside):
+        return assign_max_iou(priors, gt_boxes, valid, inside)
+
+    def decode(self, reg, priors, strides):
+        return decode_deltas(reg, priors)
+
+    def losses(self, out, t):
+        """Focal + L1 on the deltas."""
+        boxes = torch.where(t.positive[..., None], t.boxes, t.priors)  # log of a padded, empty box would be -inf
+        l1 = (out["reg"] - encode_deltas(boxes, t.priors)).abs().sum(-1) * t.positive
+        return dict(cls=self.cls_loss(out, t), box=l1.sum() / t.count)
+
+    def kd_box(self, cross, teach, t, region, a):
+        """Eq. 5: GIoU of the decoded boxes."""
+        giou = overlap(self.decode(cross["reg"], t.priors, t.strides), self.decode(teach["reg"], t.priors, t.strides))[1]
+        return dict(kd_box=((1 - giou) * region).sum() / t.count)
+
+
+DETECTORS = {c.kind: c for c in (GFL, ATSS, FCOS, RetinaNet)}
+
+
+# ================================================================== loss: one function per equation
+
+def focal_loss(logits, onehot, alpha=0.25):
+    """Focal loss (Lin et al. 2017), gamma 2: -alpha_t (1 - p_t)^2 log p_t, element by element.
+
+    With u = logit of the WRONG answer, 1 - p_t = sigmoid(u) and -log p_t = softplus(u): half the passes over the
+    16 million scores of a RetinaNet image that torchvision's sigmoid_focal_loss takes, the same numbers.
+    """
+    u = logits * (1 - 2 * onehot)
+    return u.sigmoid().square() * F.softplus(u) * (1 - alpha + (2 * alpha - 1) * onehot)
+
+
+def distribution_focal_loss(logits, target):
+    """GFL's DFL: cross entropy with the two bins around a continuous target. (..., 68), (..., 4) -> (..., 4)."""
+    low = target.floor()
+    logp = logits.unflatten(-1, (4, 17)).log_softmax(-1)
+    left, right = (logp.gather(-1, (low.long() + k)[..., None])[..., 0] for k in (0, 1))
+    return -(low + 1 - target) * left - (target - low) * right
+
+
+def quality_focal_kd(cross_logits, t_logits, beta=1.0):
+    """Eq. 7, QFL with the teacher's scores as labels: |q - t|^beta * BCE(q, t), element by element, fp32.
+
+    cross_logits, t_logits: same shape (..., K); t carries no gradient, the factor |q - t|^beta does.
+    beta 0 is plain BCE. Exactly 0 where both are equal (beta > 0). Source: Li et al. 2020 (GFL), Eq. 2.
+    """
+    t = t_logits.detach().sigmoid()
+    bce = F.softplus(cross_logits) - cross_logits * t
+    if beta == 0:
+        return bce
+    gap = (cross_logits.sigmoid() - t).abs()
+    return bce * (gap if beta == 1 else gap.pow(beta))
+
+
+def region_kl(cross_logits, t_logits, T=1.0):
+    """Eq. 6: T^2 * KL(teacher || cross-head) of binned box edges, summed over bins. (..., R) logits -> (...)."""
+    log_q, log_p = (cross_logits / T).log_softmax(-1), (t_logits.detach() / T).log_softmax(-1)
+    return T * T * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def channel_stats(x, sync=False):
+    """Per-channel mean and unbiased std over batch, height and width: (B, C, H, W) -> two (1, C, 1, 1), fp32.
+
+    sync: over all processes, with gradient. A single position has std 0 (its unbiased std would be NaN).
+    """
+    if not (sync and dist.is_initialized()):
+        n = x.shape[0] * x.shape[2] * x.shape[3]
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=1 if n > 1 else 0, keepdim=True)
+        return mean, var.clamp(min=1e-20).sqrt()  # the clamp gives a constant channel gradient 0 instead of NaN
+    from torch.distributed.nn.functional import all_reduce
+    n = reduce_mean(x.new_tensor(float(x.shape[0] * x.shape[2] * x.shape[3]))) * dist.get_world_size()
+    mean = all_reduce(x.sum((0, 2, 3), keepdim=True)) / n
+    var = all_reduce((x - mean).pow(2).sum((0, 2, 3), keepdim=True)) / (n - 1).clamp(min=1)
+    return mean, var.clamp(min=1e-20).sqrt()
+
+
+def align(source, target, sync=False, eps=1e-6):
+    """phi: give each channel of `source` the mean and deviation of `target`, both (B, C, H, W). Not in the paper.
+
+    The statistics of `source` are part of the graph (so its gradient sums to zero per channel), those of `target`
+    are constants. The next layer of the teacher thus sees the range it was trained on.
+    """
+    source, target = fp32(source), fp32(target.detach())
+    (m_s, std_s), (m_t, std_t) = channel_stats(source, sync), channel_stats(target, sync)
+    return (source - m_s) / (std_s + eps) * std_t + m_t
+
+
+def pkd_loss(s_feats, t_feats, sync=False, eps=1e-6):
+    """PKD (Cao et al. 2022): half the squared distance of per-channel standardised maps = 1 - Pearson correlation.
+
+    Summed over levels, mean over elements. Weights and where it acts: --pkd-weight, --pkd-at.
+    """
+    total = 0
+    for s, t in zip(s_feats, t_feats):
+        s, t = fp32(s), fp32(t.detach())
+        (m_s, std_s), (m_t, std_t) = channel_stats(s, sync), channel_stats(t, sync)
+        total = total + ((s - m_s) / (std_s + eps) - (t - m_t) / (std_t + eps)).pow(2).mean() / 2
+    return total
+
+
+def ld_losses(out, teach, t, branches="both"):
+    """LD (Zheng et al. 2022), main region, for GFL: logits of the student itself at the positives.
+
+    Box: mean over bins of T^2 KL, T = 10, weighted by the student's own top score, weight 0.25, not normalised by
+    the number of boxes, as in mmdetection. Class: softmax KL, T = 2, mean over classes, weight 10, per positive.
+    """
+    losses = {}
+    if branches != "cls":
+        kl = region_kl(out["reg"].unflatten(-1, (4, 17)), teach["reg"].unflatten(-1, (4, 17)), 10.0) / 17
+        w = out["cls"].detach().sigmoid().amax(-1) * t.positive
+        losses["ld_box"] = 0.25 * (kl.sum(-1) / 4 * w).sum()
+    if branches != "reg":
+        kl = region_kl(out["cls"], teach["cls"], 2.0) / out["cls"].shape[-1]
+        losses["ld_cls"] = 10.0 * (kl * t.positive).sum() / t.count
+    return losses
+
+
+def kd_losses(detector, cross, teach, t, a, soft=None):
+    """Eq. 3 for both branches: 1/|S| * sum over positions of S(r) * D(cross(r), teacher(r)).
+
+    cross, teach: flattened head outputs (Detector.flatten). Classification: S = 1 (label weight), D = QFL, Eq. 7.
+    Boxes: D by detector (kd_box); S = the teacher's top class score, or the foreground (--kd-reg-mask).
+    soft: the teacher's class logits where `teach` holds other predictions (strategies c, d).
+    """
+    losses = {}
+    if a.kd_branches != "reg":
+        distance = quality_focal_kd(cross["cls"], teach["cls"], a.kd_beta if a.kd_cls_loss == "qfl" else 0.0).sum(-1)
+        region = t.weight
+        if a.kd_region != "P+N":
+            region = region * (t.positive if a.kd_region == "P" else ~t.positive)
+        losses["kd_cls"] = (distance * region).sum() * detector.kd_cls_weight(t)
+    if a.kd_branches != "cls":
+        scores = teach["cls"] if soft is None else soft
+        region = scores.amax(-1).sigmoid() * t.weight if a.kd_reg_mask == "soft" else t.positive.float()
+        losses.update(detector.kd_box(cross, teach, t, region, a))
+    return losses
+
+
+def strategy_predictions(a, student, teacher, s, t):
+    """The two predictions that are compared: (receives gradient, target). s, t: (maps, feats, held) of the networks.
+
+    a  teacher head on student feature  <-> teacher prediction                (CrossKD, Eq. 3)
+    b  student head on teacher feature  <-> teacher prediction
+    c  student prediction               <-> student head on teacher feature
+    d  student prediction               <-> teacher head on student feature
+    b-d are our reading of a figure; targets are constants. The paper says that c and d hardly reach the backbone, which
+    this reading, through the student's own prediction, does not share.
+    """
+    def through(head, source, target):
+        """C_{i+1} .. C_5 of `head` on phi(source; target)."""
+        feats = []
+        for tower in ("cls", "reg"):
+            pairs = zip(source[tower, a.kd_layer], target[tower, a.kd_layer])
+            xs = [x if a.align == "none" else align(x, y, a.sync_stats) for x, y in pairs]
+            # phi can leave negative values, which no block after a ReLU has ever seen; f_0, the FPN map, has no ReLU
+            feats.append([x.relu() if a.kd_layer > 0 else x for x in xs])
+        return head(*feats, start=a.kd_layer)[0]
+
+    if a.kd_strategy in "ad":
+        cross = through(teacher.head, s[2], t[2])  # frozen, but no no_grad here: the gradient passes through it
+        return (cross, t[0]) if a.kd_strategy == "a" else (s[0], cross)
+    cross = through(student.head, t[2], s[2])
+    return (cross, t[0]) if a.kd_strategy == "b" else (s[0], cross)
+
+
+class Distiller(nn.Module):
+    """Student and, outside the module tree, its teacher: forward(batch) -> {name: loss}; their sum is Eq. 4."""
+
+    def __init__(self, student, teacher, a):
+        super().__init__()
+        self.student, self.a = student, a
+        self.parts = set(a.method.split("+"))
+        # In a tuple, so that parameters(), state_dict(), train(), DDP and the optimizer never see the teacher.
+        self.teacher = (teacher.eval().requires_grad_(False),) if teacher else ()
+        self.pkd_weight = student.pkd_weight if a.pkd_weight is None else a.pkd_weight
+        cross = "crosskd" in self.parts
+        towers = {3} if "pkd" in self.parts and a.pkd_at != "neck" else set()
+        self.keep = tuple(sorted(towers | ({a.kd_layer} if cross else set())))
+        self.pre = cross and a.align == "pre"
+
+    def forward(self, batch):
+        a, student = self.a, self.student
+        autocast = partial(torch.autocast, batch["images"].device.type, torch.bfloat16, enabled=a.amp == "bf16")
+        layout = torch.channels_last if a.channels_last else torch.contiguous_format
+        with autocast():
+            s = student(student.normalise(batch["images"], batch["sizes"]).to(memory_format=layout), self.keep, self.pre)
+        targets = student.assign([m.shape[-2:] for m in s[0]["cls"]], batch["sizes"], batch["boxes"], batch["labels"])
+        out = student.flatten(s[0])
+        losses = student.losses(out, targets)
+        if not self.teacher:
+            return losses
+        teacher = self.teacher[0]
+        with torch.no_grad(), autocast():  # not inference_mode: phi multiplies these with tensors that need gradients
+            t = teacher(teacher.normalise(batch["images"], batch["sizes"]).to(memory_format=layout), self.keep, self.pre)
+        teach = teacher.flatten(t[0])
+        if "crosskd" in self.parts:
+            with autocast():
+                cross, target = strategy_predictions(a, student, teacher, s, t)
+            target = teach if a.kd_strategy in "ab" else {k: v.detach() for k, v in student.flatten(target).items()}
+            losses.update(kd_losses(student, student.flatten(cross), target, targets, a, soft=teach["cls"]))
+        if "mimic" in self.parts:  # Eq. 2: the student's own predictions, same distances
+            losses.update({k.replace("kd", "mimic"): v for k, v in kd_losses(student, out, teach, targets, a).items()})
+        if "ld" in self.parts:
+            losses.update(ld_losses(out, teach, targets, a.kd_branches))
+        if "pkd" in self.parts:
+            after_relu = lambda held, k: [x.relu() for x in held[k, 3]]
+            places = [(s[1], t[1])] if a.pkd_at == "neck" else [(after_relu(s[2], k), after_relu(t[2], k)) for k in a.pkd_at.split("+")]
+            losses["pkd"] = self.pkd_weight * sum(pkd_loss(x, y, a.sync_stats) for x, y in places)
+        if "fitnet" in self.parts:  # Eq. 1 with D = squared error and S = 1; weight 2 as in LD's code
+            losses["fitnet"] = 2.0 * sum(F.mse_loss(fp32(x), fp32(y)) for x, y in zip(s[1], t[1]))
+        return losses
+
+
+# ================================================================== checkpoints of others
+
+ZOO_URL = "https://download.openmmlab.com/mmdetection/v2.0/"
+FCOS_NAME = "caffe_fpn_gn-head_mstrain_640-800_2x_coco"
+ZOO = {  # name: (folder/file at ZOO_URL, first 8 digits of its sha256)
+    "gfl_r50": ("gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth", "25944287"),
+    "gfl_r101": ("gfl/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth", "dd12f847"),
+    "atss_r50": ("atss/atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth", "985f7bd0"),
+    "atss_r101": ("atss/atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth", "dfcadd6f"),
+    "fcos_r50": (f"fcos/fcos_r50_{FCOS_NAME}/fcos_r50_{FCOS_NAME}-d92ceeea.pth", "d92ceeea"),
+    "fcos_r101": (f"fcos/fcos_r101_{FCOS_NAME}/fcos_r101_{FCOS_NAME}-511424d6.pth", "511424d6"),
+    "retinanet_r18": ("retinanet/retinanet_r18_fpn_1x_coco/retinanet_r18_fpn_1x_coco_20220407_171055-614fd399.pth", "614fd399"),
+    "retinanet_r50": ("retinanet/retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth", "c2398f9e"),
+    "retinanet_r50_2x": ("retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth", "fdb43119"),
+    "retinanet_r50_3x": ("retinanet/retinanet_r50_fpn_mstrain_3x_coco/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-88476508.pth", "88476508"),
+    "retinanet_r101": ("retinanet/retinanet_r101_fpn_2x_coco/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth", "5560aee8"),
+    # The authors' own file, linked from their repository, not in the zoo: no direct address, no published hash.
+    "retinanet_swint": ("retinanet_swin-t-p4-w7_fpn_1x_coco.pth", ""),
+}
+
+
+def from_mmdet(state):
+    """mmdetection state_dict -> the same tensors under our names (strict: an unknown key stays and is reported).
+
+    Rules, first match wins. The constant buffer integral.project must be 0..16 and is dropped, as is Swin's index
+    table, which torchvision computes itself.
+    """
+    mnv2 = {f"{layer}.{j}": f for f, (layer, j) in enumerate(
+        ((layer, j) for layer, n in enumerate((1, 2, 3, 4, 3, 3, 1), 1) for j in range(n)), 1)}
+    swin = r"^backbone\.stages\.(\d)\."
+    expand = {"expand_conv.conv": "0.0", "expand_conv.bn": "0.1", "depthwise_conv.conv": "1.0", "depthwise_conv.bn": "1.1",
+              "linear_conv.conv": "2", "linear_conv.bn": "3"}
+    first = {"depthwise_conv.conv": "0.0", "depthwise_conv.bn": "0.1", "linear_conv.conv": "1", "linear_conv.bn": "2"}
+    rules = [
+        # MobileNetV2: layer L block j is one of features 1..17; the first block has no expansion
+        (r"^backbone\.conv([12])\.(conv|bn)\.", lambda m: f"body.stages.{0 if m[1] == '1' else 18}.{int(m[2] == 'bn')}."),
+        (r"^backbone\.layer(\d\.\d)\.(\w+_conv\.(?:conv|bn))\.",
+         lambda m: f"body.stages.{mnv2[m[1]]}.conv.{(first if mnv2[m[1]] == 1 else expand)[m[2]]}."),
+        # Swin: stage i is features 2i + 1, its downsampling 2i + 2
+        (r"^backbone\.patch_embed\.(projection|norm)\.", lambda m: f"body.stages.0.{0 if m[1] == 'projection' else 2}."),
+        (swin + r"blocks\.(\d+)\.attn\.w_msa\.", lambda m: f"body.stages.{2 * int(m[1]) + 1}.{m[2]}.attn."),
+        (swin + r"blocks\.(\d+)\.ffn\.layers\.(0\.0|1)\.", lambda m: f"body.stages.{2 * int(m[1]) + 1}.{m[2]}.mlp.{0 if m[3] == '0.0' else 3}."),
+        (swin + r"blocks\.(\d+)\.", lambda m: f"body.stages.{2 * int(m[1]) + 1}.{m[2]}."),
+        (swin + r"downsample\.", lambda m: f"body.stages.{2 * int(m[1]) + 2}."),
+        (r"^backbone\.norm(\d)\.", lambda m: f"body.norms.{2 * int(m[1]) + 1}."),
+        # ResNet: torchvision's own names
+        (r"^backbone\.", lambda m: "body.stages."),
+        (r"^neck\.lateral_convs\.(\d)\.conv\.", lambda m: f"fpn.inner_blocks.{m[1]}.0."),
+        (r"^neck\.fpn_convs\.([012])\.conv\.", lambda m: f"fpn.layer_blocks.{m[1]}.0."),
+        (r"^neck\.fpn_convs\.([34])\.conv\.", lambda m: f"fpn.extra_blocks.p{int(m[1]) + 3}."),
+        (r"^bbox_head\.(cls|reg)_convs\.(\d)\.(conv|gn)\.", lambda m: f"head.{m[1]}_tower.{m[2]}.{'norm' if m[3] == 'gn' else 'conv'}."),
+        (r"^bbox_head\.(?:gfl|atss|conv|fcos|retina)_(cls|reg)\.", lambda m: f"head.{m[1]}_pred."),
+        (r"^bbox_head\.(?:atss|conv|fcos)_centerness\.", lambda m: "head.ctr_pred."),
+        (r"^bbox_head\.scales\.(\d)\.scale$", lambda m: f"head.scales.{m[1]}"),
+    ]
+    ours = {}
+    for key, value in state.items():
+        key = key.removeprefix("module.")
+        if key.endswith("integral.project"):
+            if not torch.equal(value, torch.linspace(0, 16, 17)):
+                raise UserError(f"{key} is not 0..16: this file is another kind of GFL")
+            continue
+        if key.endswith("relative_position_index"):
+            continue
+        name = next((re.sub(pattern, rule, key, count=1) for pattern, rule in rules if re.match(pattern, key)), key)
+        if re.search(r"stages\.\d\.(reduction|norm)\.(weight|bias)$", name) and "downsample" in key:
+            # mmdetection unfolds a 2x2 patch channel by channel (TL, TR, BL, BR inside), torchvision patch by patch (TL, BL, TR, BR)
+            c = value.shape[-1] // 4
+            value = value.unflatten(-1, (c, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
+        ours[name] = value
+    return ours
+
+
+def infer_arch(state, where):
+    """Detector, backbone, class count and P6 source of an mmdetection state_dict, from its keys and shapes."""
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    cls = [k for k in state if re.fullmatch(r"bbox_head\.(gfl|atss|conv|fcos|retina)_cls\.bias", k)]
+    if not cls:
+        raise UserError(f"{where}: neither ours nor an mmdetection GFL, ATSS, FCOS or RetinaNet checkpoint")
+    kind = {"gfl": "gfl", "atss": "atss", "conv": "fcos", "fcos": "fcos", "retina": "retinanet"}[cls[0].split(".")[1].split("_")[0]]
+    if "backbone.patch_embed.projection.weight" in state:
+        backbone = "swint"
+    elif "backbone.layer7.0.linear_conv.conv.weight" in state:
+        backbone = "mnv2"
+    elif "backbone.layer1.0.conv3.weight" in state:
+        backbone = "r101" if "backbone.layer3.22.conv1.weight" in state else "r50"
+    else:
+        backbone = "r34" if "backbone.layer3.5.conv1.weight" in state else "r18"
+    lateral, p6 = state.get("neck.lateral_convs.0.conv.weight"), state.get("neck.fpn_convs.3.conv.weight")
+    if lateral is None or p6 is None:
+        raise UserError(f"{where}: no FPN with five levels in it")
+    channels = lateral.shape[0]
+    return dict(kind=kind, backbone=backbone, num_classes=len(state[cls[0]]) // DETECTORS[kind].cells, channels=channels,
+                p6="on_output" if p6.shape[1] == channels else "on_input")
+
+
+def load_strict(model, state, where):
+    """load_state_dict that tells all it misses in one line."""
+    own = model.state_dict()
+    optional = {k for k in own if k.endswith(("relative_position_index", "num_batches_tracked")) and k not in state}
+    missing, surplus = [k for k in own if k not in state and k not in optional], [k for k in state if k not in own]
+    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or surplus or shape:
+        raise UserError(f"{where}: does not fit {model.arch['kind']}_{model.arch['backbone']}: " + "; ".join(
+            f"{len(keys)} {what} (first {keys[0]})" for keys, what in ((missing, "missing"), (surplus, "unexpected"), (shape, "of another shape")) if keys))
+    model.load_state_dict({**{k: own[k] for k in optional}, **state})
+
+
+def load_detector(spec, flag="--weights"):
+    """(detector in eval mode, class names or None) from a zoo name, an mmdetection .pth or a checkpoint of ours."""
+    if spec in ZOO:
+        file, sha = ZOO[spec]
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / file
+        if not sha and not cached.exists():
+            raise UserError(f"{flag} {spec}: the authors link this file from https://github.com/jbwang1997/CrossKD; "
+                            f"download {file} and place it at {cached}, or give its path")
+        path = fetch(ZOO_URL + file, sha) if sha else cached
+    elif Path(spec).exists():
+        path = Path(spec)
+    else:
+        raise UserError(f"{flag} {spec}: neither a file nor one of {', '.join(ZOO)}")
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    if "arch" in checkpoint:
+        arch, state, classes = checkpoint["arch"], checkpoint["model"], checkpoint["classes"]
+    else:
+        meta = checkpoint.get("meta") or {}
+        state, classes = checkpoint.get("state_dict", checkpoint), meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
+        arch = infer_arch(state, f"{flag} {path}")
+        state, config = from_mmdet(state), str(meta.get("config", ""))
+        caffe = arch["kind"] == "fcos"  # what the keys cannot tell: these variants have the same names and shapes
+        for setting in ("norm_on_bbox=True", "centerness_on_reg=True", "style='pytorch'" if caffe else "style='caffe'"):
+            if setting in config:
+                raise UserError(f"{flag} {path}: its config has {setting}, which this script's {arch['kind']} does not")
+    model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
+    load_strict(model, state, f"{flag} {path}")
+    return model.eval(), classes
+
+
+def check_pair(teacher, classes_of_teacher, student, classes):
+    """The teacher's head must be able to read the student's features, and both must mean the same by class k."""
+    for what in ("kind", "channels", "num_classes"):
+        if teacher.arch[what] != student.arch[what]:
+            raise UserError(f"--teacher has {what} {teacher.arch[what]}, --student {student.arch[what]}: CrossKD needs the same")
+    check_classes(classes_of_teacher, teacher.num_classes, classes, "--teacher")
+
+
+def check_classes(names, count, classes, flag):
+    """A checkpoint's classes against the data's; "_" and " " are the same, files without names are trusted."""
+    if count != len(classes):
+        raise UserError(f"{flag}: has {count} classes, --data has {len(classes)}")
+    for k, (theirs, ours) in enumerate(zip(names or classes, classes)):
+        if theirs.replace("_", " ") != ours.replace("_", " "):
+            raise UserError(f"{flag}: its class {k} is {theirs!r}, --data has {ours!r}")
+
+
+# ================================================================== data
+
+def make_data(args, kind="gfl"):
+    """(train dataset, val dataset) of --data, with the image sizes of the detector's schedule."""
+    try:
+        root = make_shapes() if args.data == "shapes" else args.data
+    except FileExistsError as e:
+        raise UserError(e) from None
+    size = args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
+    return CocoDataset(*find_coco(root, "train"), True, size), CocoDataset(*find_coco(root, "val"), False, size)
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# ================================================================== train
+
+def fill_defaults(args, kind, teacher_backbone=None, backbone="r50"):
+    """Defaults that depend on the detector: the paper's schedule, or the small one for shapes."""
+    shapes = args.data == "shapes"
+    long = kind == "fcos" or (kind == "retinanet" and (teacher_backbone, backbone) == ("r101", "r50"))
+    defaults = dict(kd_layer=DETECTORS[kind].kd_layer, epochs=6 if shapes else 24 if long else 12, batch_size=16 if shapes else 2,
+                    lr=0.002 if shapes else 0.01, optimizer="adamw" if shapes else "sgd", init="none" if shapes else "imagenet", method="crosskd")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def make_optimizer(model, algorithm, lr, weight_decay, kind):
+    """SGD with momentum 0.9, or AdamW. FCOS: conv biases learn twice as fast, no bias decays (norm biases keep the rate)."""
+    plain, bias, norm_bias = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            special = kind == "fcos" and name.endswith("bias")
+            (plain if not special else norm_bias if re.search(r"norm|bn|downsample\.1", name) else bias).append(p)
+    groups = [dict(params=plain, lr=lr, weight_decay=weight_decay), dict(params=bias, lr=2 * lr, weight_decay=0.0),
+              dict(params=norm_bias, lr=lr, weight_decay=0.0)]
+    groups = [g for g in groups if g["params"]]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9) if algorithm == "sgd" else torch.optim.AdamW(groups, lr=lr)
+    for g in optimizer.param_groups:
+        g["base_lr"] = g["lr"]
+    return optimizer
+
+
+def train(args, rank, world, device):
+    """Train args.student under args.method; returns the last evaluation's metrics (rank 0) or None."""
+    shapes = args.data == "shapes"
+    parts = set((args.method or "crosskd").split("+"))
+    kind, _, backbone = (args.student or args.teacher or "gfl").partition("_")
+    if args.student and kind not in DETECTORS:
+        raise UserError(f"--student {args.student}: expected detector_backbone with a detector of {', '.join(DETECTORS)}")
+    teacher, teacher_classes = None, None
+    if parts != {"none"}:
+        args.teacher = args.teacher or (shapes_teacher(args, rank, world, device) if shapes else f"{kind}_r101")
+        teacher, teacher_classes = load_detector(args.teacher, "--teacher")
+    if args.student is None:
+        kind, backbone = teacher.arch["kind"] if teacher else kind if kind in DETECTORS else "gfl", "tiny8" if shapes else "r50"
+        args.student = f"{kind}_{backbone}"
+    if "ld" in parts and kind != "gfl":
+        raise UserError(f"--method {args.method}: LD compares edge distributions, which only GFL has; use mimic for {kind}")
+    fill_defaults(args, kind, teacher and teacher.arch["backbone"], backbone)
+    out = open_run(args, rank, args.resume)
+    data, val = make_data(args, kind)
+    seed_all(args.seed)  # here, so that every method starts from the same student
+    student = DETECTORS[kind](backbone, len(data.classes), 64 if backbone.startswith("tiny") else 256, args.p6,
+                              init="imagenet" if args.init == "imagenet" else "none")
+    if args.init not in ("imagenet", "none"):
+        start, _ = load_detector(args.init, "--init")
+        load_strict(student, start.state_dict(), f"--init {args.init}")
+        student.freeze()
+    if teacher:
+        check_pair(teacher, teacher_classes, student, data.classes)
+        teacher.to(device)
+    if val.classes != data.classes:
+        raise UserError(f"--data {args.data}: train and val annotations list different categories")
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    for net in filter(None, (student.to(device), teacher)):
+        net.to(memory_format=layout)
+        if args.compile:
+            net.compile(), net.head.compile()
+    model = Distiller(student, teacher, args).train()
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    total_batch = args.batch_size * world * args.accumulate
+    lr = args.lr * total_batch / 16
+    optimizer = make_optimizer(student, args.optimizer, lr, args.weight_decay, kind)
+    steps_per_epoch = -(-len(plan) // args.accumulate)
+    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
+    milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
+    warmup = min(500, args.epochs * steps_per_epoch // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
+    it, best = 0, -1.0
+    if args.resume:
+        state = load_checkpoint(out / "last.pt")
+        load_strict(student, state["model"], f"--resume {out / 'last.pt'}")
+        if state["args"]["optimizer"] != args.optimizer:
+            raise UserError(f"--resume {out}: was trained with --optimizer {state['args']['optimizer']}")
+        fresh = [(g["base_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for g, (base_lr, weight_decay) in zip(optimizer.param_groups, fresh):  # --resume --lr 0.005 is meant
+            g.update(base_lr=base_lr, weight_decay=weight_decay)
+        if state["total_batch"] != total_batch:
+            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
+        it, best = state["it"], state["best"]
+        set_rng_state(state["rng"])
+    if rank == 0:
+        n = [sum(p.numel() for p in student.parameters() if p.requires_grad or every) for every in (True, False)]
+        print(f"student {args.student}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher if teacher else '-'} | method {args.method}"
+              f" i={args.kd_layer} | {len(data)} images, {len(data.classes)} classes, dropped {data.dropped} | batch {args.batch_size} x {world}"
+              f" x {args.accumulate} = {total_batch} | lr {args.lr:g} at 16 -> {lr:g} | {args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
+
+    def save_last():
+        if rank == 0:
+            save_checkpoint(dict(weights_of(student, data.classes), optimizer=optimizer.state_dict(), it=it, best=best,
+                                 rng=rng_state(), total_batch=total_batch, args=vars(args)), out / "last.pt")
+
+    log = Log(out, rank, total, it, args.log_every)
+    metrics, evaluated, clock = None, False, time.time()
+    while it < total:
+        epoch, done = divmod(it, steps_per_epoch)
+        plan.set_epoch(epoch, done * args.accumulate)
+        batches, left = iter(loader), len(plan)
+        while left and it < total:
+            factor = warmup_multistep(it, steps_per_epoch, milestones, warmup, *((1 / 3, True) if kind == "fcos" else (0.001, False)))
+            for g in optimizer.param_groups:
+                g["lr"] = g["base_lr"] * factor
+            waited, losses = 0.0, {}
+            count = min(args.accumulate, left)
+            for micro in range(count):
+                since = time.time()
+                batch = to_device(next(batches), device)
+                waited += time.time() - since
+                hold = model.no_sync() if world > 1 and micro < count - 1 else nullcontext()
+                with hold:
+                    terms = model(batch)
+                    (sum(terms.values()) / count).backward()  # Eq. 4
+                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
+            left -= count
+            if kind == "fcos":
+                nn.utils.clip_grad_norm_(student.parameters(), 35.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            it += 1
+            log.step(it, epoch + 1, losses, lr * factor, waited)
+            if it % args.save_every == 0 and left and it < total:
+                log.flush(it, epoch + 1, lr * factor)
+                save_last()
+        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
+        last = it >= total
+        if last or (epoch + 1) % (args.epochs if shapes else max(1, args.epochs // 12)) == 0:
+            metrics, evaluated = evaluate(student, val, rank, world, device, args, out if last else None), True
+            student.train()
+            if rank == 0:
+                log.write(dict(it=it, epoch=epoch + 1, **{k: v for k, v in metrics.items() if k != "classes"}), eval_line(epoch + 1, metrics))
+                if metrics["AP"] > best:
+                    best = metrics["AP"]
+                    save_checkpoint(weights_of(student, data.classes), out / "best.pt")
+            save_last()
+            log.restart_clock()
+    log.bar.close()
+    if not evaluated:  # --resume of a finished run
+        metrics = evaluate(student, val, rank, world, device, args, out)
+    if rank == 0:
+        plot_curves(out / "log.jsonl", out / "curves.png")
+        print(f"{class_table(metrics)}\nbest AP {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
+    barrier()
+    return metrics
+
+
+def weights_of(model, classes):
+    """What a detector is, as plain values and tensors: enough to rebuild it without any flag."""
+    return dict(arch=model.arch, classes=list(classes), model=model.state_dict())
+
+
+def eval_line(epoch, m):
+    return f"ep {epoch:02d} eval {m['images']} images | " + " ".join(f"{k} {m[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")) + f" | {m['seconds']:.0f}s"
+
+
+# ================================================================== evaluate, predict
+
+@torch.no_grad()
+def run_detector(model, batch, device, args):
+    """One collated batch -> per image (boxes in original pixels, scores, labels)."""
+    batch = to_device(batch, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        maps = model(model.normalise(batch["images"], batch["sizes"]))[0]
+    found = []
+    for (boxes, scores, labels), size, (h, w) in zip(model.detect(maps, batch["sizes"]), batch["sizes"], batch["original_sizes"]):
+        found.append((boxes * (boxes.new_tensor([w, h]) / size.flip(0)).repeat(2), scores, labels))
+    return found
+
+
+def evaluate(model, dataset, rank, world, device, args, out=None):
+    """COCO metrics on rank 0, None elsewhere. Images by stride over ranks. out: also write the result files."""
+    model.eval()
+    since, results = time.time(), []
+    loader = eval_loader(dataset, rank, world, args.workers, device.type == "cuda")
+    for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
+        (boxes, scores, labels), = run_detector(model, batch, device, args)
+        results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, dataset.category_ids)
+    results = gather(results)
+    if rank != 0:
+        return None
+    metrics = dict(coco_evaluate(dataset.annotations, results), images=len(dataset), seconds=time.time() - since)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "detections.json").write_text(json.dumps(results))
+        (out / "results.json").write_text(json.dumps(metrics, indent=1))
+        save_samples(dataset, results, out / "samples.jpg")
+    return metrics
+
+
+def predict(args, device):
+    """--predict: predictions.json (boxes xyxy, pixels of the file) and one picture per image into --out."""
+    model, classes = load_detector(args.weights)
+    model.to(device)
+    classes = classes or [f"class {k}" for k in range(model.num_classes)]
+    size = max(parse_image_size(args.image_size or ("120" if args.data == "shapes" else "800")))
+    out, answer = Path(args.out), {}
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
+             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
+    if not paths:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
+    for number, path in enumerate(tqdm(paths, desc="predict")):
+        original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
+        image, (h, w) = resize(original, size)
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=original.shape[1:])
+        (boxes, scores, labels), = run_detector(model, collate([item]), device, args)
+        keep = scores > args.score
+        boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
+        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
+                             zip(boxes.tolist(), scores.tolist(), labels.tolist())]
+        torchvision.io.write_jpeg(draw_boxes(original, boxes, labels, classes, scores), str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
+    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+
+
+# ================================================================== the embedded dataset: teacher, baseline, CrossKD
+
+def shapes_teacher(args, rank, world, device):
+    """Path of the teacher for shapes; trained by this script the first time, then cached beside the data."""
+    kind = args.student.split("_")[0] if args.student else "gfl"
+    done = make_shapes().parent / "teachers" / f"{kind}_tiny32-s{args.seed}"
+    draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is never taken for a teacher
+    if not done.exists():
+        if rank == 0:
+            print(f"== teacher {kind}_tiny32: trained once, cached at {done}")
+            if draft.exists() and not (draft / "last.pt").exists():
+                shutil.rmtree(draft)
+        barrier()
+        flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs", "12", "--out", str(draft)]
+        flags += ["--seed", str(args.seed), "--workers", str(args.workers)] + ["--resume"] * (draft / "last.pt").exists()
+        train(parse_args(flags), rank, world, device)
+        if rank == 0:
+            draft.rename(done)
+        barrier()
+    return str(done / "best.pt")
+
+
+def shapes_table(args, rank, world, device):
+    """Teacher, plain student and CrossKD student on shapes, in one table."""
+    since, rows = time.time(), []
+    args.teacher = args.teacher or shapes_teacher(args, rank, world, device)
+    teacher, _ = load_detector(args.teacher, "--teacher")
+    metrics = evaluate(teacher.to(device), make_data(args, teacher.arch["kind"])[1], rank, world, device, args)
+    rows.append((f"teacher {teacher.arch['kind']}_{teacher.arch['backbone']}", metrics, time.time() - since))
+    for method, name in (("none", "student alone"), ("crosskd", "student with CrossKD")):
+        since, out = time.time(), Path(args.out) / method
+        run = argparse.Namespace(**{**vars(args), "method": method, "out": str(out), "resume": args.resume and (out / "last.pt").exists()})
+        rows.append((name, train(run, rank, world, device), time.time() - since))
+    if rank == 0:
+        print(f"\nshapes, 300 validation images     AP  AP50  AP75   seconds")
+        for name, m, seconds in rows:
+            print(f"{name:31s} {m['AP']:5.1f} {m['AP50']:5.1f} {m['AP75']:5.1f} {seconds:9.0f}")
+
+
+def main():
+    try:
+        args = parse_args()
+        rank, world, device = init_ddp()
+        if args.eval:
+            model, classes = load_detector(args.eval, "--eval")
+            _, val = make_data(args, model.arch["kind"])
+            check_classes(classes, model.num_classes, val.classes, f"--eval {args.eval}")
+            metrics = evaluate(model.to(device), val, rank, world, device, args, Path(args.out))
+            if rank == 0:
+                print(f"{class_table(metrics)}\n{eval_line(0, metrics)}")
+        elif args.predict:
+            if rank == 0:
+                predict(args, device)
+        elif args.data == "shapes" and args.method is None:
+            shapes_table(args, rank, world, device)
+        else:
+            train(args, rank, world, device)
+    except (UserError, DataError) as e:
+        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
+        sys.exit("\ncrosskd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

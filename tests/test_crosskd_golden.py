@@ -1,0 +1,218 @@
+"""crosskd.py against an independent implementation: mmdet 3.3.0 and the CrossKD authors' repository.
+
+Weights come from golden/fill.py through mmdetection's key names, so every number below also tests the key map.
+"""
+import argparse
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import crosskd
+from crosskd import DETECTORS, Distiller, from_mmdet, infer_arch, kd_losses, load_strict, strategy_predictions
+
+SIZES = {"full": [[256, 320], [256, 320]], "own": [[256, 320], [230, 270]]}
+
+
+@pytest.fixture(scope="module")
+def fill(golden):
+    spec = importlib.util.spec_from_file_location("fill", golden / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mmdet_state(golden, name):
+    keys = json.loads((golden / "mmdet_keys" / f"{name}.json").read_text())
+    state = {k: torch.zeros(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in keys.items()}
+    return {k: torch.linspace(0, 16, 17) if k.endswith("integral.project") else v for k, v in state.items()}
+
+
+def build(golden, fill, name, salt=""):
+    state = fill.fill(mmdet_state(golden, name), salt)
+    arch = infer_arch(state, name)
+    model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
+    load_strict(model, from_mmdet(state), name)
+    return model.eval()
+
+
+def images(fill):
+    return fill.image(256, 320, 2, [(256, 320), (230, 270)])
+
+
+def ground_truth(golden, case):
+    """Padded boxes (2, 8, 4) and labels (2, 8) of case A (image 1 empty), B, or C (both empty)."""
+    z = np.load(golden / "gfl_r50_assign.npz")
+    boxes, labels = torch.zeros(2, 8, 4), torch.full((2, 8), -1)
+    for i in range(2):
+        if case == "B" or (case == "A" and i == 0):
+            b = torch.from_numpy(z[f"gt{i}_boxes"])
+            boxes[i, :len(b)], labels[i, :len(b)] = b, torch.from_numpy(z[f"gt{i}_labels"])
+    return boxes, labels
+
+
+NAMES = ["gfl_r18", "gfl_r34", "gfl_r50", "gfl_r101", "atss_r50", "atss_r101", "fcos_r50", "fcos_r101", "retinanet_r18",
+         "retinanet_r50", "retinanet_r101", "retinanet_swin-t", "retinanet_mobilenetv2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mmdet_key_list_loads_strictly_with_none_left_over(golden, name):
+    state = mmdet_state(golden, name)
+    arch = infer_arch(state, name)
+    assert arch["kind"] == name.split("_")[0] and arch["num_classes"] == 80
+    model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
+    ours = from_mmdet(state)
+    load_strict(model, ours, name)
+    constant = sum(k.endswith(("integral.project", "relative_position_index")) for k in state)
+    assert len(ours) == len(state) - constant  # no two mmdet keys fell on one of ours
+
+
+@pytest.mark.parametrize("name", ["gfl_r50", "atss_r50"])
+def test_raw_outputs_features_and_detections_equal_mmdet(golden, fill, name):
+    z = np.load(golden / f"{name}_forward.npz")
+    model = build(golden, fill, name).double()
+    with torch.no_grad():
+        x = images(fill).double()
+        body = model.body(x)
+        maps, feats, _ = model(x)
+        found = model.float().detect({k: [m.float() for m in v] for k, v in maps.items()}, torch.tensor(SIZES["own"]))
+    close = lambda ours, theirs, key: np.abs(ours.numpy() - theirs).max() <= 2e-6 * theirs.std() or pytest.fail(
+        f"{key}: max error {np.abs(ours.numpy() - theirs).max() / theirs.std():.1e} std")
+    for i, m in enumerate(body.values(), 1):
+        close(m[0, :8], z[f"backbone_{i}"], f"backbone_{i}")
+    for level in range(5):
+        close(feats[level][0, :8], z[f"neck_{level}"], f"neck_{level}")
+        for key in ("cls", "reg", "ctr") if model.ctr else ("cls", "reg"):
+            close(maps[key][level], z[f"{key}_{level}"], f"{key}_{level}")
+    for i, (boxes, scores, labels) in enumerate(found):
+        assert np.array_equal(labels.numpy(), z[f"det{i}_labels"])
+        np.testing.assert_allclose(boxes.numpy(), z[f"det{i}_boxes"], atol=2e-3)
+        np.testing.assert_allclose(scores.numpy(), z[f"det{i}_scores"], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["gfl_r50", "atss_r50"])
+@pytest.mark.parametrize("variant", ["full", "own"])
+@pytest.mark.parametrize("case", ["A", "B"])
+def test_atss_assignment_is_identical_to_mmdet(golden, name, variant, case):
+    z = np.load(golden / f"{name}_assign.npz")
+    model = DETECTORS[name.split("_")[0]]("tiny8", 80, 64)
+    sizes, level_sizes = torch.tensor(SIZES[variant]), [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
+    assert np.array_equal(model.priors(level_sizes, "cpu").numpy(), z["anchors"])
+    boxes, labels = ground_truth(golden, case)
+    inside = crosskd.cells_inside(sizes, level_sizes, crosskd.STRIDES)
+    owner = model.match(torch.from_numpy(z["anchors"]), z["num_level_anchors"].tolist(), boxes, labels >= 0, inside)
+    theirs = z[f"gt_index_{variant}_{case}"].astype(int)
+    assert np.array_equal(owner.numpy(), np.where(theirs == -3, -2, theirs))
+
+
+def losses_and_gradients(model, maps, sizes, boxes, labels):
+    targets = model.assign([m.shape[-2:] for m in maps["cls"]], sizes, boxes, labels)
+    return model.losses(model.flatten(maps), targets), targets
+
+
+NAME_OF = {"loss_cls": "cls", "loss_bbox": "box", "loss_dfl": "dfl", "loss_centerness": "ctr"}
+
+
+@pytest.mark.parametrize("name", ["gfl_r50", "atss_r50"])
+def test_losses_equal_mmdet_in_every_case(golden, name):
+    z, theirs = np.load(golden / f"{name}_forward.npz"), json.loads((golden / f"{name}_loss.json").read_text())["losses"]
+    model = DETECTORS[name.split("_")[0]]("tiny8", 80, 64)
+    maps = {k: [torch.from_numpy(z[f"{k}_{i}"]) for i in range(5)] if f"{k}_0" in z else [] for k in ("cls", "reg", "ctr")}
+    for key, terms in theirs.items():
+        variant, case = key.split("_")
+        ours, _ = losses_and_gradients(model, maps, torch.tensor(SIZES[variant]), *ground_truth(golden, case))
+        for term, levels in terms.items():
+            assert float(ours[NAME_OF[term]]) == pytest.approx(sum(levels), rel=2e-6, abs=1e-7), (key, term)
+
+
+def mmdet_name(ours):
+    """Inverse of from_mmdet for the parameters of R18/R50 GFL and ATSS."""
+    for a, b in (("body.stages.", "backbone."), ("fpn.inner_blocks.", "neck.lateral_convs."), ("fpn.layer_blocks.", "neck.fpn_convs."),
+                 ("fpn.extra_blocks.p6.", "neck.fpn_convs.3.conv."), ("fpn.extra_blocks.p7.", "neck.fpn_convs.4.conv."),
+                 ("head.cls_tower.", "bbox_head.cls_convs."), ("head.reg_tower.", "bbox_head.reg_convs.")):
+        if ours.startswith(a):
+            rest = ours[len(a):]
+            if "lateral" in b or b.endswith("fpn_convs."):
+                rest = rest.replace(".0.", ".conv.", 1)
+            return b + rest.replace("norm.", "gn.") if "tower" in a else b + rest
+    if ours.startswith("head.scales."):
+        return "bbox_head." + ours.removeprefix("head.") + ".scale"
+    return ours
+
+
+def check_gradients(model, total, theirs, kind):
+    total.backward()
+    checked = 0
+    for ours, p in model.named_parameters():
+        key = mmdet_name(ours)
+        for part, name in (("cls_pred", f"{kind}_cls"), ("reg_pred", f"{kind}_reg"), ("ctr_pred", f"{kind}_centerness")):
+            key = key.replace(f"head.{part}.", f"bbox_head.{name}.")
+        if key in theirs:
+            assert float(p.grad.norm()) == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("name", ["gfl_r50", "atss_r50"])
+@pytest.mark.parametrize("key", ["full_A", "own_B"])
+def test_gradient_of_every_trained_parameter_equals_mmdet(golden, fill, name, key):
+    theirs = json.loads((golden / f"{name}_loss.json").read_text())["grad_norms"][key]
+    model, (variant, case) = build(golden, fill, name).double(), key.split("_")
+    boxes, labels = ground_truth(golden, case)
+    losses, _ = losses_and_gradients(model, model(images(fill).double())[0], torch.tensor(SIZES[variant]), boxes, labels)
+    assert check_gradients(model, sum(losses.values()), theirs, name.split("_")[0]) == len(theirs)
+
+
+def crosskd_args(**changes):
+    a = crosskd.parse_args([])
+    crosskd.fill_defaults(a, "gfl")
+    return argparse.Namespace(**{**vars(a), **changes})
+
+
+@pytest.fixture(scope="module")
+def pair(golden, fill):
+    return build(golden, fill, "gfl_r18", "student.").double(), build(golden, fill, "gfl_r50").double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("align, suffix", [("post", ""), ("pre", "_hold_before_relu")])
+def test_cross_head_predictions_and_losses_equal_the_authors(golden, fill, pair, align, suffix):
+    student, teacher = pair
+    z = np.load(golden / "crosskd_gfl_r50_r18.npz")
+    theirs = json.loads((golden / "crosskd_gfl_r50_r18.json").read_text())
+    a = crosskd_args(align=align)
+    with torch.no_grad():
+        s, t = (net(images(fill).double(), (3,), align == "pre") for net in (student, teacher))
+        cross, target = strategy_predictions(a, student, teacher, s, t)
+    assert target is t[0]
+    for group, maps in (("stu", s[0]), ("tea", t[0]), (f"reused{suffix}", cross)):
+        step = int(np.atleast_1d(z[f"{group}_step"])[0]) if f"{group}_step" in z else None
+        for key in ("cls", "reg"):
+            for level in range(5):
+                golden_map = z[f"{group}_{key}_{level}"]
+                n = step or round(maps[key][level].shape[-1] / golden_map.shape[-1])
+                ours = maps[key][level][:, :, ::n, ::n].numpy() if level == 0 else maps[key][level].numpy()
+                assert np.abs(ours - golden_map).max() <= 5e-6 * golden_map.std(), (group, key, level)
+    for key, terms in theirs[f"losses{suffix}"].items():
+        variant, case = key.split("_")
+        single = {k: [m.float() for m in v] for k, v in s[0].items()}
+        ours, targets = losses_and_gradients(student, single, torch.tensor(SIZES[variant]), *ground_truth(golden, case))
+        flat = lambda maps: student.flatten({k: [m.float() for m in v] for k, v in maps.items()})
+        ours.update(kd_losses(student, flat(cross), flat(t[0]), targets, a))
+        for term, levels in terms.items():
+            name = {"loss_cls_kd": "kd_cls", "loss_reg_kd": "kd_box", **NAME_OF}[term]
+            assert float(ours[name]) == pytest.approx(sum(levels), rel=2e-6, abs=1e-7), (key, term)
+
+
+@pytest.mark.parametrize("key", ["full_A", "own_B"])
+def test_gradient_of_the_whole_crosskd_loss_equals_the_authors(golden, fill, pair, key):
+    student, teacher = pair
+    student.zero_grad()
+    variant, case = key.split("_")
+    boxes, labels = ground_truth(golden, case)
+    model = Distiller(student, teacher, crosskd_args()).eval()
+    student.normalise = teacher.normalise = lambda x, sizes: x  # the golden images are normalised already
+    batch = dict(images=images(fill).double(), sizes=torch.tensor(SIZES[variant]), boxes=boxes, labels=labels)
+    theirs = json.loads((golden / "crosskd_gfl_r50_r18.json").read_text())["grad_norms"][key]
+    assert check_gradients(student, sum(model(batch).values()), theirs, "gfl") == len(theirs)

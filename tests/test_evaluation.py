@@ -1,0 +1,232 @@
+"""common/evaluation.py against the COCO API's own published output, and small scenes whose AP is known."""
+import copy
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.evaluation import COCO_STATS, class_table, coco_evaluate, gather, to_coco_results
+from conftest import ROOT, SHARED
+
+
+@pytest.fixture(scope="module")
+def reference():
+    path = SHARED / "data" / "eval_reference" / "coco_val2014_100"
+    if not path.exists():
+        pytest.skip(f"the COCO API's sample results are not here: {path}")
+    return path
+
+
+def printed_numbers(path, kind):
+    """The twelve numbers after "type=kind", in the order of COCO_STATS."""
+    section = path.read_text().split(f"type={kind}")[1].split("-----")[0]
+    numbers = [float(v) for v in re.findall(r"maxDets= *\d+ \] = (-?[\d.]+)", section)]
+    assert len(numbers) == 12
+    return numbers
+
+
+def scene(boxes, classes=("cat", "dog"), images=3, size=200, **extra):
+    """Ground truth dict. boxes: (image, category, xywh)."""
+    return dict(images=[dict(id=i, width=size, height=size, file_name=f"{i}.jpg") for i in range(1, images + 1)],
+                categories=[dict(id=10 * k + 1, name=name) for k, name in enumerate(classes)],
+                annotations=[dict(dict(id=n, image_id=i, category_id=c, bbox=list(b), area=b[2] * b[3], iscrowd=0), **extra)
+                             for n, (i, c, b) in enumerate(boxes, 1)])
+
+
+def found(image, category, box, score):
+    return dict(image_id=image, category_id=category, bbox=list(box), score=score)
+
+
+# ------------------------------------------------------------------ published numbers
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_twelve_published_numbers_of_the_coco_api(reference, kind):
+    results = json.loads((reference / f"instances_val2014_fake{kind}100_results.json").read_text())
+    stats = coco_evaluate(reference / "instances_val2014_100.json", results, kind)
+    expected = printed_numbers(reference / "val2014_fake_eval_res.txt", kind)
+    assert expected[0] == {"bbox": 0.505, "segm": 0.320}[kind]
+    assert [round(stats[name] / 100, 3) for name in COCO_STATS] == expected
+    present = [v["AP"] for v in stats["classes"].values() if v["AP"] >= 0]
+    assert len(stats["classes"]) == 80 and sum(present) / len(present) == pytest.approx(stats["AP"], abs=1e-9)
+
+
+def test_order_of_the_images_does_not_matter_on_the_published_sample(reference):
+    """As if the images came from several processes: their order changes, the order within an image does not (it holds equal scores)."""
+    truth = json.loads((reference / "instances_val2014_100.json").read_text())
+    results = json.loads((reference / "instances_val2014_fakebbox100_results.json").read_text())
+    first = coco_evaluate(truth, copy.deepcopy(results))
+    images = sorted({r["image_id"] for r in results})
+    random.Random(0).shuffle(images)
+    shuffled = sorted(results, key=lambda r: images.index(r["image_id"]))
+    assert shuffled != results
+    assert coco_evaluate(truth, shuffled) == first
+
+
+# ------------------------------------------------------------------ small scenes
+
+BOXES = [(1, 1, (10, 10, 50, 50)), (1, 11, (100, 100, 40, 60)), (2, 1, (20, 20, 30, 30))]
+
+
+def test_perfect_detections_score_100():
+    stats = coco_evaluate(scene(BOXES), [found(i, c, b, 0.9) for i, c, b in BOXES])
+    assert stats["AP"] == stats["AP50"] == stats["AP75"] == stats["AR100"] == pytest.approx(100)
+    assert stats["classes"] == {"cat": dict(AP=pytest.approx(100), AP50=pytest.approx(100)),
+                                "dog": dict(AP=pytest.approx(100), AP50=pytest.approx(100))}
+
+
+def test_no_results_score_zero():
+    stats = coco_evaluate(scene(BOXES), [])
+    assert all(stats[k] == 0 for k in ("AP", "AP50", "AP75", "AR1", "AR10", "AR100"))
+    assert stats["APl"] == stats["ARl"] == -1  # no large object; the three are small and medium
+    assert stats["classes"] == {"cat": dict(AP=0, AP50=0), "dog": dict(AP=0, AP50=0)}
+
+
+def test_class_without_ground_truth_is_minus_one_and_a_dash_and_not_in_the_mean():
+    truth = scene(BOXES, ("cat", "dog", "unicorn"))
+    stats = coco_evaluate(truth, [found(i, c, b, 0.9) for i, c, b in BOXES if c == 1] + [found(3, 21, (5, 5, 50, 50), 0.99)])
+    assert stats["classes"]["unicorn"] == dict(AP=-1, AP50=-1)
+    assert stats["AP"] == pytest.approx(50)  # cat 100, dog 0
+    lines = class_table(stats, columns=2).splitlines()
+    assert len(lines) == 3 and lines[0].count("class") == 2
+    assert re.fullmatch(r"cat +100\.0 100\.0 \| dog +0\.0 +0\.0", lines[1])
+    assert re.fullmatch(r"unicorn +- +-", lines[2])
+    assert len({line.index("|") for line in lines[:2]}) == 1
+
+
+def test_class_table_is_narrow_for_few_classes():
+    stats = dict(classes={"a very long name of more than 22 letters": dict(AP=12.34, AP50=56.78)})
+    assert class_table(stats) == "class                     AP  AP50\na very long name of mo  12.3  56.8"
+
+
+def test_scene_without_any_object_is_minus_one():
+    stats = coco_evaluate(scene([]), [found(1, 1, (5, 5, 50, 50), 0.9)])
+    assert stats["AP"] == stats["AP50"] == stats["AR100"] == -1
+    assert coco_evaluate(scene([]), [])["AP"] == -1
+
+
+def test_iou_of_exactly_one_half_counts():
+    truth = scene([(1, 1, (0, 0, 100, 100))])
+    at = coco_evaluate(truth, [found(1, 1, (0, 0, 100, 50), 0.9)])
+    assert at["AP50"] == pytest.approx(100) and at["AP75"] == 0 and at["AP"] == pytest.approx(10)
+    assert at["classes"]["cat"] == dict(AP=pytest.approx(10), AP50=pytest.approx(100))
+    assert coco_evaluate(truth, [found(1, 1, (0, 0, 100, 49.9), 0.9)])["AP50"] == 0
+
+
+def test_ap_of_a_known_precision_recall_curve():
+    """Two objects; scores order hit, miss, hit: precision 1 up to recall .5 (51 points), 2/3 beyond (50 points)."""
+    truth = scene([(1, 1, (10, 10, 50, 50)), (2, 1, (10, 10, 50, 50))])
+    results = [found(1, 1, (10, 10, 50, 50), 0.9), found(1, 1, (120, 120, 50, 50), 0.8), found(2, 1, (10, 10, 50, 50), 0.7)]
+    stats = coco_evaluate(truth, results)
+    assert stats["AP50"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101, abs=1e-6)
+    assert stats["AR1"] == pytest.approx(100) and stats["APm"] == stats["AP"]
+
+
+def test_crowd_region_neither_counts_nor_punishes():
+    truth = scene([(1, 1, (10, 10, 50, 50))])
+    truth["annotations"].append(dict(id=9, image_id=1, category_id=1, bbox=[100, 100, 90, 90], area=8100, iscrowd=1,
+                                     segmentation=dict(size=[200, 200], counts=[0, 40000])))
+    stats = coco_evaluate(truth, [found(1, 1, (10, 10, 50, 50), 0.8), found(1, 1, (110, 110, 20, 20), 0.9)])
+    assert stats["AP"] == pytest.approx(100)
+
+
+def test_order_of_results_with_different_scores_does_not_matter():
+    truth = scene([(i, c, (10 + 20 * c % 70, 10, 50, 50)) for i in (1, 2, 3) for c in (1, 11)])
+    g = random.Random(1)
+    results = [found(i, c, (10 + 20 * c % 70 + g.randint(0, 30), 10, 50, 50), round(0.9 - 0.01 * k, 2))
+               for k, (i, c) in enumerate(g.choices([(i, c) for i in (1, 2, 3) for c in (1, 11)], k=30))]
+    first = coco_evaluate(truth, copy.deepcopy(results))
+    assert 5 < first["AP"] < 95
+    for seed in range(3):
+        random.Random(seed).shuffle(results)
+        assert coco_evaluate(truth, copy.deepcopy(results)) == first
+
+
+def test_equal_scores_of_one_image_rank_in_list_order_as_in_the_coco_api():
+    """The published sample has such ties; breaking them by another rule would miss its numbers."""
+    truth = scene([(1, 1, (10, 10, 50, 50))])
+    hit, miss = found(1, 1, (10, 10, 50, 50), 0.5), found(1, 1, (120, 120, 50, 50), 0.5)
+    assert coco_evaluate(truth, [dict(hit), dict(miss)])["AP"] == pytest.approx(100)
+    assert coco_evaluate(truth, [dict(miss), dict(hit)])["AP"] == pytest.approx(50)
+
+
+def test_order_of_images_with_equal_scores_does_not_matter():
+    truth = scene([(1, 1, (10, 10, 50, 50)), (2, 1, (10, 10, 50, 50)), (3, 1, (10, 10, 50, 50))])
+    results = [found(1, 1, (10, 10, 50, 50), 0.5), found(2, 1, (120, 120, 50, 50), 0.5), found(3, 1, (10, 10, 50, 50), 0.5)]
+    forward = coco_evaluate(truth, copy.deepcopy(results))
+    assert 0 < forward["AP"] < 100
+    assert coco_evaluate(truth, [copy.deepcopy(results[k]) for k in (1, 2, 0)]) == forward
+
+
+def test_evaluating_twice_gives_the_same_from_a_path_or_a_dict(tmp_path):
+    truth, results = scene(BOXES), [found(i, c, (b[0] + 4, *b[1:]), 0.9) for i, c, b in BOXES]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    first = coco_evaluate(tmp_path / "truth.json", results)
+    assert coco_evaluate(truth, results) == coco_evaluate(truth, results) == coco_evaluate(str(tmp_path / "truth.json"), results) == first
+    assert 0 < first["AP"] < 100
+
+
+def test_evaluation_prints_nothing(capsys):
+    coco_evaluate(scene(BOXES), [found(1, 1, (10, 10, 50, 50), 0.9)])
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------ result records
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_are_xywh_with_the_dataset_category_ids_and_plain_values(dtype):
+    boxes = torch.tensor([[10.0, 20, 40, 60], [1, 2, 3.5, 4]], dtype=dtype)
+    records = to_coco_results(42, boxes, torch.tensor([0.75, 0.25]), torch.tensor([2, 0]), [1, 13, 90])
+    assert records == [dict(image_id=42, category_id=90, bbox=[10, 20, 30, 40], score=0.75),
+                       dict(image_id=42, category_id=1, bbox=[1, 2, 2.5, 2], score=0.25)]
+    assert json.loads(json.dumps(records)) == records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_making_results_leaves_the_boxes_alone(dtype):
+    boxes = torch.tensor([[10.0, 20, 40, 60]], dtype=dtype)
+    to_coco_results(1, boxes, torch.tensor([0.5]), torch.tensor([0]), [1])
+    assert boxes.tolist() == [[10, 20, 40, 60]]
+
+
+def test_results_of_an_image_without_detections_are_empty():
+    assert to_coco_results(1, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), [1]) == []
+
+
+# ------------------------------------------------------------------ processes
+
+GATHER = """
+import json, sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from common.evaluation import gather
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=3)
+mine = [dict(image_id=10 * rank + k, bbox=[rank + 0.5]) for k in range((3, 0, 2)[rank])]
+whole, nothing = gather(mine), gather([])
+print(json.dumps([whole, nothing, len(mine)]))
+dist.destroy_process_group()
+"""
+
+
+def test_gather_gives_every_record_once_to_rank_0_and_none_to_the_others(tmp_path):
+    code = GATHER.format(root=str(ROOT), store=tmp_path / "store")
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "GLOO_SOCKET_IFNAME": "lo"}) for rank in range(3)]
+    try:
+        replies = [p.communicate(timeout=60) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0, 0], replies
+    (whole, nothing, _), *others = [json.loads(out) for out, _ in replies]
+    assert [r["image_id"] for r in whole] == [0, 1, 2, 20, 21] and whole[3]["bbox"] == [2.5]
+    assert nothing == []
+    assert others == [[None, None, 0], [None, None, 2]]
+
+
+def test_gather_without_processes_is_the_list_itself():
+    assert gather([1, 2]) == [1, 2] and gather([]) == []

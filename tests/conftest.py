@@ -1,3 +1,5 @@
+import faulthandler
+import os
 import sys
 from pathlib import Path
 
@@ -6,6 +8,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure(config):
+    config.stderr = os.fdopen(os.dup(2), "w")  # the real one, before pytest captures it
+
+
+@pytest.fixture(autouse=True)
+def no_test_hangs(request):
+    """A test that has not ended after ten minutes ends the whole run, with the stack of every thread."""
+    faulthandler.dump_traceback_later(600, exit=True, file=request.config.stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

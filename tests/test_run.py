@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -55,19 +54,16 @@ def test_milestones_and_a_short_warmup_multiply():
 
 # ------------------------------------------------------------------ saving
 
-def in_child(action):
-    """Run in a forked child; returns the wait status. The child never comes back into pytest."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        finally:
-            os._exit(99)
-    return os.waitpid(pid, 0)[1]
-
-
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
+def in_child(code, folder):
+    """Run `code` in a new python inside `folder`; returns its exit status, negative for a signal. Not os.fork: OpenMP's threads do
+    not survive it, and the first large tensor operation of the child then waits for them for ever."""
+    setup = f"""
+import io, os, resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from common.run import UserError, save_checkpoint
+"""
+    return subprocess.run([sys.executable, "-c", setup + code], cwd=folder, timeout=120).returncode
 
 
 def write_half(state, f):
@@ -91,15 +87,19 @@ def test_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, moment):
     path = tmp_path / "last.pt"
     save_checkpoint(dict(it=1, w=torch.arange(1000)), path)
 
-    def child():
-        if moment == "half written":
-            torch.save = lambda state, f: (write_half(state, f), kill_self())
-        else:
-            os.replace = lambda *_: kill_self()
-        save_checkpoint(dict(it=2, w=torch.arange(100000)), path)
-
-    status = in_child(child)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    if moment == "half written":
+        code = f"""
+def save(state, f):
+    buffer = io.BytesIO()
+    torch.serialization.save(state, buffer)
+    f.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
+    f.flush()
+    {kill}
+torch.save = save"""
+    else:
+        code = f"os.replace = lambda *_: {kill}"
+    assert in_child(code + "\nsave_checkpoint(dict(it=2, w=torch.arange(100000)), 'last.pt')", tmp_path) == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 2  # the kill did come after the writing began
     assert load_checkpoint(path)["it"] == 1
     save_checkpoint(dict(it=3), path)
@@ -127,16 +127,14 @@ def test_writing_past_a_real_size_limit_is_a_user_error(tmp_path):
     path, note = tmp_path / "last.pt", tmp_path / "note.txt"
     save_checkpoint(dict(it=1), path)
 
-    def child():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        try:
-            save_checkpoint(dict(it=2, w=torch.zeros(1_000_000)), path)
-        except UserError as e:
-            note.write_text(str(e))
-            os._exit(0)
-
-    assert in_child(child) == 0
+    assert in_child("""
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    save_checkpoint(dict(it=2, w=torch.zeros(1_000_000)), os.path.abspath("last.pt"))
+except UserError as e:
+    open("note.txt", "w").write(str(e))
+""", tmp_path) == 0
     text = note.read_text()
     assert str(path) in text and "previous one is intact" in text and "\n" not in text
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "note.txt"] and load_checkpoint(path)["it"] == 1

@@ -91,7 +91,7 @@ def test_default_size_has_the_plain_name_and_existing_dataset_returns_at_once(ro
 
 
 def test_two_processes_at_once_end_with_one_complete_dataset(small, tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork does not survive OpenMP threads
     workers = [context.Process(target=make_shapes, args=(tmp_path,), kwargs=dict(train=48, val=24)) for _ in range(2)]
     for w in workers:
         w.start()

@@ -1,4 +1,5 @@
 """What a run needs around its method: processes, schedules, checkpoints, downloads, logs and pictures."""
+import ctypes
 import hashlib
 import json
 import math
@@ -31,9 +32,20 @@ def init_ddp():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def keep_memory():
+    """CPU runs: keep freed memory in the process. glibc returns each large tensor to the kernel, which hands its pages out anew,
+    zeroed, at the next step: 10 to 30 % of a training step here (tests/bench_crosskd.py). Does nothing where libc is another."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: large blocks come from the heap, too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def reduce_mean(x, at_least=0.0):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import crosskd  # noqa: E402
 from common.datasets import CocoDataset, find_coco, train_loader  # noqa: E402
 from common.evaluation import coco_evaluate  # noqa: E402
+from common.run import init_ddp  # noqa: E402
 
 HEIGHT, WIDTH, BATCH = 320, 480, 2
 
@@ -132,7 +133,7 @@ def bench_data(images=5000, per_image=100):
 def bench_memory():
     """Each configuration in a process of its own (Linux; getrusage would report the parent's peak if that is higher)."""
     for name, method in (("plain", "none"), ("CrossKD", "crosskd")):
-        code = ("import sys; sys.path.insert(0, 'tests'); import bench_crosskd as b, crosskd\n"
+        code = ("import sys; sys.path.insert(0, 'tests'); import bench_crosskd as b, crosskd; crosskd.init_ddp()\n"
                 "teacher = crosskd.GFL('r50').eval() if sys.argv[1] != 'none' else None\n"
                 "b.step_of(crosskd.Distiller(b.our_student('gfl', 'r18'), teacher, b.arguments('gfl', '--method', sys.argv[1])).train(), b.batch_of())()\n"
                 "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])")
@@ -173,6 +174,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--quick", action="store_true", help="3 repetitions and 500 evaluation images instead of 9 and 5000")
     quick = p.parse_args().quick
+    init_ddp()  # as the scripts do; it also sets how the CPU's memory is kept
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         bench_gpu(3 if quick else 9)

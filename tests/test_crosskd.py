@@ -50,6 +50,16 @@ def test_quality_focal_kd_by_hand():
     assert quality_focal_kd(z, z, beta=0.0).min() > 0  # plain BCE is not zero where both agree
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+def test_quality_focal_kd_equals_the_formula_and_its_gradient_the_numerical_one(beta):
+    g = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(7, 5, dtype=torch.float64, generator=g) * 3 for _ in range(2))
+    q, p = s.sigmoid(), t.sigmoid()
+    want = (q - p).abs() ** beta * -(p * q.log() + (1 - p) * (1 - q).log())
+    torch.testing.assert_close(quality_focal_kd(s, t, beta), want, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(lambda x: quality_focal_kd(x, t, beta), s.requires_grad_())
+
+
 def test_quality_focal_kd_modulating_factor_carries_gradient_and_teacher_does_not():
     s, t = torch.tensor([0.3], requires_grad=True), torch.tensor([1.2], requires_grad=True)
     quality_focal_kd(s, t).sum().backward()

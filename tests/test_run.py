@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import random
 import re
 import signal
@@ -457,6 +458,27 @@ def test_plain_python_is_rank_0_of_1(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     rank, world, device = init_ddp()
     assert (rank, world) == (0, 1) and device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_large_tensors_are_allocated_without_new_page_faults():
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import resource, torch
+from common.run import init_ddp
+torch.set_num_threads(1)
+for kept in (False, True):
+    if kept:
+        init_ddp()
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)  # 64 MB
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    env = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
+    plain, kept = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split())
+    assert kept < plain / 10 or plain < 100  # < 100: huge pages
 
 
 def test_reduce_mean_of_one_process_is_a_detached_copy():

@@ -54,7 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from tqdm import tqdm
 
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     # data
     p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
     p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
-                   "(default 800; FCOS 640,800; shapes 72-120)")
+                   "(default 800; FCOS 640,800; shapes 72-120; --eval, --predict: as trained)")
     p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
     # model
     p.add_argument("--teacher", help="zoo name (gfl_r101 ...), mmdetection .pth or our .pt (default gfl_r101; shapes: trained on demand)")
@@ -448,7 +448,7 @@ class Detector(nn.Module):
             prior, label = torch.cat(picked).unbind(1)
             boxes = self.decode(out["reg"][b, prior], priors[prior], strides[prior])
             h, w = sizes[b].tolist()
-            boxes = torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h), boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)
+            boxes = clip_boxes_to_image(boxes, (h, w))
             score = scores[b, prior, label]
             if self.ctr:
                 score = score * out["ctr"][b, prior].sigmoid()
@@ -520,7 +520,7 @@ class FCOS(Detector):
         return grid_points(level_sizes, STRIDES, 0.5, device)
 
     def match(self, priors, counts, gt_boxes, valid, inside):  # padding is background here, not ignored
-        ranges = priors.new_tensor(self.ranges).repeat_interleave(torch.tensor(counts, device=priors.device), 0, output_size=sum(counts))
+        ranges = torch.cat([priors.new_tensor([r]).expand(n, 2) for r, n in zip(self.ranges, counts)])
         return assign_fcos(priors, ranges, gt_boxes, valid)
 
     def decode(self, reg, priors, strides):
@@ -592,7 +592,7 @@ def distribution_focal_loss(logits, target):
 
 
 class QualityFocal(torch.autograd.Function):
-    """Eq. 7 with its derivative by hand: autograd would keep eight maps of a RetinaNet's 16 million scores per image, this keeps one.
+    """Eq. 7 with its derivative by hand: of a RetinaNet's 16 million scores an image, autograd would keep eight maps, this keeps one.
 
     With q = sigmoid(x), d = |q - t|:  dL/dx = d^beta (q - t) + beta d^(beta - 1) sign(q - t) q (1 - q) BCE(q, t).
     """
@@ -776,7 +776,8 @@ class Distiller(nn.Module):
             losses.update(ld_losses(out, teach, targets, a.kd_branches))
         if "pkd" in self.parts:
             after_relu = lambda held, k: [x.relu() for x in held[k, 3]]
-            places = [(s[1], t[1])] if a.pkd_at == "neck" else [(after_relu(s[2], k), after_relu(t[2], k)) for k in a.pkd_at.split("+")]
+            places = [(s[1], t[1])] if a.pkd_at == "neck" else [
+                (after_relu(s[2], k), after_relu(t[2], k)) for k in a.pkd_at.split("+")]
             losses["pkd"] = self.pkd_weight * sum(pkd_loss(x, y, a.sync_stats) for x, y in places)
         if "fitnet" in self.parts:  # Eq. 1 with D = squared error and S = 1; weight 2 as in LD's code
             losses["fitnet"] = 2.0 * sum(F.mse_loss(fp32(x), fp32(y)) for x, y in zip(s[1], t[1]))
@@ -862,7 +863,8 @@ def infer_arch(state, where):
     cls = [k for k in state if re.fullmatch(r"bbox_head\.(gfl|atss|conv|fcos|retina)_cls\.bias", k)]
     if not cls:
         raise UserError(f"{where}: neither ours nor an mmdetection GFL, ATSS, FCOS or RetinaNet checkpoint")
-    kind = {"gfl": "gfl", "atss": "atss", "conv": "fcos", "fcos": "fcos", "retina": "retinanet"}[cls[0].split(".")[1].split("_")[0]]
+    prefix = cls[0].removeprefix("bbox_head.").split("_")[0]
+    kind = {"conv": "fcos", "retina": "retinanet"}.get(prefix, prefix)
     if "backbone.patch_embed.projection.weight" in state:
         backbone = "swint"
     elif "backbone.layer7.0.linear_conv.conv.weight" in state:
@@ -884,10 +886,12 @@ def load_strict(model, state, where):
     own = model.state_dict()
     optional = {k for k in own if k.endswith(("relative_position_index", "num_batches_tracked")) and k not in state}
     missing, surplus = [k for k in own if k not in state and k not in optional], [k for k in state if k not in own]
-    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if missing or surplus or shape:
-        raise UserError(f"{where}: does not fit {model.arch['kind']}_{model.arch['backbone']}: " + "; ".join(
-            f"{len(keys)} {what} (first {keys[0]})" for keys, what in ((missing, "missing"), (surplus, "unexpected"), (shape, "of another shape")) if keys))
+    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+             if k in state and state[k].shape != own[k].shape]
+    wrong = {"missing": missing, "unexpected": surplus, "of another shape": shape}
+    if any(wrong.values()):
+        raise UserError(f"{where}: does not fit {model.arch['kind']}_{model.arch['backbone']}: " +
+                        "; ".join(f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys))
     model.load_state_dict({**{k: own[k] for k in optional}, **state})
 
 
@@ -911,7 +915,8 @@ def load_detector(spec, flag="--weights"):
         arch, state, classes = checkpoint["arch"], checkpoint["model"], checkpoint["classes"]
     else:
         meta = checkpoint.get("meta") or {}
-        state, classes = checkpoint.get("state_dict", checkpoint), meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
+        state = checkpoint.get("state_dict", checkpoint)
+        classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
         arch = infer_arch(state, f"{flag} {path}")
         state, config = from_mmdet(state), str(meta.get("config", ""))
         caffe = arch["kind"] == "fcos"  # what the keys cannot tell: these variants have the same names and shapes
@@ -919,6 +924,7 @@ def load_detector(spec, flag="--weights"):
             if setting in config:
                 raise UserError(f"{flag} {path}: its config has {setting}, which this script's {arch['kind']} does not")
     model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
+    model.arch = arch
     load_strict(model, state, f"{flag} {path}")
     return model.eval(), classes
 
@@ -927,7 +933,8 @@ def check_pair(teacher, classes_of_teacher, student, classes):
     """The teacher's head must be able to read the student's features, and both must mean the same by class k."""
     for what in ("kind", "channels", "num_classes"):
         if teacher.arch[what] != student.arch[what]:
-            raise UserError(f"--teacher has {what} {teacher.arch[what]}, --student {student.arch[what]}: CrossKD needs the same")
+            raise UserError(f"--teacher has {what} {teacher.arch[what]}, --student {student.arch[what]}: "
+                            "CrossKD needs the same")
     check_classes(classes_of_teacher, teacher.num_classes, classes, "--teacher")
 
 
@@ -948,8 +955,8 @@ def make_data(args, kind="gfl"):
         root = make_shapes() if args.data == "shapes" else args.data
     except FileExistsError as e:
         raise UserError(e) from None
-    size = args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
-    return CocoDataset(*find_coco(root, "train"), True, size), CocoDataset(*find_coco(root, "val"), False, size)
+    args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
+    return [CocoDataset(*find_coco(root, split), split == "train", args.image_size) for split in ("train", "val")]
 
 
 def to_device(batch, device):
@@ -962,8 +969,10 @@ def fill_defaults(args, kind, teacher_backbone=None, backbone="r50"):
     """Defaults that depend on the detector: the paper's schedule, or the small one for shapes."""
     shapes = args.data == "shapes"
     long = kind == "fcos" or (kind == "retinanet" and (teacher_backbone, backbone) == ("r101", "r50"))
-    defaults = dict(kd_layer=DETECTORS[kind].kd_layer, epochs=6 if shapes else 24 if long else 12, batch_size=16 if shapes else 2,
-                    lr=0.002 if shapes else 0.01, optimizer="adamw" if shapes else "sgd", init="none" if shapes else "imagenet", method="crosskd")
+    defaults = dict(method="crosskd", kd_layer=DETECTORS[kind].kd_layer, epochs=24 if long else 12, batch_size=2, lr=0.01,
+                    optimizer="sgd", init="imagenet")
+    if shapes:
+        defaults.update(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="none")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1011,6 +1020,7 @@ def train(args, rank, world, device):
         start, _ = load_detector(args.init, "--init")
         load_strict(student, start.state_dict(), f"--init {args.init}")
         student.freeze()
+    student.arch["image_size"] = args.image_size  # --eval and --predict see the images as training did
     if teacher:
         check_pair(teacher, teacher_classes, student, data.classes)
         teacher.to(device)
@@ -1043,14 +1053,16 @@ def train(args, rank, world, device):
         for g, (base_lr, weight_decay) in zip(optimizer.param_groups, fresh):  # --resume --lr 0.005 is meant
             g.update(base_lr=base_lr, weight_decay=weight_decay)
         if state["total_batch"] != total_batch:
-            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
+            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, "
+                            f"this command has {total_batch}")
         it, best = state["it"], state["best"]
         set_rng_state(state["rng"])
     if rank == 0:
         n = [sum(p.numel() for p in student.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"student {args.student}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher if teacher else '-'} | method {args.method}"
-              f" i={args.kd_layer} | {len(data)} images, {len(data.classes)} classes, dropped {data.dropped} | batch {args.batch_size} x {world}"
-              f" x {args.accumulate} = {total_batch} | lr {args.lr:g} at 16 -> {lr:g} | {args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
+        print(f"student {args.student}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher if teacher else '-'} | "
+              f"method {args.method} i={args.kd_layer} | {len(data)} images, {len(data.classes)} classes, dropped {data.dropped} | "
+              f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at 16 -> {lr:g} | "
+              f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
     def save_last():
         if rank == 0:
@@ -1094,7 +1106,8 @@ def train(args, rank, world, device):
             metrics, evaluated = evaluate(student, val, rank, world, device, args, out if last else None), True
             student.train()
             if rank == 0:
-                log.write(dict(it=it, epoch=epoch + 1, **{k: v for k, v in metrics.items() if k != "classes"}), eval_line(epoch + 1, metrics))
+                numbers = {k: v for k, v in metrics.items() if k != "classes"}
+                log.write(dict(it=it, epoch=epoch + 1, **numbers), eval_line(epoch + 1, metrics))
                 if metrics["AP"] > best:
                     best = metrics["AP"]
                     save_checkpoint(weights_of(student, data.classes), out / "best.pt")
@@ -1116,7 +1129,8 @@ def weights_of(model, classes):
 
 
 def eval_line(epoch, m):
-    return f"ep {epoch:02d} eval {m['images']} images | " + " ".join(f"{k} {m[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")) + f" | {m['seconds']:.0f}s"
+    numbers = " ".join(f"{k} {m[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+    return f"ep {epoch:02d} eval {m['images']} images | {numbers} | {m['seconds']:.0f}s"
 
 
 # ================================================================== evaluate, predict
@@ -1128,7 +1142,8 @@ def run_detector(model, batch, device, args):
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model(model.normalise(batch["images"], batch["sizes"]))[0]
     found = []
-    for (boxes, scores, labels), size, (h, w) in zip(model.detect(maps, batch["sizes"]), batch["sizes"], batch["original_sizes"]):
+    for (boxes, scores, labels), size, (h, w) in zip(
+            model.detect(maps, batch["sizes"]), batch["sizes"], batch["original_sizes"]):
         found.append((boxes * (boxes.new_tensor([w, h]) / size.flip(0)).repeat(2), scores, labels))
     return found
 
@@ -1158,7 +1173,7 @@ def predict(args, device):
     model, classes = load_detector(args.weights)
     model.to(device)
     classes = classes or [f"class {k}" for k in range(model.num_classes)]
-    size = max(parse_image_size(args.image_size or ("120" if args.data == "shapes" else "800")))
+    size = max(parse_image_size(args.image_size or model.arch.get("image_size") or "800"))
     out, answer = Path(args.out), {}
     out.mkdir(parents=True, exist_ok=True)
     paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
@@ -1168,13 +1183,15 @@ def predict(args, device):
     for number, path in enumerate(tqdm(paths, desc="predict")):
         original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
         image, (h, w) = resize(original, size)
-        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=original.shape[1:])
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
+                    original_size=original.shape[1:])
         (boxes, scores, labels), = run_detector(model, collate([item]), device, args)
         keep = scores > args.score
         boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
         answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
                              zip(boxes.tolist(), scores.tolist(), labels.tolist())]
-        torchvision.io.write_jpeg(draw_boxes(original, boxes, labels, classes, scores), str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+        picture = draw_boxes(original, boxes, labels, classes, scores)
+        torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
     (out / "predictions.json").write_text(json.dumps(answer, indent=1))
     print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
 
@@ -1210,7 +1227,8 @@ def shapes_table(args, rank, world, device):
     rows.append((f"teacher {teacher.arch['kind']}_{teacher.arch['backbone']}", metrics, time.time() - since))
     for method, name in (("none", "student alone"), ("crosskd", "student with CrossKD")):
         since, out = time.time(), Path(args.out) / method
-        run = argparse.Namespace(**{**vars(args), "method": method, "out": str(out), "resume": args.resume and (out / "last.pt").exists()})
+        resume = args.resume and (out / "last.pt").exists()
+        run = argparse.Namespace(**{**vars(args), "method": method, "out": str(out), "resume": resume})
         rows.append((name, train(run, rank, world, device), time.time() - since))
     if rank == 0:
         print(f"\nshapes, 300 validation images     AP  AP50  AP75   seconds")
@@ -1224,6 +1242,7 @@ def main():
         rank, world, device = init_ddp()
         if args.eval:
             model, classes = load_detector(args.eval, "--eval")
+            args.image_size = args.image_size or model.arch.get("image_size")
             _, val = make_data(args, model.arch["kind"])
             check_classes(classes, model.num_classes, val.classes, f"--eval {args.eval}")
             metrics = evaluate(model.to(device), val, rank, world, device, args, Path(args.out))

@@ -40,8 +40,8 @@ def init_ddp():
 
 
 def keep_memory():
-    """CPU runs: keep freed memory in the process. glibc returns each large tensor to the kernel, which hands its pages out anew,
-    zeroed, at the next step: 10 to 30 % of a training step here (tests/bench_crosskd.py). Does nothing where libc is another."""
+    """CPU runs: keep freed memory in the process. glibc returns each large tensor to the kernel, which hands its pages
+    out anew, zeroed, at the next step: 10 to 30 % of a training step here. Does nothing where libc is another."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)   # M_MMAP_MAX: large blocks come from the heap, too
@@ -273,11 +273,14 @@ def draw_boxes(image, boxes, labels, classes, scores=None):
     """uint8 (3, H, W) with boxes (N, 4) xyxy pixels and names drawn; scores (N,) are shown in percent."""
     if len(boxes) == 0:
         return image
+    import matplotlib  # comes with lvis; here for its font
     palette = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075"]
     names = [classes[k] + (f" {100 * s:.0f}" if scores is not None else "")
              for k, s in zip(labels.tolist(), scores.tolist() if scores is not None else [0] * len(labels))]
-    width = max(1, min(image.shape[1:]) // 200)
-    return torchvision.utils.draw_bounding_boxes(image, boxes.cpu(), names, [palette[k % 10] for k in labels.tolist()], width=width)
+    short = min(image.shape[1:])
+    font = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    return torchvision.utils.draw_bounding_boxes(image, boxes.cpu(), names, [palette[k % 10] for k in labels.tolist()],
+                                                 width=max(1, short // 200), font=font, font_size=max(9, short // 35))
 
 
 def save_samples(dataset, results, path, count=6, size=400):

@@ -58,7 +58,7 @@ from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_im
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from tqdm import tqdm
 
-from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside, centerness_target, decode_deltas,
+from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside, centerness_target, constant, decode_deltas,
                           decode_distances, encode_deltas, encode_distances, grid_anchors, grid_points, overlap)
 from common.datasets import (CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_image,
                              resize, train_loader)
@@ -73,8 +73,14 @@ METHODS = ("none", "crosskd", "mimic", "ld", "pkd", "fitnet")
 
 # ================================================================== flags
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     # data
     p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
     p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
@@ -116,11 +122,11 @@ def parse_args(argv=None):
     p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
+    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags (the table of --data shapes: give them again)")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a zoo name, an mmdetection .pth or our .pt")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: as for --eval")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score drawn")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
     args = p.parse_args(argv)
     args.out = args.out or "runs/crosskd" + ("-eval" if args.eval else "-predict" if args.predict else "")
     last = Path(args.out) / "last.pt"
@@ -138,8 +144,11 @@ def parse_args(argv=None):
     for name in ("lr", "kd_T"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if args.workers < 0:
-        p.error(f"--workers {args.workers}: must be 0 or more")
+    for name in ("workers", "kd_beta", "weight_decay"):
+        if getattr(args, name) < 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
+    if args.eval and args.predict:
+        p.error("--eval and --predict: one at a time")
     if args.kd_strategy != "a" and "crosskd" not in parts:
         p.error(f"--kd-strategy {args.kd_strategy}: belongs to --method crosskd")
     if args.weights and not args.predict:
@@ -190,30 +199,33 @@ class NarrowResNet(torchvision.models.ResNet):
             setattr(self, f"layer{level + 1}", layer)
 
 
+BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "mnv2": "mobilenet_v2", "swint": "swin_t"}
+
+
 def make_body(name, caffe=False, init="none"):
     """(Body, its three channel counts) of r18|r34|r50|r101|swint|mnv2|tinyN; init "imagenet" downloads its weights."""
-    pretrained = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "mnv2": "mobilenet_v2", "swint": "swin_t"}
-    if name not in pretrained and not re.fullmatch(r"tiny(8|16|24|32|48|64)", name):
-        raise UserError(f"backbone {name!r}: choose among {', '.join(pretrained)}, tiny8 ... tiny64")
     if name.startswith("tiny"):
         if init == "imagenet":
             raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
         width = int(name[4:])
         net, taps, channels = NarrowResNet(width), ("layer2", "layer3", "layer4"), [2 * width, 4 * width, 8 * width]
     else:
-        net = getattr(torchvision.models, pretrained[name])(weights=None)
-        taps, channels = {"mnv2": (("6", "13", "18"), [32, 96, 1280]), "swint": (("3", "5", "7"), [192, 384, 768])}.get(
-            name, (("layer2", "layer3", "layer4"), [128, 256, 512] if name in ("r18", "r34") else [512, 1024, 2048]))
+        net = getattr(torchvision.models, BACKBONES[name])(weights=None)
+        taps, channels = ("layer2", "layer3", "layer4"), [128, 256, 512] if name in ("r18", "r34") else [512, 1024, 2048]
+        if name == "mnv2":
+            taps, channels = ("6", "13", "18"), [32, 96, 1280]
+        if name == "swint":
+            taps, channels = ("3", "5", "7"), [192, 384, 768]
     if init == "imagenet":
         if caffe:  # converted from Detectron's Caffe2 models; a few surplus conv biases in the file are not used
             sha = {"r50": "788b5fa3", "r101": "3ad79236"}[name]
-            url = f"https://download.openmmlab.com/pretrain/third_party/{pretrained[name]}_caffe-{sha}.pth"
+            url = f"https://download.openmmlab.com/pretrain/third_party/{BACKBONES[name]}_caffe-{sha}.pth"
         else:  # V1, never V2: the paper's baselines start from these
-            url = torchvision.models.get_model_weights(pretrained[name]).IMAGENET1K_V1.url
+            url = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1.url
             sha = re.search(r"-([0-9a-f]{8})\.pth$", url).group(1)
-        state = load_checkpoint(fetch(url, sha))
-        state = {k: v for k, v in state.get("state_dict", state).items() if k in net.state_dict()}
-        missing = [k for k in net.state_dict() if k not in state and not k.startswith(("fc.", "classifier.", "head."))
+        state, own = load_checkpoint(fetch(url, sha)), net.state_dict()
+        state = {k: v for k, v in state.get("state_dict", state).items() if k in own}
+        missing = [k for k in own if k not in state and not k.startswith(("fc.", "classifier.", "head."))
                    and not k.endswith("num_batches_tracked")]
         if missing:
             raise UserError(f"{url}: lacks {len(missing)} keys of {name}, first {missing[0]}")
@@ -326,16 +338,16 @@ class Targets(NamedTuple):
 
 class Detector(nn.Module):
     """Backbone, FPN, head. Subclasses say what the head's numbers mean and how they are trained."""
-    kind, cells, reg_out, norm, ctr, scales, nms_iou, p6 = "", 1, 4, True, None, True, 0.6, "on_output"
+    kind, cells, reg_out, norm, ctr, scales, nms_iou = "", 1, 4, True, None, True, 0.6
     kd_layer, pkd_weight = 3, 2.0
 
-    def __init__(self, backbone="r50", num_classes=80, channels=256, p6=None, init="none"):
+    def __init__(self, backbone="r50", num_classes=80, channels=256, p6="on_output", init="none"):
         super().__init__()
-        self.arch = dict(kind=self.kind, backbone=backbone, num_classes=num_classes, channels=channels, p6=p6 or self.p6)
+        self.arch = dict(kind=self.kind, backbone=backbone, num_classes=num_classes, channels=channels, p6=p6)
         self.num_classes, self.frozen = num_classes, False
         self.caffe = self.kind == "fcos" and backbone in ("r50", "r101")
         self.body, widths = make_body(backbone, self.caffe, init)
-        self.fpn = FeaturePyramidNetwork(widths, channels, P6P7(widths[-1], channels, self.arch["p6"], self.kind == "fcos"))
+        self.fpn = FeaturePyramidNetwork(widths, channels, P6P7(widths[-1], channels, p6, self.kind == "fcos"))
         for m in self.fpn.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.xavier_uniform_(m.weight)
@@ -520,7 +532,8 @@ class FCOS(Detector):
         return grid_points(level_sizes, STRIDES, 0.5, device)
 
     def match(self, priors, counts, gt_boxes, valid, inside):  # padding is background here, not ignored
-        ranges = torch.cat([priors.new_tensor([r]).expand(n, 2) for r, n in zip(self.ranges, counts)])
+        ranges = constant(self.ranges, priors.device, priors.dtype)
+        ranges = torch.cat([ranges[level].expand(n, 2) for level, n in enumerate(counts)])
         return assign_fcos(priors, ranges, gt_boxes, valid)
 
     def decode(self, reg, priors, strides):
@@ -545,7 +558,7 @@ class FCOS(Detector):
 
 class RetinaNet(Detector):
     """Nine anchors per cell, no norm in the head, plain deltas."""
-    kind, cells, norm, scales, nms_iou, p6 = "retinanet", 9, False, False, 0.5, "on_output"
+    kind, cells, norm, scales, nms_iou = "retinanet", 9, False, False, 0.5
 
     def priors(self, level_sizes, device):
         return grid_anchors(level_sizes, STRIDES, [4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)], (0.5, 1.0, 2.0), device)
@@ -619,7 +632,7 @@ def quality_focal_kd(cross_logits, t_logits, beta=1.0):
     """Eq. 7, QFL with the teacher's scores as labels: |q - t|^beta * BCE(q, t), element by element, fp32.
 
     cross_logits, t_logits: same shape (..., K); t carries no gradient, the factor |q - t|^beta does.
-    beta 0 is plain BCE. Exactly 0 where both are equal (beta > 0). Source: Li et al. 2020 (GFL), Eq. 2.
+    beta 0 is plain BCE. Exactly 0 where both are equal (beta = 1). Source: Li et al. 2020 (GFL), Eq. 2.
     """
     return QualityFocal.apply(cross_logits, t_logits.detach().sigmoid(), beta)
 
@@ -674,7 +687,8 @@ def ld_losses(out, teach, t, branches="both"):
     """LD (Zheng et al. 2022), main region, for GFL: logits of the student itself at the positives.
 
     Box: mean over bins of T^2 KL, T = 10, weighted by the student's own top score, weight 0.25, not normalised by
-    the number of boxes, as in mmdetection. Class: softmax KL, T = 2, mean over classes, weight 10, per positive.
+    the number of boxes, as in mmdetection. Class: softmax KL, T = 2, mean over classes, weight 10, per positive of all
+    levels together (the LD authors' code divides level by level).
     """
     losses = {}
     if branches != "cls":
@@ -709,7 +723,7 @@ def kd_losses(detector, cross, teach, t, a, soft=None):
 
 
 def strategy_predictions(a, student, teacher, s, t):
-    """The two predictions that are compared: (receives gradient, target). s, t: (maps, feats, held) of the networks.
+    """The two predictions that are compared: (maps that receive gradient, target maps). s, t: (maps, feats, held).
 
     a  teacher head on student feature  <-> teacher prediction                (CrossKD, Eq. 3)
     b  student head on teacher feature  <-> teacher prediction
@@ -728,11 +742,12 @@ def strategy_predictions(a, student, teacher, s, t):
             feats.append([x.relu() if a.kd_layer > 0 else x for x in xs])
         return head(*feats, start=a.kd_layer)[0]
 
-    if a.kd_strategy in "ad":
-        cross = through(teacher.head, s[2], t[2])  # frozen, but no no_grad here: the gradient passes through it
-        return (cross, t[0]) if a.kd_strategy == "a" else (s[0], cross)
-    cross = through(student.head, t[2], s[2])
-    return (cross, t[0]) if a.kd_strategy == "b" else (s[0], cross)
+    if a.kd_strategy == "a":
+        return through(teacher.head, s[2], t[2]), t[0]  # frozen, but no no_grad here: the gradient passes through it
+    if a.kd_strategy == "b":
+        return through(student.head, t[2], s[2]), t[0]
+    with torch.no_grad():
+        return s[0], through(student.head, t[2], s[2]) if a.kd_strategy == "c" else through(teacher.head, s[2], t[2])
 
 
 class Distiller(nn.Module):
@@ -767,9 +782,8 @@ class Distiller(nn.Module):
         teach = teacher.flatten(t[0])
         if "crosskd" in self.parts:
             with autocast():
-                cross, target = strategy_predictions(a, student, teacher, s, t)
-            target = teach if a.kd_strategy in "ab" else {k: v.detach() for k, v in student.flatten(target).items()}
-            losses.update(kd_losses(student, student.flatten(cross), target, targets, a, soft=teach["cls"]))
+                cross, target = (student.flatten(maps) for maps in strategy_predictions(a, student, teacher, s, t))
+            losses.update(kd_losses(student, cross, target, targets, a, soft=teach["cls"]))
         if "mimic" in self.parts:  # Eq. 2: the student's own predictions, same distances
             losses.update({k.replace("kd", "mimic"): v for k, v in kd_losses(student, out, teach, targets, a).items()})
         if "ld" in self.parts:
@@ -788,20 +802,20 @@ class Distiller(nn.Module):
 
 ZOO_URL = "https://download.openmmlab.com/mmdetection/v2.0/"
 FCOS_NAME = "caffe_fpn_gn-head_mstrain_640-800_2x_coco"
-ZOO = {  # name: (folder/file at ZOO_URL, first 8 digits of its sha256)
-    "gfl_r50": ("gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth", "25944287"),
-    "gfl_r101": ("gfl/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth", "dd12f847"),
-    "atss_r50": ("atss/atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth", "985f7bd0"),
-    "atss_r101": ("atss/atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth", "dfcadd6f"),
-    "fcos_r50": (f"fcos/fcos_r50_{FCOS_NAME}/fcos_r50_{FCOS_NAME}-d92ceeea.pth", "d92ceeea"),
-    "fcos_r101": (f"fcos/fcos_r101_{FCOS_NAME}/fcos_r101_{FCOS_NAME}-511424d6.pth", "511424d6"),
-    "retinanet_r18": ("retinanet/retinanet_r18_fpn_1x_coco/retinanet_r18_fpn_1x_coco_20220407_171055-614fd399.pth", "614fd399"),
-    "retinanet_r50": ("retinanet/retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth", "c2398f9e"),
-    "retinanet_r50_2x": ("retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth", "fdb43119"),
-    "retinanet_r50_3x": ("retinanet/retinanet_r50_fpn_mstrain_3x_coco/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-88476508.pth", "88476508"),
-    "retinanet_r101": ("retinanet/retinanet_r101_fpn_2x_coco/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth", "5560aee8"),
+ZOO = {  # name: folder/file at ZOO_URL; the last 8 digits are the first of its sha256
+    "gfl_r50": "gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth",
+    "gfl_r101": "gfl/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth",
+    "atss_r50": "atss/atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth",
+    "atss_r101": "atss/atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth",
+    "fcos_r50": f"fcos/fcos_r50_{FCOS_NAME}/fcos_r50_{FCOS_NAME}-d92ceeea.pth",
+    "fcos_r101": f"fcos/fcos_r101_{FCOS_NAME}/fcos_r101_{FCOS_NAME}-511424d6.pth",
+    "retinanet_r18": "retinanet/retinanet_r18_fpn_1x_coco/retinanet_r18_fpn_1x_coco_20220407_171055-614fd399.pth",
+    "retinanet_r50": "retinanet/retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth",
+    "retinanet_r50_2x": "retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth",
+    "retinanet_r50_3x": "retinanet/retinanet_r50_fpn_mstrain_3x_coco/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-88476508.pth",
+    "retinanet_r101": "retinanet/retinanet_r101_fpn_2x_coco/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth",
     # The authors' own file, linked from their repository, not in the zoo: no direct address, no published hash.
-    "retinanet_swint": ("retinanet_swin-t-p4-w7_fpn_1x_coco.pth", ""),
+    "retinanet_swint": "retinanet_swin-t-p4-w7_fpn_1x_coco.pth",
 }
 
 
@@ -898,12 +912,12 @@ def load_strict(model, state, where):
 def load_detector(spec, flag="--weights"):
     """(detector in eval mode, class names or None) from a zoo name, an mmdetection .pth or a checkpoint of ours."""
     if spec in ZOO:
-        file, sha = ZOO[spec]
+        file, sha = ZOO[spec], re.search(r"-([0-9a-f]{8})\.pth$", ZOO[spec])
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not sha and not cached.exists():
             raise UserError(f"{flag} {spec}: the authors link this file from https://github.com/jbwang1997/CrossKD; "
                             f"download {file} and place it at {cached}, or give its path")
-        path = fetch(ZOO_URL + file, sha) if sha else cached
+        path = fetch(ZOO_URL + file, sha[1]) if sha else cached
     elif Path(spec).exists():
         path = Path(spec)
     else:
@@ -933,8 +947,7 @@ def check_pair(teacher, classes_of_teacher, student, classes):
     """The teacher's head must be able to read the student's features, and both must mean the same by class k."""
     for what in ("kind", "channels", "num_classes"):
         if teacher.arch[what] != student.arch[what]:
-            raise UserError(f"--teacher has {what} {teacher.arch[what]}, --student {student.arch[what]}: "
-                            "CrossKD needs the same")
+            raise UserError(f"--teacher has {what} {teacher.arch[what]}, --student {student.arch[what]}: they must be the same")
     check_classes(classes_of_teacher, teacher.num_classes, classes, "--teacher")
 
 
@@ -949,14 +962,14 @@ def check_classes(names, count, classes, flag):
 
 # ================================================================== data
 
-def make_data(args, kind="gfl"):
-    """(train dataset, val dataset) of --data, with the image sizes of the detector's schedule."""
+def make_data(args, kind, split):
+    """The dataset "train" or "val" of --data, with the image sizes of the detector's schedule."""
     try:
         root = make_shapes() if args.data == "shapes" else args.data
     except FileExistsError as e:
         raise UserError(e) from None
     args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
-    return [CocoDataset(*find_coco(root, split), split == "train", args.image_size) for split in ("train", "val")]
+    return CocoDataset(*find_coco(root, split), split == "train", args.image_size)
 
 
 def to_device(batch, device):
@@ -981,10 +994,11 @@ def fill_defaults(args, kind, teacher_backbone=None, backbone="r50"):
 def make_optimizer(model, algorithm, lr, weight_decay, kind):
     """SGD with momentum 0.9, or AdamW. FCOS: conv biases learn twice as fast, no bias decays (norm biases keep the rate)."""
     plain, bias, norm_bias = [], [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            special = kind == "fcos" and name.endswith("bias")
-            (plain if not special else norm_bias if re.search(r"norm|bn|downsample\.1", name) else bias).append(p)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                norm = isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm))
+                (plain if kind != "fcos" or name != "bias" else norm_bias if norm else bias).append(p)
     groups = [dict(params=plain, lr=lr, weight_decay=weight_decay), dict(params=bias, lr=2 * lr, weight_decay=0.0),
               dict(params=norm_bias, lr=lr, weight_decay=0.0)]
     groups = [g for g in groups if g["params"]]
@@ -994,25 +1008,34 @@ def make_optimizer(model, algorithm, lr, weight_decay, kind):
     return optimizer
 
 
+def split_name(student):
+    """"gfl_r18" -> ("gfl", "r18"), both known."""
+    kind, _, backbone = student.partition("_")
+    if kind not in DETECTORS or not (backbone in BACKBONES or re.fullmatch("tiny(8|16|24|32|48|64)", backbone)):
+        raise UserError(f"--student {student}: expected detector_backbone, a detector of {', '.join(DETECTORS)} and a backbone of "
+                        f"{', '.join(BACKBONES)}, tiny8 ... tiny64")
+    return kind, backbone
+
+
 def train(args, rank, world, device):
     """Train args.student under args.method; returns the last evaluation's metrics (rank 0) or None."""
     shapes = args.data == "shapes"
     parts = set((args.method or "crosskd").split("+"))
-    kind, _, backbone = (args.student or args.teacher or "gfl").partition("_")
-    if args.student and kind not in DETECTORS:
-        raise UserError(f"--student {args.student}: expected detector_backbone with a detector of {', '.join(DETECTORS)}")
     teacher, teacher_classes = None, None
-    if parts != {"none"}:
-        args.teacher = args.teacher or (shapes_teacher(args, rank, world, device) if shapes else f"{kind}_r101")
+    if args.student is None and args.teacher:  # a student like its teacher, but smaller
         teacher, teacher_classes = load_detector(args.teacher, "--teacher")
-    if args.student is None:
-        kind, backbone = teacher.arch["kind"] if teacher else kind if kind in DETECTORS else "gfl", "tiny8" if shapes else "r50"
-        args.student = f"{kind}_{backbone}"
+    args.student = args.student or f"{teacher.arch['kind'] if teacher else 'gfl'}_{'tiny8' if shapes else 'r50'}"
+    kind, backbone = split_name(args.student)
     if "ld" in parts and kind != "gfl":
         raise UserError(f"--method {args.method}: LD compares edge distributions, which only GFL has; use mimic for {kind}")
+    if parts == {"none"}:
+        teacher = None
+    elif teacher is None:
+        args.teacher = args.teacher or (shapes_teacher(args, rank, world, device) if shapes else f"{kind}_r101")
+        teacher, teacher_classes = load_detector(args.teacher, "--teacher")
     fill_defaults(args, kind, teacher and teacher.arch["backbone"], backbone)
     out = open_run(args, rank, args.resume)
-    data, val = make_data(args, kind)
+    data, val = make_data(args, kind, "train"), make_data(args, kind, "val")
     seed_all(args.seed)  # here, so that every method starts from the same student
     student = DETECTORS[kind](backbone, len(data.classes), 64 if backbone.startswith("tiny") else 256, args.p6,
                               init="imagenet" if args.init == "imagenet" else "none")
@@ -1042,8 +1065,10 @@ def train(args, rank, world, device):
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
     warmup = min(500, args.epochs * steps_per_epoch // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
-    it, best = 0, -1.0
-    if args.resume:
+    it, best = 0, -2.0  # AP is -1 where val holds no box
+    if args.resume and not (out / "last.pt").exists():
+        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
+    elif args.resume:
         state = load_checkpoint(out / "last.pt")
         load_strict(student, state["model"], f"--resume {out / 'last.pt'}")
         if state["args"]["optimizer"] != args.optimizer:
@@ -1069,8 +1094,21 @@ def train(args, rank, world, device):
             save_checkpoint(dict(weights_of(student, data.classes), optimizer=optimizer.state_dict(), it=it, best=best,
                                  rng=rng_state(), total_batch=total_batch, args=vars(args)), out / "last.pt")
 
+    def validate():
+        nonlocal best
+        metrics = evaluate(student, val, rank, world, device, args, out if it >= total else None)
+        student.train()
+        if rank == 0:
+            numbers = {k: v for k, v in metrics.items() if k != "classes"}
+            log.write(dict(it=it, epoch=epoch + 1, **numbers), eval_line(epoch + 1, metrics))
+            if metrics["AP"] > best:
+                best = metrics["AP"]
+                save_checkpoint(weights_of(student, data.classes), out / "best.pt")
+        log.restart_clock()
+        return metrics
+
     log = Log(out, rank, total, it, args.log_every)
-    metrics, evaluated, clock = None, False, time.time()
+    metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         plan.set_epoch(epoch, done * args.accumulate)
@@ -1101,21 +1139,13 @@ def train(args, rank, world, device):
                 log.flush(it, epoch + 1, lr * factor)
                 save_last()
         log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        last = it >= total
-        if last or (epoch + 1) % (args.epochs if shapes else max(1, args.epochs // 12)) == 0:
-            metrics, evaluated = evaluate(student, val, rank, world, device, args, out if last else None), True
-            student.train()
-            if rank == 0:
-                numbers = {k: v for k, v in metrics.items() if k != "classes"}
-                log.write(dict(it=it, epoch=epoch + 1, **numbers), eval_line(epoch + 1, metrics))
-                if metrics["AP"] > best:
-                    best = metrics["AP"]
-                    save_checkpoint(weights_of(student, data.classes), out / "best.pt")
+        if it >= total or (epoch + 1) % (args.epochs if shapes else max(1, args.epochs // 12)) == 0:
+            save_last()  # before anything of the evaluation can fail
+            metrics, evaluated = validate(), True
             save_last()
-            log.restart_clock()
     log.bar.close()
     if not evaluated:  # --resume of a finished run
-        metrics = evaluate(student, val, rank, world, device, args, out)
+        metrics = validate()
     if rank == 0:
         plot_curves(out / "log.jsonl", out / "curves.png")
         print(f"{class_table(metrics)}\nbest AP {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
@@ -1200,7 +1230,9 @@ def predict(args, device):
 
 def shapes_teacher(args, rank, world, device):
     """Path of the teacher for shapes; trained by this script the first time, then cached beside the data."""
-    kind = args.student.split("_")[0] if args.student else "gfl"
+    kind, backbone = split_name(args.student or "gfl_tiny8")
+    if not backbone.startswith("tiny"):
+        raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the tiny8 ... tiny64 students only")
     done = make_shapes().parent / "teachers" / f"{kind}_tiny32-s{args.seed}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is never taken for a teacher
     if not done.exists():
@@ -1223,7 +1255,8 @@ def shapes_table(args, rank, world, device):
     since, rows = time.time(), []
     args.teacher = args.teacher or shapes_teacher(args, rank, world, device)
     teacher, _ = load_detector(args.teacher, "--teacher")
-    metrics = evaluate(teacher.to(device), make_data(args, teacher.arch["kind"])[1], rank, world, device, args)
+    args.student = args.student or f"{teacher.arch['kind']}_tiny8"
+    metrics = evaluate(teacher.to(device), make_data(args, teacher.arch["kind"], "val"), rank, world, device, args)
     rows.append((f"teacher {teacher.arch['kind']}_{teacher.arch['backbone']}", metrics, time.time() - since))
     for method, name in (("none", "student alone"), ("crosskd", "student with CrossKD")):
         since, out = time.time(), Path(args.out) / method
@@ -1243,7 +1276,7 @@ def main():
         if args.eval:
             model, classes = load_detector(args.eval, "--eval")
             args.image_size = args.image_size or model.arch.get("image_size")
-            _, val = make_data(args, model.arch["kind"])
+            val = make_data(args, model.arch["kind"], "val")
             check_classes(classes, model.num_classes, val.classes, f"--eval {args.eval}")
             metrics = evaluate(model.to(device), val, rank, world, device, args, Path(args.out))
             if rank == 0:

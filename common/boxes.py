@@ -13,6 +13,11 @@ import torch
 BACKGROUND, IGNORED = -1, -2
 
 
+def constant(values, device, dtype):
+    """Python numbers -> a tensor on the device. Not blocking: a blocking copy waits for all that the GPU has still to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 # ------------------------------------------------------------------ priors
 
 def grid_points(level_sizes, strides, offset, device=None, dtype=torch.float32):
@@ -36,8 +41,7 @@ def grid_anchors(level_sizes, strides, scales, ratios=(1.0,), device=None, dtype
     AnchorGenerator, whose anchors would shift every target. Returns (A, 4).
     """
     anchors = []
-    ratios = torch.tensor(ratios, device=device, dtype=dtype)
-    scales = torch.tensor(scales, device=device, dtype=dtype)
+    ratios, scales = constant(ratios, device, dtype), constant(scales, device, dtype)
     for size, s in zip(level_sizes, strides):
         w = (s / ratios.sqrt()[:, None] * scales).flatten()
         h = (s * ratios.sqrt()[:, None] * scales).flatten()
@@ -99,12 +103,12 @@ def encode_deltas(boxes, anchors, std=(1.0, 1.0, 1.0, 1.0)):
     """(dx, dy, dw, dh) / std that take `anchors` to `boxes` (both (..., 4), boxes of positive size)."""
     size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
     shift = ((boxes[..., :2] + boxes[..., 2:]) - (anchors[..., :2] + anchors[..., 2:])) / 2
-    return torch.cat([shift / anchor_size, (size / anchor_size).log()], -1) / boxes.new_tensor(std)
+    return torch.cat([shift / anchor_size, (size / anchor_size).log()], -1) / constant(std, boxes.device, boxes.dtype)
 
 
 def decode_deltas(deltas, anchors, std=(1.0, 1.0, 1.0, 1.0), max_log=4.135166556742356):
     """Inverse of encode_deltas; dw, dh are clamped to +-|ln(16/1000)| so that exp cannot explode."""
-    deltas = deltas * deltas.new_tensor(std)
+    deltas = deltas * constant(std, deltas.device, deltas.dtype)
     size = anchors[..., 2:] - anchors[..., :2]
     center = (anchors[..., :2] + anchors[..., 2:]) / 2 + deltas[..., :2] * size
     half = size * deltas[..., 2:].clamp(-max_log, max_log).exp() / 2

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -524,9 +525,9 @@ def test_fcos_variants_with_the_same_keys_but_another_meaning_are_refused(tmp_pa
 
 
 def test_every_zoo_name_builds_and_its_hash_is_in_its_file_name():
-    for name, (file, sha) in crosskd.ZOO.items():
+    for name, file in crosskd.ZOO.items():
         kind, backbone = name.split("_")[:2]
-        assert kind in DETECTORS and (not sha or file.endswith(f"-{sha}.pth"))
+        assert kind in DETECTORS and (re.search(r"-[0-9a-f]{8}\.pth$", file) or name == "retinanet_swint")
         assert crosskd.make_body(backbone)[1]
 
 

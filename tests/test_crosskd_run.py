@@ -111,6 +111,29 @@ def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(tm
             assert two[it][k] == pytest.approx(one[it][k], rel=1e-5, abs=1e-5), (it, k)
 
 
+def test_resume_before_the_first_checkpoint_starts_at_the_beginning(coco_mini, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/log.jsonl").write_text('{"it": 5, "loss": 1.0}\n')
+    r = run("--data", coco_mini, "--student", "gfl_tiny8", "--method", "none", "--max-iters", 3, *TINY, "--out", tmp_path / "r", "--resume")
+    assert "no last.pt yet" in r.stdout and list(losses(tmp_path / "r")) == [3]
+
+
+def test_evaluation_needs_the_files_of_val_only(coco_mini, tmp_path):
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    for name in ("val2017", "annotations/instances_val2017.json"):
+        (tmp_path / "data" / name).symlink_to(coco_mini / name)
+    torch.save(crosskd.weights_of(crosskd.GFL("tiny8", 80, 64), CocoDataset(*find_coco(coco_mini, "val"), False).classes), tmp_path / "w.pt")
+    assert "79 images" in run("--eval", tmp_path / "w.pt", "--data", tmp_path / "data", *TINY[:4], "--out", tmp_path / "e").stdout
+
+
+def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path):
+    classes = CocoDataset(*find_coco(make_shapes(), "val"), False).classes
+    torch.save(crosskd.weights_of(crosskd.FCOS("tiny16", 20, 64), classes), tmp_path / "fcos.pt")
+    r = run("--data", "shapes", "--teacher", tmp_path / "fcos.pt", "--max-iters", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
+    assert r.stdout.count("student fcos_tiny8:") == 2 and "gfl" not in r.stdout
+    assert [line.split("  ")[0] for line in r.stdout.splitlines()[-3:]] == ["teacher fcos_tiny16", "student alone", "student with CrossKD"]
+
+
 def test_accumulating_two_micro_batches_runs_and_counts_steps(coco_mini, tmp_path):
     r = run("--data", coco_mini, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4, "--accumulate", 2, "--epochs", 1, *TINY, "--out", tmp_path / "a")
     assert "4 x 1 x 2 = 8" in r.stdout and max(losses(tmp_path / "a")) == 10

@@ -4,12 +4,13 @@
     text = clip.class_embeddings(["cat", "red panda"])                 # (K, D) unit rows
     v = clip.encode_crops(clip.normalise(images), boxes, owner)        # (N, D) unit rows; boxes (N, 4), owner (N,) image of each
 
-Resizing a crop is two matrix products, Y @ crop @ X^T: a row of Y (or X) holds the weights with which one output pixel mixes the crop's
-rows (columns). Enlarging, shrinking with or without antialiasing, repeating the border and padding with zeros differ in these
-weights only. So all crops of a batch are resized together, on the device, and no pixel outside a crop is ever mixed in.
+Resizing a crop along an axis makes every new row a weighted sum of a few of its rows. Enlarging, shrinking with or without
+antialiasing, repeating the border and padding with zeros differ in which rows and weights (`taps`) only, and weighted bags of
+rows are what embedding_bag sums. So all crops of a batch are resized together, on the device, and no pixel outside a crop is mixed in.
 """
 import hashlib
 import json
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,58 +56,68 @@ def letterbox(windows, size):
     55 pixels become 223, since 55 * (224 / 55) < 224.
     """
     sides = (windows[:, 2:] - windows[:, :2]).double()
-    out = (sides * (size / sides).amin(1, keepdim=True)).long().clamp(min=1)
+    scale = (torch.full_like(sides, size) / sides).amin(1, keepdim=True)  # not size / sides, which torch takes as size * (1 / sides)
+    out = (sides * scale).long().clamp(min=1)
     return out, (size - out + 1) // 2
 
 
-def resize_weights(length, out, pad, size, span, antialias=True):
-    """(N, size, span): weight of crop pixel s (of `length`) in output pixel o; rows of the padding are zero.
+def taps(length, out, pad, size, most, antialias=True):
+    """The pixels of a crop that one output pixel mixes, along one axis: (index (N, size, T), weight (N, size, T)).
 
-    Cubic convolution. antialias: PIL's rule, a = -0.5, the kernel as wide as the shrinking, weights of a row sum to one inside the
-    crop. Otherwise PyTorch's and OpenCV's: a = -0.75, four taps, those beyond the crop's border repeat its last pixel.
+    length, out, pad: (N,) crop's pixels, output pixels, padding before them; most: the largest length, which decides T. Cubic
+    convolution. antialias: PIL's rule, a = -0.5, the kernel as wide as the shrinking, weights normalised inside the crop. Otherwise
+    PyTorch's and OpenCV's: a = -0.75, four taps, those beyond the border repeat the last pixel. Weights of the padding are zero.
     """
-    length, out, pad = (v.float()[:, None, None] for v in (length, out, pad))
-    o = torch.arange(size, device=length.device)[:, None] - pad                      # (N, size, 1) output pixel within the crop
-    s = torch.arange(span, device=length.device) + 0.5                               # (span,) centres of the crop's pixels
-    center = (o + 0.5) * length / out
+    length, out, pad = length[:, None], out[:, None], pad[:, None]
+    o = torch.arange(size, device=length.device) - pad                               # (N, size) output pixel within the crop
+    center = (o + 0.5) * length / out                                                # in pixels of the crop
+    shrink = (length / out).clamp(min=1) if antialias else torch.ones_like(length, dtype=torch.float32)
+    reach = 2 * max(1.0, 1.02 * most / size) if antialias else 2.0                   # 1.02: `out` may be cut short of `size`
+    steps = torch.arange(-math.ceil(reach) + 1, math.ceil(reach) + 1, device=length.device)
+    index = (center - 0.5).floor().long()[..., None] + steps
+    x = ((index + 0.5 - center[..., None]) / shrink[..., None]).abs()
     a = -0.5 if antialias else -0.75
-
-    def cubic(x):
-        x = x.abs()
-        return torch.where(x <= 1, ((a + 2) * x - (a + 3)) * x * x + 1, torch.where(x < 2, ((x - 5) * x + 8) * x * a - 4 * a, 0))
-
-    inside, used = s < length, (o >= 0) & (o < out)
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * x * a - 4 * a
+    weight = torch.where(x <= 1, near, torch.where(x < 2, far, 0))
+    used = ((o >= 0) & (o < out))[..., None]
     if antialias:
-        w = cubic((s - center) / (length / out).clamp(min=1)) * inside
-        w = w / torch.where(used, w.sum(2, keepdim=True), 1)
-    else:
-        first, last = s < 1, (s > length - 1) & inside
-        w = cubic(s - center) * inside
-        for k in (1, 2):
-            w = w + cubic(0.5 - k - center) * first + cubic(length - 0.5 + k - center) * last
-    return w * used
+        weight = weight * ((index >= 0) & (index < length[..., None]))
+        weight = weight / torch.where(used, weight.sum(-1, keepdim=True), 1)
+    return torch.minimum(index.clamp(min=0), length[..., None] - 1), weight * used
 
 
+def resize_rows(x, index, weight):
+    """x (N, 3, S, W) -> (N, 3, size, W): each output row is a weighted bag of rows, which torch's embedding_bag sums in one kernel."""
+    n, _, rows, width = x.shape
+    first = torch.arange(n * 3, device=x.device).view(n, 3, 1, 1) * rows
+    bags, weights = (first + index[:, None]).flatten(0, 2), weight[:, None].expand(-1, 3, -1, -1).flatten(0, 2)
+    out = F.embedding_bag(bags, x.reshape(-1, width), mode="sum", per_sample_weights=weights)
+    return out.view(n, 3, index.shape[1], width)
+
+
+@torch.no_grad()
 def crop_and_resize(images, boxes, owner, size, enlarge=1.0, antialias=True):
-    """Crops of a batch, long side resized to `size`, zero-padded to a square: (N, 3, size, size).
+    """Crops of a batch, long side resized to `size`, zero-padded to a square: (N, 3, size, size) fp32, no gradient.
 
     images: (B, 3, H, W) float, normalised (so that padding is the mean colour). boxes: (N, 4) xyxy pixels; owner: (N,) index into
-    images. Crops are grouped by the power of two that covers their longer side: five products for any number of boxes.
+    images. Crops are grouped by their longer side, in steps of sqrt 2: about ten groups for any number of boxes.
     """
+    images = images.float()
     height, width = images.shape[2:]
     windows = crop_windows(boxes, height, width, enlarge)
     (out, pad), sides = letterbox(windows, size), windows[:, 2:] - windows[:, :2]
     crops = images.new_zeros(len(boxes), 3, size, size)
-    group = sides.amax(1).clamp(min=32).double().log2().ceil().long()
-    for power in group.unique().tolist():
-        at = (group == power).nonzero()[:, 0]
-        x, y, n = windows[at], windows[at], 2 ** power
-        spans = min(n, width), min(n, height)
-        steps = [torch.arange(k, device=images.device) for k in spans]
-        cols, rows = ((windows[at, k, None] + steps[k]).clamp(max=(width, height)[k] - 1) for k in (0, 1))
-        patch = images[owner[at, None, None], :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)      # (n, 3, span_y, span_x)
-        wx, wy = (resize_weights(sides[at, k], out[at, k], pad[at, k], size, spans[k], antialias) for k in (0, 1))
-        crops[at] = (wy[:, None] @ patch.float() @ wx[:, None].transpose(2, 3)).to(crops.dtype)
+    group = (2 * sides.amax(1).clamp(min=32).double().log2()).ceil().long()
+    channel = torch.arange(3, device=images.device).view(3, 1)
+    for half_octaves in group.unique().tolist():
+        at = (group == half_octaves).nonzero()[:, 0]
+        span_x, span_y = (min(math.ceil(2 ** (half_octaves / 2)), side) for side in (width, height))
+        x, y = windows[at, 0].clamp(max=width - span_x), windows[at, 1, None] + torch.arange(span_y, device=images.device)
+        runs = images.unfold(3, span_x, 1)                                           # a view: (B, 3, H, W - span_x + 1, span_x)
+        patch = runs[owner[at].view(-1, 1, 1), channel, y.clamp(max=height - 1)[:, None], x.view(-1, 1, 1)]  # (n, 3, span_y, span_x)
+        (index_x, weight_x), tap_y = (taps(sides[at, k], out[at, k], pad[at, k], size, span, antialias) for k, span in enumerate((span_x, span_y)))
+        columns = resize_rows(patch.transpose(2, 3), index_x + (windows[at, 0] - x).view(-1, 1, 1), weight_x)  # (n, 3, size, span_y)
+        crops.index_copy_(0, at, resize_rows(columns.transpose(2, 3), *tap_y))
     return crops
 
 
@@ -243,43 +254,43 @@ def contrastive(image, text, same, scale):
     return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
 
 
-def tiny_clip(root, folder, seed=0, steps=900, batch=96, device="cpu"):
+def tiny_clip(root, folder, seed=0, steps=1000, objects=72, scenes=24, device="cpu"):
     """Path of the tiny CLIP of the shapes dataset at `root`: trained by the first call, cached in `folder`, accuracy printed.
 
-    The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel ones too. Half of a batch are
-    objects with their names (colour dropped in 30 %, so that "star" means something, too), half whole images with a caption.
+    The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel ones too. A batch holds
+    objects with their names (colour dropped in 30 %, so that "star" means something, too) and whole images with a caption.
     """
-    recipe = json.dumps([TINY, Path(root).name, seed, steps, batch])
+    recipe = json.dumps([TINY, Path(root).name, seed, steps, objects, scenes])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     path = Path(folder) / f"tiny-clip-{key}.pt"
     if path.exists():
         return str(path)
     data, val = read_objects(root, "train2017"), read_objects(root, "val2017")
-    tokenizer, rng, half = open_clip.SimpleTokenizer(), torch.Generator().manual_seed(seed), batch // 2
+    tokenizer, rng = open_clip.SimpleTokenizer(), torch.Generator().manual_seed(seed)
     with seeded(seed):
         model = open_clip.CLIP(**TINY).to(device)
     helper = FrozenCLIP(model, tokenizer, "tiny", device)
     model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     r = lambda *shape: torch.rand(*shape, generator=rng)
     for _ in tqdm(range(steps), desc="tiny CLIP", mininterval=1):
-        pick, scene = (torch.randint(len(v), (half,), generator=rng) for v in (data["boxes"], data["images"]))
+        pick = torch.randint(len(data["boxes"]), (objects,), generator=rng)
+        scene = torch.randint(len(data["images"]), (scenes,), generator=rng)
         boxes = data["boxes"][pick]
-        boxes = boxes + (r(half, 4) - 0.5) * 0.2 * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # as a detector's boxes are: a little off
-        owner = data["owner"][pick]
-        crops = crop_and_resize(helper.normalise(data["images"][owner]), boxes.to(device), torch.arange(half, device=device), helper.size)
-        whole = torch.cat([torch.zeros(half, 2), data["sizes"][scene] - 1.0], 1)
-        scenes = crop_and_resize(helper.normalise(data["images"][scene]), whole.to(device), torch.arange(half, device=device), helper.size)
+        boxes = boxes + (r(objects, 4) - 0.5) * 0.2 * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # as a detector's boxes are: a little off
+        boxes = torch.cat([boxes, torch.cat([torch.zeros(scenes, 2), data["sizes"][scene] - 1.0], 1)]).to(device)
+        images = data["images"][torch.cat([data["owner"][pick], scene])]
+        pixels = crop_and_resize(helper.normalise(images), boxes, torch.arange(len(boxes), device=device), helper.size)
         names = [data["names"][i] for i in pick.tolist()]
-        short = [n.split()[-1] if n.split()[0] in ("red", "green", "blue", "yellow") and drop < 0.3 else n for n, drop in zip(names, r(half).tolist())]
+        short = [n.split()[-1] if n.split()[0] in ("red", "green", "blue", "yellow") and drop < 0.3 else n for n, drop in zip(names, r(objects).tolist())]
         texts = ["a photo of a " + n + "." for n in short]
-        texts += [data["captions"][i][int(u * len(data["captions"][i]))] for i, u in zip(scene.tolist(), r(half).tolist())]
+        texts += [data["captions"][i][int(u * len(data["captions"][i]))] for i, u in zip(scene.tolist(), r(scenes).tolist())]
         ids = {k: i for i, k in enumerate(dict.fromkeys(names + short + [data["content"][i] for i in scene.tolist()]))}
         full = torch.tensor([ids[n] for n in names] + [ids[data["content"][i]] for i in scene.tolist()])
         told = torch.tensor([ids[n] for n in short] + [ids[data["content"][i]] for i in scene.tolist()])
-        same = ((full[:, None] == told) | torch.eye(batch, dtype=torch.bool)).float().to(device)
-        image = model.encode_image(torch.cat([crops, scenes]), normalize=True)
+        same = ((full[:, None] == told) | torch.eye(len(texts), dtype=torch.bool)).float().to(device)
+        image = model.encode_image(pixels, normalize=True)
         text = model.encode_text(tokenizer(texts, context_length=model.context_length).to(device), normalize=True)
         loss = contrastive(image, text, same, model.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)

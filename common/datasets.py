@@ -50,6 +50,17 @@ def read_image(path):
         raise DataError(f"{path}: cannot be decoded ({e}); fetch the file again") from None
 
 
+# COCO's classes of the open-vocabulary literature: the 48 base and 17 novel of Bansal et al. 2018 (15 classes belong to neither), and the
+# 15 novel of Rahman et al. 2018 (all the others are base).
+BASE_48 = """person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, handbag, suitcase,
+frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, pizza, donut, chair, bed, toilet, tv,
+laptop, mouse, remote, microwave, oven, toaster, refrigerator, book, clock, vase, toothbrush""".replace("\n", " ").split(", ")
+NOVEL_17 = """airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, keyboard, sink,
+scissors""".replace("\n", " ").split(", ")
+NOVEL_15 = """airplane, train, parking meter, cat, bear, suitcase, frisbee, snowboard, fork, sandwich, hot dog, toilet, mouse, toaster,
+hair drier""".replace("\n", " ").split(", ")
+
+
 class CocoDataset(Dataset):
     """COCO-format boxes. Item: dict with image (3, h, w) uint8, size (h, w), boxes (M, 4), labels (M,), ...
 
@@ -59,9 +70,13 @@ class CocoDataset(Dataset):
 
     image_size: "800" short side; "640,800" one of these per image; "480-800" uniform. The long side is at
     most 1333/800 of the largest of these: 1333 in all three. Keys come from BatchPlan: (index, random seed).
+
+    classes: keep these names only, in the order of their ids, and only images with a box of one (open-vocabulary splits).
+    without: names whose images are left out as a whole. captions: a COCO captions json; an item then has a sentence of its image,
+    drawn anew at each visit, or "" where the file has none.
     """
 
-    def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32):
+    def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32, classes=None, without=(), captions=None):
         self.folder, self.train, self.flip = Path(images), train, flip if train else 0.0
         self.sizes = parse_image_size(image_size)
         if not train:
@@ -72,6 +87,12 @@ class CocoDataset(Dataset):
             if key not in raw:
                 raise DataError(f"{annotations}: no '{key}' list; this is not COCO instances json")
         categories = sorted(raw["categories"], key=lambda c: c["id"])
+        known = {c["id"]: c["name"] for c in categories}
+        unknown = sorted({*(classes or ()), *without} - set(known.values()))
+        if unknown:
+            raise DataError(f"{annotations}: has no class {', '.join(unknown)}")
+        if classes is not None:
+            categories = [c for c in categories if c["name"] in set(classes)]
         if not categories:
             raise DataError(f"{annotations}: the 'categories' list is empty")
         self.category_ids = [c["id"] for c in categories]
@@ -83,18 +104,23 @@ class CocoDataset(Dataset):
             if not {"id", "file_name", "width", "height"} <= set(i):
                 raise DataError(f"{annotations}: image {i.get('id')} lacks id, file_name, width or height")
         info = {i["id"]: i for i in raw["images"]}
-        boxes, labels, annotated = {i: [] for i in info}, {i: [] for i in info}, set()
+        boxes, labels, annotated, excluded = {i: [] for i in info}, {i: [] for i in info}, set(), set()
         self.dropped = {"crowd": 0, "tiny or outside": 0, "images": 0}
         for a in raw["annotations"]:
             where = f"{annotations}: annotation {a.get('id')}"
-            if a.get("category_id") not in label_of:
+            if a.get("category_id") not in known:
                 raise DataError(f"{where} has category id {a.get('category_id')}, which 'categories' does not list")
             if a.get("image_id") not in info:
                 raise DataError(f"{where} has image id {a.get('image_id')}, which 'images' does not list")
             numbers = [v for v in a.get("bbox") or () if isinstance(v, (int, float)) and math.isfinite(v)]
             if len(numbers) != 4 or len(a["bbox"]) != 4:
                 raise DataError(f"{where} has bbox {a.get('bbox')}; expected four finite numbers x, y, width, height")
-            annotated.add(a["image_id"])
+            if known[a["category_id"]] in without:
+                excluded.add(a["image_id"])
+            if a["category_id"] not in label_of:
+                continue
+            if classes is None:
+                annotated.add(a["image_id"])
             if a.get("iscrowd"):
                 self.dropped["crowd"] += 1
                 continue
@@ -104,11 +130,13 @@ class CocoDataset(Dataset):
             if w < 1 or h < 1 or visible_w <= 0 or visible_h <= 0 or a.get("area", 1) <= 0:
                 self.dropped["tiny or outside"] += 1
                 continue
+            annotated.add(a["image_id"])
             boxes[a["image_id"]].append((x, y, x + w, y + h))
             labels[a["image_id"]].append(label_of[a["category_id"]])
         self.items = []
         for i, image in info.items():
-            if train and (i not in annotated or min(image["width"], image["height"]) < min_side):
+            small = train and min(image["width"], image["height"]) < min_side
+            if small or i in excluded or (i not in annotated and (train or classes is not None)):
                 self.dropped["images"] += 1
                 continue
             self.items.append((i, image["file_name"], image["height"], image["width"],
@@ -119,6 +147,12 @@ class CocoDataset(Dataset):
         missing = [name for _, name, *_ in self.items if name not in on_disk and not (self.folder / name).exists()]
         if missing:
             raise DataError(f"{self.folder}: {len(missing)} of {len(self.items)} images are missing, first {missing[0]}")
+        self.captions = None
+        if captions:
+            self.captions = {i: [] for i in info}
+            for c in read_json(captions).get("annotations", []):
+                if c.get("image_id") in self.captions and str(c.get("caption", "")).strip():
+                    self.captions[c["image_id"]].append(str(c["caption"]).strip())
         self.landscape = [w >= h for _, _, h, w, _, _ in self.items]
 
     def __len__(self):
@@ -141,8 +175,11 @@ class CocoDataset(Dataset):
         if rng.random() < self.flip:
             image = image.flip(2)
             boxes[:, 0::2] = w - boxes[:, 0::2].flip(1)
-        return dict(image=image, size=(h, w), boxes=boxes, labels=torch.from_numpy(labels),
+        item = dict(image=image, size=(h, w), boxes=boxes, labels=torch.from_numpy(labels),
                     image_id=image_id, original_size=(height, width))
+        if self.captions is not None:
+            item["caption"] = rng.choice(self.captions[image_id] or [""])
+        return item
 
 
 def parse_image_size(text):
@@ -191,7 +228,8 @@ def collate(items, divisor=32):
         boxes[b, :len(x["boxes"])] = x["boxes"]
         labels[b, :len(x["labels"])] = x["labels"]
     return dict(images=images, sizes=torch.tensor([x["size"] for x in items]), boxes=boxes, labels=labels,
-                image_ids=[x["image_id"] for x in items], original_sizes=[x["original_size"] for x in items])
+                image_ids=[x["image_id"] for x in items], original_sizes=[x["original_size"] for x in items],
+                captions=[x.get("caption", "") for x in items])
 
 
 class BatchPlan:

@@ -28,11 +28,11 @@ def to_coco_results(image_id, boxes, scores, labels, category_ids):
 
 
 def coco_evaluate(annotations, results, kind="bbox"):
-    """The twelve COCO numbers in percent, and per class AP and AP50.
+    """The twelve COCO numbers in percent, and per class AP, AP50 (also by area) and AR50.
 
     annotations: path or dict in COCO format; results: list of result dicts (may be empty, AP is 0 then); kind:
     "bbox" or "segm". Returns dict: COCO_STATS names -> float (-1 where the ground truth has no such object),
-    "classes" -> {name: {"AP", "AP50"}}. The order of images does not matter;
+    "classes" -> {name: {"AP", "AP50", "AP50s", "AP50m", "AP50l", "AR50"}}. The order of images does not matter;
     equal scores within an image rank in list order, as in the COCO API. `results` is left unchanged.
     """
     from pycocotools.coco import COCO
@@ -53,11 +53,20 @@ def coco_evaluate(annotations, results, kind="bbox"):
         ev.accumulate()
         ev.summarize()
     stats = {name: float(v) * 100 if v >= 0 else -1.0 for name, v in zip(COCO_STATS, ev.stats)}
-    precision = ev.eval["precision"][:, :, :, 0, -1]  # (10 IoUs, 101 recalls, K), all areas, 100 detections
+    # precision (10 IoUs, 101 recalls, K, areas: all, small, medium, large), recall (10, K, areas), both at 100 detections
+    precision, recall = ev.eval["precision"][..., -1], ev.eval["recall"][..., -1]
     mean = lambda p: float(p[p > -1].mean()) * 100 if (p > -1).any() else -1.0
-    stats["classes"] = {truth.cats[c]["name"]: dict(AP=mean(precision[:, :, k]), AP50=mean(precision[0, :, k]))
-                        for k, c in enumerate(ev.params.catIds)}
+    stats["classes"] = {truth.cats[c]["name"]: dict(
+        AP=mean(precision[:, :, k, 0]), AR50=mean(recall[0, k, 0]),
+        **{name: mean(precision[0, :, k, area]) for area, name in enumerate(("AP50", "AP50s", "AP50m", "AP50l"))})
+        for k, c in enumerate(ev.params.catIds)}
     return stats
+
+
+def class_mean(stats, names, key):
+    """Mean of a per-class number over those of `names` that the ground truth holds: how base, novel and all are defined."""
+    values = [stats["classes"][n][key] for n in names if stats["classes"].get(n, {}).get(key, -1) >= 0]
+    return sum(values) / len(values) if values else -1.0
 
 
 def class_table(stats, columns=3):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from common.evaluation import COCO_STATS, class_table, coco_evaluate, gather, to_coco_results
+from common.evaluation import class_mean, COCO_STATS, class_table, coco_evaluate, gather, to_coco_results
 from conftest import ROOT, SHARED
 
 
@@ -27,6 +27,10 @@ def printed_numbers(path, kind):
     numbers = [float(v) for v in re.findall(r"maxDets= *\d+ \] = (-?[\d.]+)", section)]
     assert len(numbers) == 12
     return numbers
+
+
+def two(stats):
+    return {name: {k: v[k] for k in ("AP", "AP50")} for name, v in stats["classes"].items()}
 
 
 def scene(boxes, classes=("cat", "dog"), images=3, size=200, **extra):
@@ -74,7 +78,7 @@ BOXES = [(1, 1, (10, 10, 50, 50)), (1, 11, (100, 100, 40, 60)), (2, 1, (20, 20, 
 def test_perfect_detections_score_100():
     stats = coco_evaluate(scene(BOXES), [found(i, c, b, 0.9) for i, c, b in BOXES])
     assert stats["AP"] == stats["AP50"] == stats["AP75"] == stats["AR100"] == pytest.approx(100)
-    assert stats["classes"] == {"cat": dict(AP=pytest.approx(100), AP50=pytest.approx(100)),
+    assert two(stats) == {"cat": dict(AP=pytest.approx(100), AP50=pytest.approx(100)),
                                 "dog": dict(AP=pytest.approx(100), AP50=pytest.approx(100))}
 
 
@@ -82,13 +86,13 @@ def test_no_results_score_zero():
     stats = coco_evaluate(scene(BOXES), [])
     assert all(stats[k] == 0 for k in ("AP", "AP50", "AP75", "AR1", "AR10", "AR100"))
     assert stats["APl"] == stats["ARl"] == -1  # no large object; the three are small and medium
-    assert stats["classes"] == {"cat": dict(AP=0, AP50=0), "dog": dict(AP=0, AP50=0)}
+    assert two(stats) == {"cat": dict(AP=0, AP50=0), "dog": dict(AP=0, AP50=0)}
 
 
 def test_class_without_ground_truth_is_minus_one_and_a_dash_and_not_in_the_mean():
     truth = scene(BOXES, ("cat", "dog", "unicorn"))
     stats = coco_evaluate(truth, [found(i, c, b, 0.9) for i, c, b in BOXES if c == 1] + [found(3, 21, (5, 5, 50, 50), 0.99)])
-    assert stats["classes"]["unicorn"] == dict(AP=-1, AP50=-1)
+    assert set(stats["classes"]["unicorn"].values()) == {-1}
     assert stats["AP"] == pytest.approx(50)  # cat 100, dog 0
     lines = class_table(stats, columns=2).splitlines()
     assert len(lines) == 3 and lines[0].count("class") == 2
@@ -112,7 +116,7 @@ def test_iou_of_exactly_one_half_counts():
     truth = scene([(1, 1, (0, 0, 100, 100))])
     at = coco_evaluate(truth, [found(1, 1, (0, 0, 100, 50), 0.9)])
     assert at["AP50"] == pytest.approx(100) and at["AP75"] == 0 and at["AP"] == pytest.approx(10)
-    assert at["classes"]["cat"] == dict(AP=pytest.approx(10), AP50=pytest.approx(100))
+    assert two(at)["cat"] == dict(AP=pytest.approx(10), AP50=pytest.approx(100))
     assert coco_evaluate(truth, [found(1, 1, (0, 0, 100, 49.9), 0.9)])["AP50"] == 0
 
 
@@ -230,3 +234,16 @@ def test_gather_gives_every_record_once_to_rank_0_and_none_to_the_others(tmp_pat
 
 def test_gather_without_processes_is_the_list_itself():
     assert gather([1, 2]) == [1, 2] and gather([]) == []
+
+
+def test_class_means_are_over_classes_and_by_area_at_iou_one_half():
+    truth = scene([])
+    first, second = (image["id"] for image in truth["images"][:2])
+    boxes = [(first, 1, [10, 10, 20, 20]), (first, 1, [60, 60, 50, 50]), (second, 11, [60, 60, 50, 50])]  # small, medium, medium
+    truth["annotations"] = [dict(id=n, image_id=i, category_id=c, bbox=b, area=b[2] * b[3], iscrowd=0) for n, (i, c, b) in enumerate(boxes, 1)]
+    found = [dict(image_id=first, category_id=1, bbox=[60, 60, 50, 50], score=0.9)]
+    stats = coco_evaluate(truth, found)
+    cat, dog = stats["classes"]["cat"], stats["classes"]["dog"]
+    assert (cat["AR50"], cat["AP50s"], cat["AP50m"], cat["AP50l"]) == (pytest.approx(50), 0, pytest.approx(100), -1)
+    assert dog["AR50"] == 0 and class_mean(stats, ["cat", "dog"], "AR50") == pytest.approx(25)
+    assert class_mean(stats, ["cat", "dog"], "AP50l") == class_mean(stats, ["bird"], "AP50") == -1

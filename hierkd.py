@@ -1,0 +1,853 @@
+"""HierKD: open-vocabulary one-stage detection, taught by CLIP at two levels (Ma et al., CVPR 2022, arXiv:2203.10593).
+
+Idea. ATSS, with CLIP's text embeddings of the class names as its classifier: any list of names can be detected. Trained on base classes alone
+it does not know what a novel name looks like, so CLIP teaches the embedding f of each anchor: (1) f is compared with the names of
+the base classes and a learnt background, softmax focal loss, on all positives and 10 % of the negatives (more negatives teach it
+that unlabelled novel objects are background); (2) IKD: at the positives, f must equal CLIP's image embedding of the predicted box;
+positives are base objects only, so (3) GKD: the image's caption, which also names novel objects, attends to max-pooled patches of f of
+all five levels, and image and caption must find each other in the batch. At test time CLIP's image tower and the captions
+are gone; only the text matrix is swapped: novel names (ZSD), or base and novel together (GZSD).
+
+Letters: B images, C captions, D embedding, A anchors of all L = 5 levels, M boxes (padded), K classes. Boxes xyxy pixels.
+
+Differs from the paper. Where text and released code disagree, the text is the default and --preset released is the code:
+  1. IKD: text L1, weight 1, mean over positives (Eq. 2); code L2, weight 0.05, mean per level, then over levels. --ikd-norm --ikd-weight --ikd-mean
+  2. Classification weight: text a constant; code exp(-s) with + |s| and s learnt. --cls-weight fixed|learn
+  3. Crops: text not stated; code ImageNet's normalisation, no antialias. Here CLIP's own, PIL's antialias. --crop-norm --crop-antialias
+  4. GKD's patches: text FPN maps; code the normalised embeddings f, which is also what lets a caption reach the classifier. We follow the code.
+  5. The embedding's bias starts at -4.6 in the code (left over from a sigmoid); every f then starts nearly parallel. --embed-bias focal|zero
+and from both: normalisers are means over all processes; their lower bounds hold for the sum over processes.
+
+    torchrun --nproc_per_node 4 hierkd.py --data data/coco                       # HierKD R50 1x, 48/17 split, 4 x 8 images
+    python hierkd.py --data shapes                                              # everything in minutes on a CPU
+    python hierkd.py --eval runs/hierkd/last.pt
+    python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "red panda,umbrella"
+
+Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6, R50 3x 25.3; GZSD base 51.3, novel 20.3, all 43.2. Measured here: COCO not run.
+"""
+import argparse
+import json
+import re
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from tqdm import tqdm
+
+from common.boxes import assign_atss, cells_inside, centerness_target, decode_deltas, grid_anchors, overlap
+from common.clip import ClipError, load_clip, tiny_clip
+from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size,
+                             read_image, read_json, resize, train_loader)
+from common.evaluation import class_mean, coco_evaluate, gather, to_coco_results
+from common.run import (Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, open_run, plot_curves, reduce_mean, rng_state,
+                        save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+from common.shapes import BASE, NOVEL, make_shapes
+
+STRIDES = (8, 16, 32, 64, 128)
+DELTA_STD = (0.1, 0.1, 0.2, 0.2)
+RELEASED = dict(ikd_norm="l2", ikd_weight=0.05, ikd_mean="level", cls_weight="learn", crop_norm="imagenet", crop_antialias=False)
+
+
+# ================================================================== flags
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    flag = partial(p.add_argument, action=argparse.BooleanOptionalAction)
+    # data
+    p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
+    p.add_argument("--split", choices=("48_17", "65_15"), default="48_17", help="base / novel classes of COCO; shapes has its own")
+    flag("--drop-novel-images", default=False, help="leave out training images that hold a novel object (the older 65/15 protocol)")
+    p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 (default 800; schedule 3x 480-800; shapes 72-120)")
+    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
+    # model
+    p.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, trained on demand)")
+    p.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
+    p.add_argument("--init", choices=("imagenet", "none"), help="backbone start (default imagenet; shapes none)")
+    p.add_argument("--quality", choices=("iou", "centerness", "none"), default="iou", help="what the quality branch learns, and the weight of boxes")
+    p.add_argument("--bg", choices=("learn", "fixed"), default="learn", help="background embedding, or a constant cosine of 0.2")
+    p.add_argument("--tau-c", type=float, help="start of the classifier's temperature, Eq. 1 (default 100; shapes 30)")
+    p.add_argument("--embed-bias", choices=("focal", "zero"), help="start of the embedding's bias: -4.6 or 0 (default focal; shapes zero)")
+    # method
+    p.add_argument("--preset", choices=("paper", "released"), default="paper", help="defaults of what follows, see above")
+    flag("--ikd", default=True, help="instance-level distillation, Eq. 2")
+    p.add_argument("--ikd-norm", choices=("l1", "l2"), default="l1", help="distance of Eq. 2")
+    p.add_argument("--ikd-weight", type=float, help="lambda_ins of Eq. 6 (default 1; shapes 0.4)")
+    p.add_argument("--ikd-mean", choices=("all", "level"), default="all", help="mean over positives, or per level and then over levels")
+    p.add_argument("--ikd-box", choices=("pred", "gt"), default="pred", help="boxes that are cropped")
+    p.add_argument("--ikd-iou", type=float, default=0.5, help="positives whose predicted box overlaps its object less are left out")
+    p.add_argument("--ikd-max", type=int, help="at most so many crops per process and step, drawn at random (default all; shapes 64)")
+    p.add_argument("--crop-scale", type=float, help="crops are enlarged by this (default 1; shapes 1.2)")
+    p.add_argument("--crop-norm", choices=("clip", "imagenet"), default="clip", help="mean and deviation of the crops")
+    flag("--crop-antialias", default=True, help="PIL's antialiased resize, or plain bicubic")
+    flag("--gkd", default=True, help="global (caption) distillation, Eqs. 3-5")
+    p.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl", help="contrastive, Eq. 5, or positive pairs only")
+    p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.5)")
+    p.add_argument("--gkd-patches", type=int, default=3, help="N: each level is cut into N x N patches")
+    p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
+    flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
+    p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
+    p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
+    p.add_argument("--cls-weight", choices=("fixed", "learn"), default="fixed", help="lambda_cls: 1, or exp(-s) + |s|")
+    p.add_argument("--shuffle-captions", action="store_true", help="control: each image gets the caption of another")
+    p.add_argument("--shuffle-crops", action="store_true", help="control: each positive gets the crop embedding of another")
+    # schedule
+    p.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x", help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
+    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 6)")
+    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
+    p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
+    p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
+    p.add_argument("--lr", type=float, help="for a total batch of 32, of 16 without GKD; scaled linearly (default 0.01; shapes 0.002 at 16)")
+    p.add_argument("--weight-decay", type=float, default=1e-4)
+    # run
+    p.add_argument("--out", help="run folder (default runs/hierkd, runs/hierkd-eval or runs/hierkd-predict)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; losses stay fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the detector")
+    p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
+    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
+    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
+    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
+    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint")
+    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
+    p.add_argument("--weights", help="for --predict: a checkpoint")
+    p.add_argument("--classes", help="for --predict: any names, comma-separated (default: base and novel)")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
+    if p.parse_known_args(argv)[0].preset == "released":
+        p.set_defaults(**RELEASED)
+    args = p.parse_args(argv)
+    args.out = args.out or "runs/hierkd" + ("-eval" if args.eval else "-predict" if args.predict else "")
+    last = Path(args.out) / "last.pt"
+    if args.resume and last.exists():  # the flags of that run, then those given now
+        p.set_defaults(**load_checkpoint(last)["args"])
+        args = p.parse_args(argv)
+    try:
+        if args.negatives != "1to1" and not 0 < float(args.negatives) <= 1:
+            raise ValueError
+    except ValueError:
+        p.error(f"--negatives {args.negatives}: 1to1, or a share above 0 and up to 1")
+    for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "gkd_patches", "ikd_max"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("lr", "tau_c", "tau_m", "crop_scale"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.eval and args.predict:
+        p.error("--eval and --predict: one at a time")
+    if args.predict and not args.weights:
+        p.error("--predict needs --weights: a checkpoint")
+    if args.classes and not args.predict:
+        p.error("--classes: belongs to --predict")
+    return args
+
+
+# ================================================================== model
+
+def fp32(x):
+    """bf16 maps of autocast -> fp32, in which all losses are computed; fp64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class NarrowResNet(torchvision.models.ResNet):
+    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
+
+    def __init__(self, width):
+        norm = lambda c: nn.GroupNorm(c // 8, c)
+        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
+        self.inplanes = width
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
+        for level in range(4):
+            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
+            setattr(self, f"layer{level + 1}", layer)
+
+
+class Body(nn.Module):
+    """A torchvision ResNet up to C5; returns {name: map} of C3, C4, C5."""
+
+    def __init__(self, net):
+        super().__init__()
+        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+        self.stages = nn.ModuleDict({n: getattr(net, n) for n in names})
+
+    def forward(self, x):
+        maps = {}
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name in ("layer2", "layer3", "layer4"):
+                maps[name] = x
+        return maps
+
+
+def make_body(name, init):
+    """(Body, its three channel counts) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+    if re.fullmatch("tiny(8|16|24|32|48|64)", name):
+        if init == "imagenet":
+            raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
+        width = int(name[4:])
+        return Body(NarrowResNet(width)), [2 * width, 4 * width, 8 * width]
+    if name not in ("r50", "r101"):
+        raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
+    net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
+    if init == "imagenet":
+        url = torchvision.models.get_model_weights("resnet" + name[1:]).IMAGENET1K_V1.url
+        net.load_state_dict(load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1])))
+    return Body(net), [512, 1024, 2048]
+
+
+class P6P7(ExtraFPNBlock):
+    """P6 and P7 by stride-2 convolutions from P5, without a ReLU between. (torchvision's LastLevelP6P7 has it.)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.p6, self.p7 = (nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2))
+
+    def forward(self, results, x, names):
+        p6 = self.p6(results[-1])
+        return results + [p6, self.p7(p6)], names + ["p6", "p7"]
+
+
+class OpenATSS(nn.Module):
+    """ATSS whose class tower ends in a D-channel embedding; names are what it is compared with.
+
+    background (D,): the start of T_bg, CLIP's embedding of "a photo of background."; None for a constant cosine of 0.2.
+    """
+
+    def __init__(self, backbone, background, dim, channels=256, quality="iou", tau_c=100.0, tau_m=10.0, cls_weight="fixed", gkd=True,
+                 embed_bias="focal", init="none"):
+        super().__init__()
+        self.arch = dict(backbone=backbone, dim=dim, channels=channels, quality=quality, bg="fixed" if background is None else "learn",
+                         cls_weight=cls_weight, gkd=gkd)
+        self.frozen = init == "imagenet"
+        self.body, widths = make_body(backbone, init)
+        self.fpn = FeaturePyramidNetwork(widths, channels, P6P7(channels))
+        for m in self.fpn.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        tower = lambda: nn.Sequential(*[layer for _ in range(4) for layer in (
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(32, channels), nn.ReLU())])
+        self.cls_tower, self.reg_tower = tower(), tower()
+        self.embed, self.reg = nn.Conv2d(channels, dim, 3, 1, 1), nn.Conv2d(channels, 4, 3, 1, 1)
+        self.quality = nn.Conv2d(channels, 1, 3, 1, 1) if quality != "none" else None
+        for m in (*self.cls_tower, *self.reg_tower, self.embed, self.reg, self.quality):
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, std=0.01)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        if channels != 256:  # 0.01 belongs to 256 channels and SGD
+            for m in (*self.cls_tower, *self.reg_tower, self.embed):
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight)
+        if embed_bias == "focal":
+            nn.init.constant_(self.embed.bias, -4.59511985)
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
+        self.background = None if background is None else nn.Parameter(background.detach().clone().reshape(1, dim))
+        self.tau_c = nn.Parameter(torch.tensor(float(tau_c)))                      # a plain scalar: no exp, no clamp
+        self.tau_m = nn.Parameter(torch.tensor(float(tau_m))) if gkd else None
+        self.s = nn.Parameter(torch.tensor(1.0)) if cls_weight == "learn" else None
+        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
+        if self.frozen:
+            for name, parameter in self.body.stages.named_parameters():
+                parameter.requires_grad = not name.startswith(("conv1.", "bn1.", "layer1."))
+
+    def train(self, mode=True):
+        """BatchNorm of a pre-trained backbone always uses its running statistics: few images a GPU."""
+        super().train(mode)
+        if self.frozen:
+            for m in self.body.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.eval()
+        return self
+
+    def normalise(self, images, sizes):
+        """uint8 RGB (B, 3, H, W) -> float; the padding is zeroed AFTER that, so it is the mean pixel."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
+        cols = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
+        return x * (rows[:, None, :, None] & cols[:, None, None, :])
+
+    def forward(self, images):
+        """(B, 3, H, W) normalised -> {"embed": (B, D, H_l, W_l), "reg": 4 channels, "quality": 1 channel}, L maps each, raw."""
+        maps = dict(embed=[], reg=[], quality=[])
+        for level, x in enumerate(self.fpn(self.body(images)).values()):
+            maps["embed"].append(self.embed(self.cls_tower(x)))
+            x = self.reg_tower(x)
+            maps["reg"].append(self.reg(x) * self.scales[level])
+            if self.quality is not None:
+                maps["quality"].append(self.quality(x))
+        return maps
+
+    def flatten(self, maps):
+        """Maps -> {"f": (B, A, D) unit, "reg": (B, A, 4), "quality": (B, A) or None}, fp32 under autocast."""
+        flat = lambda levels: fp32(torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in levels], 1))
+        x = flat(maps["embed"])
+        return dict(f=x / (x.norm(dim=-1, keepdim=True) + 1e-10), reg=flat(maps["reg"]),
+                    quality=flat(maps["quality"])[..., 0] if maps["quality"] else None)
+
+    def classify(self, f, text):
+        """Eq. 1, inside the softmax: (..., D) unit, (K, D) unit -> (..., K + 1) logits; the background is the last."""
+        cosine = f @ text.to(f).T
+        bg = f.new_full((*f.shape[:-1], 1), 0.2) if self.background is None else f @ self.background.to(f).T
+        return self.tau_c * torch.cat([cosine, bg], -1)
+
+    @torch.no_grad()
+    def unit_background(self):
+        """T_bg is kept on the unit sphere: it learns by projected SGD."""
+        if self.background is not None:
+            self.background /= self.background.norm()
+
+
+def anchors_of(maps):
+    """(anchors (A, 4), [(H_l, W_l)], anchors per level): one square of side 8 strides per cell."""
+    level_sizes = [tuple(m.shape[-2:]) for m in maps["reg"]]
+    return grid_anchors(level_sizes, STRIDES, [8.0], device=maps["reg"][0].device), level_sizes, [h * w for h, w in level_sizes]
+
+
+# ================================================================== loss: one function per equation
+
+def softmax_focal_loss(logits, labels):
+    """Focal loss of Eq. 1: -0.25 (1 - p_y)^2 log p_y. (..., K + 1) logits, (...) labels, K = background. 0.25 for every class."""
+    logp = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    return -0.25 * (1 - logp.exp()).square() * logp
+
+
+def sample_anchors(positive, counts, negatives):
+    """Sec. 3.4: all positives and a random share of the others, per level over the whole batch. (B, A) bool -> (B, A) bool.
+
+    negatives: "1to1", or a share in (0, 1]. Below 1, a level without positives keeps nothing, as in the released code. A fixed number is drawn
+    by rank, without asking the device how many there are.
+    """
+    if negatives != "1to1" and float(negatives) >= 1:
+        return torch.ones_like(positive)
+    keep = []
+    for level in positive.split(counts, 1):
+        count = level.sum()
+        number = count if negatives == "1to1" else ((level.numel() - count).double() * float(negatives)).floor()
+        draw = torch.rand(level.shape, device=level.device).masked_fill(level, 2.0).flatten()
+        rank = torch.empty_like(draw).scatter_(0, draw.argsort(), torch.arange(draw.numel(), device=draw.device, dtype=draw.dtype))
+        keep.append(level | ((rank.view_as(level) < number) & (count > 0)))
+    return torch.cat(keep, 1)
+
+
+def feature_distance(f, v, norm):
+    """d of Eq. 2 between unit rows (N, D): the L1 norm, or the L2 norm (not squared). (N,)"""
+    return (f - v).abs().sum(-1) if norm == "l1" else (f - v).square().sum(-1).clamp(min=1e-12).sqrt()
+
+
+def pool_patches(embed_maps, n, pool):
+    """Sec. 3.3: N x N patches of each level's unit embeddings, pooled and normalised. L maps (B, D, H_l, W_l) -> (B, L N^2, D)."""
+    pooling = F.adaptive_max_pool2d if pool == "max" else F.adaptive_avg_pool2d
+    unit = [x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in map(fp32, embed_maps)]
+    return F.normalize(torch.cat([pooling(x, n).flatten(2) for x in unit], 2).transpose(1, 2), dim=-1, eps=1e-10)
+
+
+def mlca(patches, captions):
+    """Eqs. 3 and 4, multi-layer cross attention: (B, P, D) unit patches, (C, D) unit captions -> <I, C> as (C, B) cosines."""
+    e = torch.einsum("cd,bpd->cbp", captions, patches)                         # Eq. 3: response of each patch to the caption
+    seen = torch.einsum("cbp,bpd->cbd", e.softmax(-1), patches)                # Eq. 3: P_I^C, what the caption sees of the image
+    return (F.normalize(seen, dim=-1, eps=1e-10) * captions[:, None]).sum(-1)  # Eq. 4
+
+
+def caption_loss(score, tau, mine, valid, kind="cl"):
+    """Eq. 5: cross entropy over the captions of an image plus over the images of a caption, mean over pairs.
+
+    score: (N, N) <I, C>, rows captions; its diagonal are the pairs. mine: slice of the pairs of this process. valid: (N,) bool, the image
+    has a caption. kind "pl": only pulls pairs together, without temperature. Without a valid pair the loss is 0, with gradient.
+    """
+    weight = valid[mine].float()
+    count = reduce_mean(weight.sum(), 1.0)
+    if kind == "pl":
+        return -(score.diagonal()[mine] * weight).sum() / count
+    logits = (tau * score).masked_fill(~(valid[:, None] & valid), -1e4)
+    pairs = logits.diagonal()[mine]
+    images, captions = logits.logsumexp(0)[mine], logits.logsumexp(1)[mine]
+    return (((images - pairs) + (captions - pairs)) * weight).sum() / count
+
+
+def gather_rows(x):
+    """Rows of all processes, with gradient; the same everywhere."""
+    if not dist.is_initialized():
+        return x
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(x))
+
+
+class Learner(nn.Module):
+    """The detector with its text matrix and, outside the module tree, CLIP: forward(batch) -> {name: loss}; their sum is Eq. 6."""
+
+    def __init__(self, model, text, clip, a):
+        super().__init__()
+        self.model, self.a, self.clip = model, a, clip  # FrozenCLIP is no nn.Module
+        self.register_buffer("text", text, persistent=False)
+
+    def forward(self, batch):
+        a, model = self.a, self.model
+        model.unit_background()
+        x = model.normalise(batch["images"], batch["sizes"])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+            maps = model(x.to(memory_format=torch.channels_last) if a.channels_last else x)
+        out = model.flatten(maps)
+        anchors, level_sizes, counts = anchors_of(maps)
+        valid = batch["labels"] >= 0
+        owner = assign_atss(anchors, counts, batch["boxes"], valid, cells_inside(batch["sizes"], level_sizes, STRIDES))
+        positive, index = owner >= 0, owner.clamp(min=0)
+        boxes = batch["boxes"].gather(1, index[..., None].expand(-1, -1, 4))                       # (B, A, 4)
+        labels = torch.where(positive, batch["labels"].gather(1, index), len(self.text))           # background is class K
+        n_pos = reduce_mean(positive.sum(1).clamp(min=1).float().sum())
+
+        # Eq. 1. Anchors beyond the image's own canvas take part in the draw, with weight 0, as in the released code.
+        used = sample_anchors(positive, counts, a.negatives) & (owner > -2)
+        cls = (softmax_focal_loss(model.classify(out["f"], self.text), labels) * used).sum() / n_pos
+        losses = dict(cls=cls if model.s is None else (-model.s).exp() * cls + model.s.abs())
+
+        # Boxes and their quality.
+        decoded = decode_deltas(out["reg"], anchors, DELTA_STD)
+        iou, giou = overlap(decoded, boxes)
+        iou = iou.detach()
+        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+        u = dict(iou=iou, none=torch.ones_like(iou)).get(a.quality)
+        u = (centerness_target(boxes, centers) if u is None else u) * positive
+        losses["box"] = 2.0 * ((1 - giou) * u).sum() / reduce_mean(u.sum(), 1.0)
+        if out["quality"] is not None:
+            bce = F.binary_cross_entropy_with_logits(out["quality"], u, reduction="none") * positive
+            losses["quality"] = bce.sum() / n_pos
+
+        if a.ikd:
+            losses["ikd"] = a.ikd_weight * self.instance_loss(batch, x, out["f"], decoded.detach(), boxes, positive & (iou >= a.ikd_iou), counts)
+        if a.gkd:
+            losses["gkd"] = a.gkd_weight * self.global_loss(batch, maps["embed"])
+        return losses
+
+    def instance_loss(self, batch, x, f, decoded, boxes, chosen, counts):
+        """Eq. 2, IKD: embeddings of positives against CLIP's of their crops. chosen (B, A): the positives that take part."""
+        a = self.a
+        image, anchor = chosen.nonzero(as_tuple=True)  # the one place where a step waits: CLIP must know how many crops
+        if a.ikd_max and len(image) > a.ikd_max:
+            pick = torch.randperm(len(image), device=image.device)[:a.ikd_max]
+            image, anchor = image[pick], anchor[pick]
+        pixels = self.clip.normalise(batch["images"]) if a.crop_norm == "clip" else x
+        crops = (decoded if a.ikd_box == "pred" else boxes)[image, anchor]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+            v = self.clip.encode_crops(pixels, crops, image, a.crop_scale, a.crop_antialias)
+        if a.shuffle_crops and len(v) > 1:
+            v = v.roll(len(v) // 2, 0)
+        d = feature_distance(f[image, anchor], v, a.ikd_norm)
+        if a.ikd_mean == "all":
+            return d.sum() / reduce_mean(d.new_tensor(float(len(d))), 1.0) + f.sum() * 0
+        level = torch.bucketize(anchor, torch.tensor(counts, device=anchor.device).cumsum(0), right=True)
+        sums, numbers = d.new_zeros(2, len(counts)).unbind()
+        sums, numbers = sums.index_add(0, level, d), numbers.index_add(0, level, torch.ones_like(d))
+        return (sums / numbers.clamp(min=1)).mean() + f.sum() * 0
+
+    def global_loss(self, batch, embed_maps):
+        """Eqs. 3-5, GKD: captions against images."""
+        a = self.a
+        captions = self.clip.encode_text(batch["captions"])
+        has = torch.tensor([bool(c) for c in batch["captions"]]).to(captions.device, non_blocking=True)
+        if a.shuffle_captions:
+            captions, has = captions.roll(1, 0), has.roll(1, 0)
+        patches, start = pool_patches(embed_maps, a.gkd_patches, a.gkd_pool), 0
+        if a.gkd_gather and dist.is_initialized():
+            start = dist.get_rank() * len(patches)
+            patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
+        mine = slice(start, start + len(batch["captions"]))
+        return caption_loss(mlca(patches, captions), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
+
+
+# ================================================================== data
+
+def class_split(args):
+    """(base names, novel names) of --data and --split."""
+    if args.data == "shapes":
+        return BASE, NOVEL
+    if args.split == "48_17":
+        return BASE_48, NOVEL_17
+    names = [c["name"] for c in read_json(find_coco(args.data, "val")[1])["categories"]]
+    return [n for n in names if n not in NOVEL_15], NOVEL_15
+
+
+def make_data(args, split):
+    """The training set (base boxes only, with captions) or the images of val that hold any base or novel object."""
+    try:
+        root = make_shapes() if args.data == "shapes" else args.data
+    except FileExistsError as e:
+        raise UserError(e) from None
+    args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "480-800" if args.schedule == "3x" else "800")
+    base, novel = class_split(args)
+    if split == "val":
+        return CocoDataset(*find_coco(root, "val"), False, args.image_size, classes=base + novel)
+    captions = Path(root) / "annotations" / "captions_train2017.json"
+    if args.gkd and not captions.exists():
+        raise UserError(f"--data {root}: {captions} is missing, which GKD needs; it comes with COCO's annotations. Or use --no-gkd")
+    return CocoDataset(*find_coco(root, "train"), True, args.image_size, classes=base, captions=captions if args.gkd else None,
+                       without=novel if args.drop_novel_images else ())
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def get_clip(args, rank, device):
+    """--clip, or the tiny CLIP of shapes, which rank 0 trains the first time."""
+    spec = args.clip
+    if spec is None and args.data == "shapes":
+        if rank == 0:
+            spec = tiny_clip(make_shapes(), make_shapes().parent / "clip", device=device)
+        barrier()
+        spec = spec or tiny_clip(make_shapes(), make_shapes().parent / "clip")
+    return load_clip(spec or "ViT-B-32-quickgelu/openai", device), spec
+
+
+# ================================================================== train
+
+def fill_defaults(args):
+    """Defaults that depend on the dataset and the schedule."""
+    shapes = args.data == "shapes"
+    defaults = dict(backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
+                    epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
+    if shapes:
+        defaults.update(backbone="tiny16", init="none", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,
+                        ikd_max=64, epochs=6, batch_size=16, optimizer="adamw", lr=0.002)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.gkd and args.batch_size == 1 and not args.gkd_gather:
+        raise UserError("--batch-size 1: GKD contrasts the images of a batch, with one image its loss is always 0; use more or --gkd-gather")
+
+
+def train(args, rank, world, device):
+    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
+    fill_defaults(args)
+    data, val = make_data(args, "train"), make_data(args, "val")
+    base, novel = class_split(args)
+    clip, spec = get_clip(args, rank, device)
+    out = open_run(args, rank, args.resume)
+    cache = out.parent / "text"
+    text = clip.class_embeddings(data.classes, cache=cache)
+    seed_all(args.seed)
+    model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.class_embeddings(["background"], cache=cache)[0], clip.dim,
+                     64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
+                     args.embed_bias, args.init)
+    model.arch.update(image_size=args.image_size, clip=spec or "", data=args.data, split=args.split)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    if args.compile:
+        model.compile()
+    learner = Learner(model, text, clip, args).train()
+    if world > 1:
+        learner = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None)
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    total_batch, paper_batch = args.batch_size * world * args.accumulate, 32 if args.gkd and args.data != "shapes" else 16
+    lr = args.lr * total_batch / paper_batch
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = (torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay) if args.optimizer == "sgd" else
+                 torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay))
+    steps_per_epoch = -(-len(plan) // args.accumulate)
+    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
+    milestones = (args.epochs * (3 / 4 if args.schedule == "3x" else 2 / 3), args.epochs * 11 / 12)
+    warmup = min(500, args.epochs * steps_per_epoch // 10)
+    it, best = 0, -2.0  # AP is -1 where val holds no box
+    if args.resume and not (out / "last.pt").exists():
+        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
+    elif args.resume:
+        state = load_checkpoint(out / "last.pt")
+        load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
+        optimizer.load_state_dict(state["optimizer"])
+        if state["total_batch"] != total_batch:
+            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
+        it, best = state["it"], state["best"]
+        set_rng_state(state["rng"])
+    if rank == 0:
+        n = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
+        print(f"OpenATSS {args.backbone}: {n[0]:,} parameters, {n[1]:,} trained | CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | "
+              f"{len(data)} images, {len(base)} base and {len(novel)} novel classes, dropped {data.dropped} | "
+              f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
+              f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
+
+    def save_last():
+        if rank == 0:
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=rng_state(),
+                                 total_batch=total_batch, args=vars(args)), out / "last.pt")
+
+    def validate():
+        nonlocal best
+        metrics = evaluate(model, val, clip, rank, world, device, args, out if it >= total else None)
+        model.train()
+        if rank == 0:
+            numbers = {k: v for k, v in metrics.items() if k != "classes"}
+            log.write(dict(it=it, epoch=epoch + 1, **numbers), eval_line(epoch + 1, metrics))
+            if metrics["AP50"] > best:
+                best = metrics["AP50"]
+                save_checkpoint(weights_of(model), out / "best.pt")
+        log.restart_clock()
+        return metrics
+
+    log = Log(out, rank, total, it, args.log_every)
+    metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    while it < total:
+        epoch, done = divmod(it, steps_per_epoch)
+        plan.set_epoch(epoch, done * args.accumulate)
+        batches, left = iter(loader), len(plan)
+        while left and it < total:
+            factor = warmup_multistep(it, steps_per_epoch, milestones, warmup)
+            for g in optimizer.param_groups:
+                g["lr"] = lr * factor
+            waited, losses = 0.0, {}
+            count = min(args.accumulate, left)
+            for micro in range(count):
+                since = time.time()
+                batch = to_device(next(batches), device)
+                waited += time.time() - since
+                hold = learner.no_sync() if world > 1 and micro < count - 1 else nullcontext()
+                with hold:
+                    terms = learner(batch)
+                    (sum(terms.values()) / count).backward()  # Eq. 6
+                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
+            left -= count
+            nn.utils.clip_grad_norm_(parameters, 10.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            it += 1
+            log.step(it, epoch + 1, losses, lr * factor, waited)
+            if it % args.save_every == 0 and left and it < total:
+                log.flush(it, epoch + 1, lr * factor)
+                save_last()
+        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
+        if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 12)) == 0:
+            save_last()  # before anything of the evaluation can fail
+            metrics, evaluated = validate(), True
+            save_last()
+    log.bar.close()
+    if not evaluated:  # --resume of a finished run
+        metrics = validate()
+    if rank == 0:
+        plot_curves(out / "log.jsonl", out / "curves.png")
+        print(f"best GZSD AP50 {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
+    barrier()
+    return metrics
+
+
+def weights_of(model):
+    """What a detector is, as plain values and tensors. No CLIP tensor, no class list: names are chosen when it is used."""
+    return dict(arch=model.arch, model=model.state_dict())
+
+
+def load_strict(model, state, where):
+    """load_state_dict that tells all it misses in one line."""
+    own = model.state_dict()
+    wrong = dict(missing=[k for k in own if k not in state], unexpected=[k for k in state if k not in own],
+                 shape=[k for k in own if k in state and state[k].shape != own[k].shape])
+    if any(wrong.values()):
+        raise UserError(f"{where}: does not fit: " + "; ".join(f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys))
+    model.load_state_dict(state)
+
+
+def load_detector(path, flag="--weights"):
+    """OpenATSS in eval mode from a checkpoint of ours."""
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or "dim" not in checkpoint.get("arch", {}):
+        raise UserError(f"{flag} {path}: is no checkpoint of hierkd.py")
+    a = checkpoint["arch"]
+    model = OpenATSS(a["backbone"], torch.ones(a["dim"]) if a["bg"] == "learn" else None, a["dim"], a["channels"], a["quality"],
+                     cls_weight=a["cls_weight"], gkd=a["gkd"])
+    model.arch = a
+    load_strict(model, checkpoint["model"], f"{flag} {path}")
+    return model.eval()
+
+
+# ================================================================== evaluate, predict
+
+def top_detections(boxes, scores, iou, count):
+    """Class-wise NMS over all (box, class) pairs, best `count`: (boxes (N, 4), scores (N,), labels (N,)). boxes (n, 4), scores (n, K).
+
+    With a threshold of 0 every pair competes, 217,750 of them for GZSD. NMS goes down by score, so what survives among the best pairs
+    does not depend on the rest: the best 4,096 are tried first, and more only if too few survive. The same result.
+    """
+    flat, tried = scores.flatten(), 4096
+    while True:
+        score, pair = flat.topk(min(tried, len(flat)))
+        pair, score = pair[score > 0], score[score > 0]
+        kept = batched_nms(boxes[pair // scores.shape[1]], score, pair % scores.shape[1], iou)
+        if len(kept) >= count or tried >= len(flat):
+            kept = kept[:count]
+            return boxes[pair[kept] // scores.shape[1]], score[kept], pair[kept] % scores.shape[1]
+        tried *= 8
+
+
+@torch.no_grad()
+def detect(model, maps, size, texts, nms_iou=0.4, per_level=1000, count=100):
+    """Maps of ONE image -> a list over text matrices (K, D) of (boxes in network pixels, scores, labels). size: (h, w) of the image.
+
+    Per level the 1000 anchors of highest max_c p_c * sigmoid(quality); score = p_c * sigmoid(quality); background is dropped after the softmax.
+    """
+    out, (anchors, _, counts) = model.flatten(maps), anchors_of(maps)
+    quality = out["quality"][0].sigmoid() if out["quality"] is not None else torch.ones(len(anchors), device=anchors.device)
+    boxes = clip_boxes_to_image(decode_deltas(out["reg"][0], anchors, DELTA_STD), tuple(size))
+    found = []
+    for text in texts:
+        scores = model.classify(out["f"][0], text).softmax(-1)[:, :-1] * quality[:, None]        # (A, K)
+        start, picked = 0, []
+        for top, n in zip(scores.amax(1).split(counts), counts):
+            picked.append(start + top.topk(min(per_level, n)).indices)
+            start += n
+        picked = torch.cat(picked)
+        found.append(top_detections(boxes[picked], scores[picked], nms_iou, count))
+    return found
+
+
+def run_detector(model, batch, device, args, texts):
+    """One collated image -> for each text matrix (boxes in original pixels, scores, labels)."""
+    batch = to_device(batch, device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        maps = model(model.normalise(batch["images"], batch["sizes"]))
+    (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
+    scale = torch.tensor([width / w, height / h] * 2, device=device)
+    return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts)]
+
+
+def truth_of(val, names):
+    """COCO ground truth of these classes and of the images that hold one of them, as a dict."""
+    raw, ids = read_json(val.annotations), {c for c, n in zip(val.category_ids, val.classes) if n in set(names)}
+    used = {a["image_id"] for a in raw["annotations"] if a["category_id"] in ids and not a.get("iscrowd")}
+    return dict(images=[i for i in raw["images"] if i["id"] in used], categories=[c for c in raw["categories"] if c["id"] in ids],
+                annotations=[a for a in raw["annotations"] if a["category_id"] in ids and a["image_id"] in used])
+
+
+def evaluate(model, val, clip, rank, world, device, args, out=None):
+    """AP50 and AR50 under ZSD, GZSD and base only, on rank 0, None elsewhere; one pass over the images.
+
+    ZSD: novel names, images with a novel object. Base: likewise. GZSD: all names compete; means over base, novel and all classes.
+    """
+    model.eval()
+    since, (base, novel) = time.time(), class_split(args)
+    names = dict(zsd=[n for n in val.classes if n in novel], base=[n for n in val.classes if n in base], gzsd=val.classes)
+    ids = {p: [val.category_ids[val.classes.index(n)] for n in names[p]] for p in names}
+    texts = [clip.class_embeddings(names[p]) for p in names]
+    truth = {p: truth_of(val, names[p]) for p in names}
+    wanted = {p: {i["id"] for i in truth[p]["images"]} for p in names}
+    results = {p: [] for p in names}
+    for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
+        image_id = batch["image_ids"][0]
+        for p, (boxes, scores, labels) in zip(names, run_detector(model, batch, device, args, texts)):
+            if image_id in wanted[p]:
+                results[p] += to_coco_results(image_id, boxes, scores, labels, ids[p])
+    results = {p: gather(results[p]) for p in names}
+    if rank != 0:
+        return None
+    stats = {p: coco_evaluate(truth[p], results[p]) for p in names}
+    metrics = dict(images=len(val), seconds=time.time() - since, AP50=class_mean(stats["gzsd"], val.classes, "AP50"),
+                   AP=class_mean(stats["gzsd"], val.classes, "AP"))
+    for key in ("AP50", "AR50", "AP50s", "AP50m", "AP50l"):
+        metrics[f"zsd_{key}"], metrics[f"base_{key}"] = (class_mean(stats[p], names[p], key) for p in ("zsd", "base"))
+        for group, members in (("base", base), ("novel", novel), ("all", val.classes)):
+            metrics[f"gzsd_{group}_{key}"] = class_mean(stats["gzsd"], members, key)
+    metrics["classes"] = {p: stats[p]["classes"] for p in names}
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "detections.json").write_text(json.dumps(results["gzsd"]))
+        (out / "results.json").write_text(json.dumps(metrics, indent=1))
+        save_samples(val, results["gzsd"], out / "samples.jpg")
+    return metrics
+
+
+def eval_line(epoch, m):
+    return (f"ep {epoch:02d} eval {m['images']} images | ZSD novel AP50 {m['zsd_AP50']:.1f} AR50 {m['zsd_AR50']:.1f} | base AP50 {m['base_AP50']:.1f} "
+            f"AR50 {m['base_AR50']:.1f} | GZSD base {m['gzsd_base_AP50']:.1f} novel {m['gzsd_novel_AP50']:.1f} all {m['gzsd_all_AP50']:.1f} | {m['seconds']:.0f}s")
+
+
+def clip_of(model, args, rank, device):
+    """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
+    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=model.arch["data"]), rank, device)
+    if clip.dim != model.arch["dim"]:
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['dim']}-d")
+    return clip
+
+
+def predict(args, device):
+    """--predict: predictions.json (boxes xyxy, pixels of the file) and one picture per image into --out."""
+    model = load_detector(args.weights).to(device)
+    args.data, args.split = model.arch["data"], model.arch["split"]
+    classes = [n.strip() for n in args.classes.split(",")] if args.classes else sum(class_split(args), [])
+    text = clip_of(model, args, 0, device).class_embeddings(classes)
+    size = max(parse_image_size(args.image_size or model.arch["image_size"]))
+    out, answer = Path(args.out), {}
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
+             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
+    if not paths:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
+    for number, path in enumerate(tqdm(paths, desc="predict")):
+        original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
+        image, (h, w) = resize(original, size)
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
+                    original_size=original.shape[1:])
+        (boxes, scores, labels), = run_detector(model, collate([item]), device, args, [text])
+        keep = scores > args.score
+        boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
+        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
+                             zip(boxes.tolist(), scores.tolist(), labels.tolist())]
+        picture = draw_boxes(original, boxes, labels, classes, scores)
+        torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
+    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+
+
+# ================================================================== the embedded dataset: baseline and HierKD
+
+def shapes_table(args, rank, world, device):
+    """The detector without distillation and HierKD on shapes, in one table."""
+    rows = []
+    for name, on in (("baseline", False), ("HierKD", True)):
+        since, out = time.time(), Path(args.out) / name.lower()
+        resume = args.resume and (out / "last.pt").exists()
+        run = argparse.Namespace(**{**vars(args), "ikd": on, "gkd": on, "out": str(out), "resume": resume})
+        rows.append((name, train(run, rank, world, device), time.time() - since))
+    if rank == 0:
+        print("\nshapes, AP50        ZSD novel   base | GZSD base  novel    all   seconds")
+        for name, m, seconds in rows:
+            print(f"{name:18s} {m['zsd_AP50']:10.1f} {m['base_AP50']:6.1f} | {m['gzsd_base_AP50']:9.1f} {m['gzsd_novel_AP50']:6.1f} "
+                  f"{m['gzsd_all_AP50']:6.1f} {seconds:9.0f}")
+
+
+def main():
+    try:
+        args = parse_args()
+        rank, world, device = init_ddp()
+        if args.eval:
+            model = load_detector(args.eval, "--eval").to(device)
+            args.image_size = args.image_size or model.arch["image_size"]
+            metrics = evaluate(model, make_data(args, "val"), clip_of(model, args, rank, device), rank, world, device, args, Path(args.out))
+            if rank == 0:
+                print(eval_line(0, metrics))
+        elif args.predict:
+            if rank == 0:
+                predict(args, device)
+        elif args.data == "shapes" and args.ikd and args.gkd and args.max_iters is None and not (args.shuffle_captions or args.shuffle_crops):
+            shapes_table(args, rank, world, device)
+        else:
+            train(args, rank, world, device)
+    except (UserError, DataError, ClipError) as e:
+        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
+        sys.exit("\nhierkd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""hierkd.py: every loss by hand or against a slow loop, the invariants of the method, the classifier, scores and NMS."""
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import batched_nms
+
+import hierkd
+from common.boxes import assign_atss, decode_deltas, encode_deltas, overlap
+from common.clip import TINY, FrozenCLIP
+from common.datasets import BASE_48, NOVEL_15, NOVEL_17, CocoDataset
+from hierkd import (Learner, OpenATSS, anchors_of, caption_loss, detect, feature_distance, mlca, parse_args, pool_patches, sample_anchors,
+                    softmax_focal_loss, top_detections)
+
+UNIT = lambda *shape, seed=0, dtype=torch.float64: F.normalize(torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def flags(*extra):
+    a = parse_args(["--data", "shapes", "--backbone", "tiny8", *extra])
+    hierkd.fill_defaults(a)
+    return a
+
+
+@pytest.fixture(scope="module")
+def clip():
+    import open_clip
+    torch.manual_seed(0)
+    return FrozenCLIP(open_clip.CLIP(**TINY), open_clip.SimpleTokenizer(), "random")
+
+
+def batch_of(count=2, boxes=((20.0, 20, 60, 60), (50.0, 10, 100, 90)), size=128):
+    g = torch.Generator().manual_seed(0)
+    return dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
+                boxes=torch.tensor([boxes] * count).reshape(count, -1, 4) if boxes else torch.zeros(count, 1, 4),
+                labels=torch.arange(len(boxes)).repeat(count, 1) if boxes else torch.full((count, 1), -1),
+                captions=["A red star.", "Two circles.", "A cross.", "A square and a ring."][:count])
+
+
+def learner_of(clip, *extra):
+    a = flags(*extra)
+    torch.manual_seed(1)
+    model = OpenATSS(a.backbone, None if a.bg == "fixed" else clip.class_embeddings(["background"])[0], clip.dim, 64, a.quality, a.tau_c, a.tau_m,
+                     a.cls_weight, a.gkd, a.embed_bias)
+    return Learner(model, clip.class_embeddings(["circle", "square", "cross"]), clip, a).train()
+
+
+# ------------------------------------------------------------------ Eq. 1
+
+def test_softmax_focal_loss_by_hand():
+    for k, want in ((49, 0.93365), (66, 1.01591)):
+        for label in (0, k - 1):  # foreground and background alike
+            assert softmax_focal_loss(torch.zeros(k), torch.tensor(label)).item() == pytest.approx(want, abs=1e-5)
+    assert softmax_focal_loss(torch.tensor([math.log(2), 0.0, 0.0]), torch.tensor(0)).item() == pytest.approx(0.043322, abs=1e-6)
+    assert softmax_focal_loss(torch.tensor([1e4, 0.0]), torch.tensor(1)).isfinite()  # the logarithm is never taken of a rounded 0
+
+
+def test_sampling_keeps_positives_and_the_exact_share_of_the_others_per_level():
+    positive = torch.zeros(1, 200, dtype=torch.bool)
+    positive[0, :5] = True  # level 1: 5 of 100, level 2: none of 100
+    for rule, want in (("0.1", 5 + 9), ("1to1", 10)):
+        keep = sample_anchors(positive, [100, 100], rule)
+        assert keep[0, :100].sum() == want and keep[positive].all() and keep[0, 100:].sum() == 0
+    assert sample_anchors(positive, [100, 100], "1.0").all()
+
+
+def test_sampling_is_reproducible_and_uniform():
+    positive = torch.zeros(2, 500, dtype=torch.bool)
+    positive[0, 3] = True
+    torch.manual_seed(0)
+    draws = [sample_anchors(positive, [500], "0.1") for _ in range(200)]
+    torch.manual_seed(0)
+    assert torch.equal(draws[0], sample_anchors(positive, [500], "0.1"))
+    rate = torch.stack(draws).float().mean(0)[~positive]
+    assert rate.mean().item() == pytest.approx(99 / 999, abs=1e-6) and 0.02 < rate.min() and rate.max() < 0.2
+
+
+def test_number_of_positives_counts_an_image_without_any_as_one(clip, monkeypatch):
+    learner, batch, seen = learner_of(clip, "--no-ikd", "--no-gkd"), batch_of(), []
+    batch["labels"][1] = -1
+    monkeypatch.setattr(hierkd, "reduce_mean", lambda x, at_least=0.0: seen.append((x.item(), at_least)) or x.clamp(min=at_least))
+    learner(batch)
+    maps = learner.model(learner.model.normalise(batch["images"], batch["sizes"]))
+    anchors, sizes, counts = anchors_of(maps)
+    owner = assign_atss(anchors, counts, batch["boxes"], batch["labels"] >= 0, torch.ones(2, len(anchors), dtype=torch.bool))
+    assert seen[0] == ((owner[0] >= 0).sum().item() + 1, 0.0)
+
+
+def test_learnt_classification_weight_at_its_start(clip):
+    losses = []
+    for extra in ((), ("--cls-weight", "learn")):
+        learner = learner_of(clip, "--no-ikd", "--no-gkd", "--negatives", "1.0", *extra)
+        losses.append(learner(batch_of())["cls"].item())
+    assert losses[1] == pytest.approx(math.exp(-1) * losses[0] + 1, rel=1e-5)
+
+
+def test_classifier_is_a_cosine_times_tau_with_the_background_last(clip):
+    model = learner_of(clip).model
+    f, text = UNIT(7, 64, dtype=torch.float32), UNIT(4, 64, seed=1, dtype=torch.float32)
+    logits = model.classify(f, text)
+    torch.testing.assert_close(logits[:, :4], 30 * f @ text.T)
+    torch.testing.assert_close(logits[:, 4], 30 * f @ model.background[0])
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(model.classify(f, text[order])[:, :4], logits[:, order])
+    fixed = learner_of(clip, "--bg", "fixed").model
+    torch.testing.assert_close(fixed.classify(f, text)[:, 4], torch.full((7,), 6.0))  # 0.2 * tau
+
+
+def test_more_names_never_raise_the_score_of_a_name(clip):
+    model = learner_of(clip).model
+    f, text = UNIT(50, 64, dtype=torch.float32), UNIT(9, 64, seed=1, dtype=torch.float32)
+    few, many = (model.classify(f, t).softmax(-1) for t in (text[:4], text))
+    assert (many[:, :4] <= few[:, :4] + 1e-7).all()
+
+
+def test_background_is_a_unit_vector_that_learns_and_clip_and_text_do_not(clip):
+    learner = learner_of(clip)
+    text, weights = learner.text.clone(), {k: v.clone() for k, v in clip.model.state_dict().items()}
+    optimizer = torch.optim.SGD(learner.parameters(), 0.1)
+    for _ in range(2):
+        losses = learner(batch_of())
+        assert learner.model.background.norm().item() == pytest.approx(1, abs=1e-5)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        assert learner.model.background.grad.abs().sum() > 0
+        optimizer.step()
+    assert torch.equal(learner.text, text) and all(torch.equal(v, weights[k]) for k, v in clip.model.state_dict().items())
+    assert not clip.model.training and not any("clip" in k or "text" in k for k in learner.state_dict())
+
+
+def test_embedding_bias_of_the_released_code_makes_all_embeddings_start_parallel(clip):
+    f = {}
+    for bias in ("focal", "zero"):
+        torch.manual_seed(0)
+        model = OpenATSS("tiny8", None, 64, embed_bias=bias)
+        with torch.no_grad():
+            f[bias] = model.flatten(model(torch.randn(1, 3, 128, 128)))["f"][0]
+    assert (f["focal"] @ f["focal"].mean(0)).min() > 0.99 > (f["zero"] @ F.normalize(f["zero"].mean(0), dim=0)).min()
+
+
+# ------------------------------------------------------------------ anchors, boxes
+
+def test_anchors_and_atss_by_hand(clip):
+    maps = dict(reg=[torch.zeros(1, 4, -(-800 // s), -(-1344 // s)) for s in hierkd.STRIDES])
+    anchors, _, counts = anchors_of(maps)
+    assert counts == [16800, 4200, 1050, 273, 77] and len(anchors) == 22400
+    owner = assign_atss(anchors, counts, torch.tensor([[[336.0, 336, 464, 464]]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 22400, dtype=torch.bool))
+    chosen = (owner[0] == 0).nonzero()[:, 0]
+    iou = overlap(anchors[chosen], torch.tensor([336.0, 336, 464, 464]))[0].sort(descending=True).values
+    assert len(chosen) == 9 and ((chosen >= 16800) & (chosen < 21000)).all()
+    assert iou.tolist() == pytest.approx([1] + 4 * [7 / 9] + 4 * [49 / 79], abs=1e-6)
+
+
+def test_boxes_round_trip_and_zero_deltas_are_the_anchor():
+    anchors = torch.tensor([[0.0, 0, 64, 64], [10, 20, 74, 84]])
+    boxes = torch.tensor([[5.0, 6, 50, 70], [1, 2, 90, 100]])
+    torch.testing.assert_close(decode_deltas(encode_deltas(boxes, anchors, hierkd.DELTA_STD), anchors, hierkd.DELTA_STD), boxes, atol=1e-4, rtol=0)
+    assert torch.equal(decode_deltas(torch.zeros(2, 4), anchors, hierkd.DELTA_STD), anchors)
+
+
+# ------------------------------------------------------------------ Eq. 2
+
+def test_feature_distances_by_hand():
+    e = torch.eye(512)
+    assert feature_distance(e[:1], e[:1], "l1").item() == 0 and feature_distance(e[:1], e[:1], "l2").item() < 1e-5
+    assert feature_distance(e[:1], e[1:2], "l1").item() == 2 and feature_distance(e[:1], e[1:2], "l2").item() == pytest.approx(math.sqrt(2))
+    assert feature_distance(e[:1], -e[:1], "l2").item() == 2
+    f, v = UNIT(4000, 512), UNIT(4000, 512, seed=1)
+    l1, l2 = (feature_distance(f, v, n).mean().item() for n in ("l1", "l2"))
+    assert (l1, l2) == (pytest.approx(25.54, abs=0.05), pytest.approx(1.414, abs=0.005)) and l1 / l2 == pytest.approx(18.05, abs=0.05)
+
+
+@pytest.mark.parametrize("mean", ["all", "level"])
+def test_instance_loss_equals_a_loop_over_positives(clip, mean):
+    learner, batch = learner_of(clip, "--ikd-mean", mean, "--crop-scale", "1.5"), batch_of()
+    f, boxes = UNIT(2, 341, 64, dtype=torch.float32), torch.rand(2, 341, 4) * 40
+    boxes[..., 2:] += 60
+    chosen, counts = torch.rand(2, 341) < 0.04, [256, 64, 16, 4, 1]
+    got = learner.instance_loss(batch, torch.zeros(2, 3, 128, 128), f, boxes, boxes, chosen, counts)
+    total, start, means = [], 0, []
+    for count in counts:
+        mine = []
+        for b, a in chosen.nonzero().tolist():
+            if start <= a < start + count:
+                v = clip.encode_crops(clip.normalise(batch["images"][b:b + 1]), boxes[b, a][None], torch.zeros(1).long(), 1.5)[0]
+                mine.append((f[b, a] - v).abs().sum())
+        total, start = total + mine, start + count
+        means.append(torch.stack(mine).mean() if mine else torch.tensor(0.0))
+    want = torch.stack(total).mean() if mean == "all" else torch.stack(means).mean()
+    assert got.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_instance_gradient_reaches_the_class_tower_but_not_the_box_branch(clip):
+    learner = learner_of(clip, "--ikd-iou", "0.0")
+    learner(batch_of())["ikd"].backward()
+    grad = {n: p.grad is not None and p.grad.abs().sum().item() > 0 for n, p in learner.model.named_parameters()}
+    assert grad["embed.weight"] and grad["cls_tower.0.weight"] and grad["fpn.inner_blocks.0.0.weight"]
+    assert not any(v for n, v in grad.items() if n.startswith(("reg", "scales", "quality", "background", "tau")))
+
+
+def test_iou_threshold_is_inclusive_and_without_positives_the_loss_is_zero_with_gradient(clip, monkeypatch):
+    learner, seen = learner_of(clip), []
+    monkeypatch.setattr(learner, "instance_loss", lambda batch, x, f, d, b, chosen, counts: seen.append(chosen) or f.sum() * 0)
+    monkeypatch.setattr(hierkd, "overlap", lambda a, b: (torch.where(torch.arange(a.shape[1]) % 2 == 0, 0.5, 0.4999).expand(a.shape[:2]).clone(), a.sum(-1) * 0))
+    learner(batch_of())
+    assert seen[0].sum() > 0 and (seen[0].nonzero()[:, 1] % 2 == 0).all()
+    monkeypatch.undo()
+    learner = learner_of(clip)
+    losses = learner(batch_of(boxes=()))
+    assert losses["ikd"].item() == 0 and losses["box"].item() == 0 and all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in learner.parameters())  # DDP needs every parameter in every step
+
+
+# ------------------------------------------------------------------ Eqs. 3-5
+
+def slow_scores(patches, captions):
+    """Eqs. 3 and 4, one caption, image and patch after the other."""
+    score = torch.zeros(len(captions), len(patches), dtype=patches.dtype)
+    for c, t in enumerate(captions):
+        for i, image in enumerate(patches):
+            e = [torch.dot(t, p) / (t.norm() * p.norm()) for p in image]
+            z = sum(math.exp(x) for x in e)
+            seen = sum(math.exp(x) / z * p for x, p in zip(e, image))
+            score[c, i] = torch.dot(seen, t) / (seen.norm() * t.norm())
+    return score
+
+
+def test_cross_attention_and_contrastive_loss_equal_a_slow_loop_in_fp64():
+    patches, captions = UNIT(5, 45, 16), UNIT(5, 16, seed=1)
+    score = mlca(patches, captions)
+    torch.testing.assert_close(score, slow_scores(patches, captions), rtol=1e-12, atol=1e-12)
+    want = 0.0
+    for k in range(5):
+        want += -math.log(math.exp(10 * score[k, k]) / sum(math.exp(10 * score[c, k]) for c in range(5)))
+        want += -math.log(math.exp(10 * score[k, k]) / sum(math.exp(10 * score[k, i]) for i in range(5)))
+    got = caption_loss(score, 10.0, slice(0, 5), torch.ones(5, dtype=torch.bool))
+    assert got.item() == pytest.approx(want / 5, rel=1e-10)
+
+
+def test_cross_attention_by_hand():
+    t, other = torch.tensor([1.0, 0]), torch.tensor([0.0, 1])
+    assert mlca(torch.stack([t, other])[None], t[None]).item() == pytest.approx(0.93851, abs=1e-5)  # weights 0.73106, 0.26894
+    p = F.normalize(torch.tensor([3.0, 4]), dim=0)
+    assert mlca(p.expand(1, 45, 2), t[None]).item() == pytest.approx(0.6, abs=1e-6)
+    patches = UNIT(2, 45, 8)
+    torch.testing.assert_close(mlca(patches[:, torch.randperm(45)], UNIT(2, 8, seed=1)), mlca(patches, UNIT(2, 8, seed=1)))
+
+
+def test_contrastive_loss_by_hand():
+    loss = lambda score, tau=10.0, kind="cl": caption_loss(score, tau, slice(0, len(score)), torch.ones(len(score), dtype=torch.bool), kind).item()
+    assert loss(torch.ones(8, 8)) == pytest.approx(2 * math.log(8), abs=1e-5)
+    assert loss(torch.eye(8)) == pytest.approx(6.355e-4, abs=1e-6)
+    assert loss(torch.ones(1, 1)) == 0
+    assert loss(torch.eye(3), kind="pl") == -1
+    score = torch.rand(4, 4)
+    order = torch.tensor([2, 0, 3, 1])
+    assert loss(score[order][:, order]) == pytest.approx(loss(score), rel=1e-6) and abs(loss(score[order]) - loss(score)) > 1e-3
+
+
+def test_image_without_caption_is_masked_from_rows_and_columns():
+    score, valid = torch.rand(4, 4, dtype=torch.float64), torch.tensor([True, True, False, True])
+    rest = score[valid][:, valid]
+    got = caption_loss(score, 10.0, slice(0, 4), valid)
+    assert got.item() == pytest.approx(caption_loss(rest, 10.0, slice(0, 3), torch.ones(3, dtype=torch.bool)).item(), rel=1e-12)
+    nobody = caption_loss(score.requires_grad_(), 10.0, slice(0, 4), torch.zeros(4, dtype=torch.bool))
+    nobody.backward()
+    assert nobody.item() == 0 and score.grad.abs().sum() == 0
+
+
+def test_max_pooling_keeps_a_hot_cell_and_average_pooling_dilutes_it():
+    x = torch.zeros(1, 2, 9, 9)
+    x[:, 1] = 1e-3  # a direction of its own, so that no cell is empty
+    x[0, :, 4, 4] = torch.tensor([1.0, 0])
+    hot, mean = (pool_patches([x], 3, pool)[0, 4] for pool in ("max", "avg"))
+    assert hot[0].item() == pytest.approx(math.sqrt(0.5), abs=1e-4) and mean[0].item() == pytest.approx(1 / math.sqrt(1 + 64), abs=1e-4)
+    assert pool_patches([torch.randn(2, 8, 2, 1), torch.randn(2, 8, 1, 1)], 3, "max").shape == (2, 18, 8)  # smaller than 3 x 3
+
+
+def test_caption_gradient_reaches_every_level_and_the_backbone(clip):
+    learner = learner_of(clip)
+    maps = learner.model(torch.randn(2, 3, 128, 128))
+    for m in maps["embed"]:
+        m.retain_grad()
+    learner.global_loss(batch_of(), maps["embed"]).backward()
+    assert all(m.grad.abs().sum() > 0 for m in maps["embed"])
+    assert learner.model.body.stages["layer4"][0].conv1.weight.grad.abs().sum() > 0 and learner.model.tau_m.grad != 0
+
+
+def test_one_distillation_step_raises_what_it_should(clip):
+    learner, batch = learner_of(clip, "--ikd-iou", "0.0", "--ikd-box", "gt"), batch_of(4)
+    for name in ("ikd", "gkd"):
+        optimizer = torch.optim.SGD(learner.model.embed.parameters(), 0.05)
+        torch.manual_seed(0)
+        before = learner(batch)[name]
+        optimizer.zero_grad()
+        before.backward()
+        optimizer.step()
+        torch.manual_seed(0)
+        assert learner(batch)[name] < before, name
+
+
+def test_flags_off_leave_the_losses_of_the_plain_detector_bit_for_bit(clip):
+    torch.manual_seed(3)
+    plain = learner_of(clip, "--no-ikd", "--no-gkd")(batch_of())
+    full = learner_of(clip)(batch_of())
+    assert set(plain) == {"cls", "box", "quality"} and set(full) == set(plain) | {"ikd", "gkd"}
+    assert all(torch.equal(plain[k], full[k]) for k in plain if k != "cls") and full["cls"].item() == pytest.approx(plain["cls"].item(), rel=1e-6)
+
+
+# ------------------------------------------------------------------ scores, NMS, data
+
+def maps_of(model, size=(64, 64)):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, *size))
+        for k in maps:
+            maps[k] = [m + torch.randn_like(m) for m in maps[k]]
+    return maps
+
+
+def test_detections_are_probability_times_quality_with_100_at_most(clip):
+    model = learner_of(clip).model.eval()
+    maps, text = maps_of(model, (160, 160)), UNIT(20, 64, seed=3, dtype=torch.float32)
+    (boxes, scores, labels), = detect(model, maps, (160, 160), [text])
+    out, (anchors, _, _) = model.flatten(maps), anchors_of(maps)
+    p = model.classify(out["f"][0], text).softmax(-1)[:, :20] * out["quality"][0].sigmoid()[:, None]
+    assert scores[0].item() == pytest.approx(p.max().item(), rel=1e-6) and len(scores) == 100 and (scores.diff() <= 0).all()
+    assert boxes.min() >= 0 and boxes.max() <= 160 and set(labels.tolist()) <= set(range(20))
+
+
+def test_top_detections_equal_nms_over_all_pairs():
+    g = torch.Generator().manual_seed(0)
+    corner = torch.rand(3000, 2, generator=g) * 300
+    boxes = torch.cat([corner, corner + 5 + torch.rand(3000, 2, generator=g) * 80], 1)
+    for clumped in (False, True):  # clumped: the best 4,096 pairs leave less than 100, so that it must look further
+        scores = torch.rand(3000, 20, generator=g)
+        if clumped:
+            boxes[:1500] = boxes[0] + torch.rand(1500, 4, generator=g)
+            scores[:1500] += 1
+        got = top_detections(boxes, scores, 0.4, 100)
+        pair = torch.arange(60000)
+        kept = batched_nms(boxes[pair // 20], scores.flatten(), pair % 20, 0.4)[:100]
+        assert torch.equal(got[0], boxes[kept // 20]) and torch.equal(got[1], scores.flatten()[kept]) and torch.equal(got[2], kept % 20)
+
+
+def test_same_box_survives_once_per_class():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10]])
+    scores = torch.tensor([[0.9, 0.5], [0.8, 0.4]])
+    got = top_detections(boxes, scores, 0.4, 100)
+    assert got[1].tolist() == pytest.approx([0.9, 0.5]) and got[2].tolist() == [0, 1]
+    assert len(top_detections(boxes, torch.zeros(2, 2), 0.4, 100)[1]) == 0  # strictly above 0
+
+
+def test_classes_of_the_splits_are_disjoint_and_complete():
+    assert (len(BASE_48), len(NOVEL_17), len(NOVEL_15)) == (48, 17, 15) and not set(BASE_48) & set(NOVEL_17)
+    assert set(NOVEL_17) & set(NOVEL_15) == {"airplane", "cat", "snowboard"}
+
+
+def test_lists_are_those_of_the_reference_and_of_coco(coco_mini):
+    both = json.loads((coco_mini.parent / "splits/ov_coco_48_17.json").read_text())
+    text = json.dumps(both)
+    names = {c["name"] for c in json.loads((coco_mini / "annotations/instances_val2017.json").read_text())["categories"]}
+    assert set(BASE_48) | set(NOVEL_17) <= names and set(NOVEL_15) <= names and len(names - set(BASE_48) - set(NOVEL_17)) == 15
+    assert all(f'"{n}"' in text for n in BASE_48 + NOVEL_17)
+
+
+@pytest.fixture
+def four_images(tmp_path):
+    """base only / base + novel / novel only / unused only, ids with holes."""
+    from PIL import Image
+    cats = [dict(id=3, name="car"), dict(id=7, name="cat"), dict(id=20, name="sink")]
+    content = {11: [3], 15: [3, 7], 16: [7], 30: [20]}
+    images = [dict(id=i, file_name=f"{i}.jpg", width=64, height=48) for i in content]
+    annotations = [dict(id=n, image_id=i, category_id=c, bbox=[5, 5, 20, 20], area=400, iscrowd=0)
+                   for n, (i, c) in enumerate(((i, c) for i, cs in content.items() for c in cs), 1)]
+    for i in content:
+        Image.new("RGB", (64, 48)).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "instances.json").write_text(json.dumps(dict(images=images, categories=cats, annotations=annotations)))
+    (tmp_path / "captions.json").write_text(json.dumps(dict(annotations=[dict(image_id=11, caption=" A car. "), dict(image_id=11, caption=" ")])))
+    return tmp_path
+
+
+def test_data_builder_keeps_base_boxes_in_training_and_images_by_protocol(four_images):
+    make = lambda train, **kw: CocoDataset(four_images, four_images / "instances.json", train, "48", **kw)
+    train = make(True, classes=["car"], captions=four_images / "captions.json")
+    assert [i[0] for i in train.items] == [11, 15] and all(len(i[4]) == 1 for i in train.items) and train.classes == ["car"] and train.category_ids == [3]
+    assert [train[k, 0]["caption"] for k in range(2)] == ["A car.", ""]
+    assert [i[0] for i in make(True, classes=["car"], without=["cat"]).items] == [11]
+    val = make(False, classes=["cat", "car"])
+    assert [i[0] for i in val.items] == [11, 15, 16] and val.classes == ["car", "cat"]  # in the order of ids, whatever the list's
+    assert [len(hierkd.truth_of(val, names)["images"]) for names in (["cat"], ["car"], ["car", "cat"])] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("words", [["--negatives", "0"], ["--negatives", "x"], ["--tau-c", "0"], ["--gkd-patches", "0"], ["--predict", "a.jpg"],
+                                   ["--classes", "cat"], ["--eval", "a", "--predict", "b"]])
+def test_wrong_flags_end_with_a_word_about_the_flag(words, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(words)
+    assert words[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_released_preset_sets_its_choices_and_a_flag_still_wins():
+    a = parse_args(["--preset", "released", "--ikd-norm", "l1"])
+    assert (a.ikd_norm, a.ikd_weight, a.ikd_mean, a.cls_weight, a.crop_norm, a.crop_antialias) == ("l1", 0.05, "level", "learn", "imagenet", False)
+    assert parse_args([]).ikd_norm == "l1" and isinstance(parse_args([]), argparse.Namespace)

@@ -3,8 +3,9 @@
 One teacher; every arm is a student of the same size, data order and start per seed. Each finished run is one line
 of tests/study_crosskd.jsonl, so the study continues where it was stopped; at the end (or with --report) the tables.
 Arms as in the paper: Tables 1 (position i and prediction mimicking), 2 (feature imitation) and 6 (combination).
-Settings: short, 6 epochs from random weights, as the quick start; pretrained, 6 epochs from a plainly trained student whose first stage
-stays frozen, as the paper's ImageNet backbones; long, 24 epochs. The schedule was fixed on seed 0, which is in no table.
+Settings: short, 6 epochs from random weights, as the quick start; pretrained, 6 epochs from the backbone alone of a plainly trained student,
+first stage frozen, as the paper's ImageNet backbones; continued, 6 epochs from that student as a whole; long, 24 epochs from random
+weights. The schedule was fixed on seed 0, which is in no table.
 """
 import argparse
 import json
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "tests" / "study_crosskd.jsonl"
 RUNS = ROOT / "runs" / "study_crosskd"
 ARMS = {  # name: flags; the number is the paper's AP (GFL R50 -> R18 on COCO), for the order only
@@ -31,7 +33,8 @@ ARMS = {  # name: flags; the number is the paper's AP (GFL R50 -> R18 on COCO), 
 MAIN = ["baseline", "mimicking (i = n)", "PKD", "CrossKD, i = 3"]
 SETTINGS = {  # name: flags, arms
     "short": (["--epochs", "6"], list(ARMS)),
-    "pretrained": (["--epochs", "6", "--init", str(RUNS / "start" / "best.pt")], MAIN),
+    "pretrained": (["--epochs", "6", "--init", str(RUNS / "start" / "backbone.pt")], MAIN),
+    "continued": (["--epochs", "6", "--init", str(RUNS / "start" / "best.pt")], MAIN),
     "long": (["--epochs", "24"], MAIN),
 }
 
@@ -47,6 +50,17 @@ def crosskd(out, flags, threads):
         if r.returncode:
             raise SystemExit(f"{out}: {r.stderr[-800:]}")
     return json.loads((out / "results.json").read_text())
+
+
+def backbone_only():
+    """The start of setting pretrained: the trained student with a new FPN and head."""
+    import torch
+    import crosskd as script
+    trained, classes = script.load_detector(str(RUNS / "start" / "best.pt"))
+    torch.manual_seed(100)
+    fresh = script.GFL("tiny8", len(classes), 64)
+    fresh.body.load_state_dict(trained.body.state_dict())
+    torch.save(script.weights_of(fresh, classes), RUNS / "start" / "backbone.pt")
 
 
 def run(setting, arm, seed):
@@ -91,9 +105,11 @@ if __name__ == "__main__":
     if not a.report:
         with ThreadPoolExecutor(a.jobs) as pool:
             first = [pool.submit(crosskd, RUNS / name, ["--method", "none", "--student", student, "--epochs", "24", "--seed", "100"], 1)
-                     for name, student in (("teacher", "gfl_tiny32"), ("start", "gfl_tiny8")) if name == "teacher" or "pretrained" in a.settings]
+                     for name, student in (("teacher", "gfl_tiny32"), ("start", "gfl_tiny8")) if name == "teacher" or {"pretrained", "continued"} & set(a.settings)]
             for f, name in zip(first, ("teacher gfl_tiny32", "start gfl_tiny8")):
                 print(f"{name}, 24 epochs: AP {f.result()['AP']:.1f}", flush=True)
+            if "pretrained" in a.settings:
+                backbone_only()
             have = {(r["setting"], r["arm"], r["seed"]) for r in rows()}
             todo = [(setting, arm, s) for setting in a.settings for s in a.seeds for arm in SETTINGS[setting][1]]
             list(pool.map(lambda x: run(*x), [x for x in todo if x not in have]))

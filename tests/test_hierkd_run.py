@@ -1,0 +1,97 @@
+"""hierkd.py from its command line: real photographs with captions, two processes, kill and resume, evaluation, prediction, bad input."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.clip import tiny_clip
+from common.shapes import make_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*flags, procs=1, fail=False):
+    port = socket.socket()
+    port.bind(("127.0.0.1", 0))
+    launch = [sys.executable] if procs == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs),
+                                                  "--master_port", str(port.getsockname()[1])]
+    port.close()
+    r = subprocess.run([*launch, "hierkd.py", *map(str, flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                       capture_output=True, text=True, timeout=200)
+    assert (r.returncode != 0) == fail, r.stdout[-2000:] + r.stderr[-3000:]
+    return r
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A tiny CLIP: what it knows does not matter here."""
+    folder = tmp_path_factory.mktemp("clip")
+    return tiny_clip(make_shapes(folder, train=24, val=12), folder, steps=1, objects=4, scenes=2)
+
+
+@pytest.fixture
+def small(coco_mini, clip):
+    return ["--data", coco_mini, "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--workers", "0",
+            "--batch-size", "4", "--log-every", "2"]
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
+
+
+def test_two_processes_train_on_real_photographs_evaluate_and_predict_any_names(small, coco_mini, tmp_path):
+    out = tmp_path / "run"
+    r = run(*small, "--max-iters", 4, "--gkd-gather", "--out", out, procs=2)
+    assert "48 base and 17 novel classes" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout and "GZSD base" in r.stdout
+    assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
+    results = json.loads((out / "results.json").read_text())
+    assert {k: len(v) for k, v in results["classes"].items()} == dict(zsd=17, base=48, gzsd=65)
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert not any("clip" in k or "text" in k for k in state["model"]) and {"ikd", "gkd"} <= set(losses(out)[4])
+    run("--eval", out / "last.pt", *small[:4], "--workers", 0, "--out", tmp_path / "eval")  # the image size comes with the weights
+    again = json.loads((tmp_path / "eval/results.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
+    photo = next((coco_mini / "val2017").iterdir())
+    run("--predict", photo, "--weights", out / "best.pt", "--classes", "red panda, umbrella", "--score", 0, "--out", tmp_path / "p")
+    (name, boxes), = json.loads((tmp_path / "p/predictions.json").read_text()).items()
+    assert {b["label"] for b in boxes} <= {"red panda", "umbrella"} and len(boxes) > 10 and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
+
+
+def test_killed_run_resumes_bit_exactly(small, tmp_path):
+    flags = [*small, "--max-iters", 16, "--save-every", 4]
+    run(*flags, "--out", tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, "hierkd.py", *map(str, flags), "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed/log.jsonl"
+    for _ in range(600):
+        if log.exists() and len(log.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 4 <= torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"] < 16
+    run("--out", tmp_path / "killed", "--resume")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("whole", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    for name in ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"):
+        (tmp_path / "data" / name).symlink_to(coco_mini / name)
+    for words, flags in (("captions_train2017.json is missing", ["--data", tmp_path / "data", *small[2:], "--out", tmp_path / "a"]),
+                         ("use more or --gkd-gather", [*small, "--batch-size", 1, "--out", tmp_path / "b"]),
+                         ("expected MODEL/WEIGHTS", [*small, "--clip", "nothing", "--out", tmp_path / "c"]),
+                         ("choose among r50, r101", [*small, "--backbone", "r18", "--out", tmp_path / "d"]),
+                         ("no checkpoint of hierkd.py", ["--eval", small[3], *small[:2], "--out", tmp_path / "e"])):
+        r = run(*flags, fail=True)
+        assert words in r.stderr.strip().splitlines()[-1] and "Traceback" not in r.stderr, r.stderr[-1500:]

@@ -23,8 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 TEMPLATES = ("a photo of a {}.",)
-# A ResNet of open_clip's for 64 x 64 crops and a two-layer text transformer, with CLIP's own vocabulary: 4.4 M parameters.
-TINY = dict(embed_dim=64, vision_cfg=dict(layers=(1, 1, 1, 1), width=16, image_size=64, head_width=64),
+# A ResNet of open_clip's for 48 x 48 crops and a two-layer text transformer, with CLIP's own vocabulary: 4.4 M parameters.
+TINY = dict(embed_dim=64, vision_cfg=dict(layers=(1, 1, 1, 1), width=16, image_size=48, head_width=64),
             text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=4, layers=2))
 
 
@@ -254,7 +254,7 @@ def contrastive(image, text, same, scale):
     return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
 
 
-def tiny_clip(root, folder, seed=0, steps=1000, objects=72, scenes=24, device="cpu"):
+def tiny_clip(root, folder, seed=0, steps=1200, objects=112, scenes=16, device="cpu"):
     """Path of the tiny CLIP of the shapes dataset at `root`: trained by the first call, cached in `folder`, accuracy printed.
 
     The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel ones too. A batch holds
@@ -278,7 +278,9 @@ def tiny_clip(root, folder, seed=0, steps=1000, objects=72, scenes=24, device="c
         pick = torch.randint(len(data["boxes"]), (objects,), generator=rng)
         scene = torch.randint(len(data["images"]), (scenes,), generator=rng)
         boxes = data["boxes"][pick]
-        boxes = boxes + (r(objects, 4) - 0.5) * 0.2 * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # as a detector's boxes are: a little off
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        boxes = boxes + (r(objects, 4) - 0.5) * 0.2 * sides                                # as a detector's boxes are: a little off,
+        boxes = boxes + r(objects, 1) * 0.3 * sides * torch.tensor([-1.0, -1, 1, 1])       # and with some of their surroundings
         boxes = torch.cat([boxes, torch.cat([torch.zeros(scenes, 2), data["sizes"][scene] - 1.0], 1)]).to(device)
         images = data["images"][torch.cat([data["owner"][pick], scene])]
         pixels = crop_and_resize(helper.normalise(images), boxes, torch.arange(len(boxes), device=device), helper.size)

@@ -99,6 +99,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--settings", nargs="+", default=["short"], choices=list(SETTINGS))
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--report", action="store_true", help="print the tables of what is done")
     a = p.parse_args()
@@ -111,6 +112,6 @@ if __name__ == "__main__":
             if "pretrained" in a.settings:
                 backbone_only()
             have = {(r["setting"], r["arm"], r["seed"]) for r in rows()}
-            todo = [(setting, arm, s) for setting in a.settings for s in a.seeds for arm in SETTINGS[setting][1]]
+            todo = [(setting, arm, s) for setting in a.settings for s in a.seeds for arm in SETTINGS[setting][1] if arm in a.arms]
             list(pool.map(lambda x: run(*x), [x for x in todo if x not in have]))
     report()

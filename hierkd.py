@@ -538,10 +538,9 @@ def train(args, rank, world, device):
     base, novel = class_split(args)
     clip, spec = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
-    cache = out.parent / "text"
-    text = clip.class_embeddings(data.classes, cache=cache)
+    text = clip.class_embeddings(data.classes)
     seed_all(args.seed)
-    model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.class_embeddings(["background"], cache=cache)[0], clip.dim,
+    model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.class_embeddings(["background"])[0], clip.dim,
                      64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
                      args.embed_bias, args.init)
     model.arch.update(image_size=args.image_size, clip=spec or "", data=args.data, split=args.split)

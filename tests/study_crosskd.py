@@ -5,7 +5,7 @@ of tests/study_crosskd.jsonl, so the study continues where it was stopped; at th
 Arms as in the paper: Tables 1 (position i and prediction mimicking), 2 (feature imitation) and 6 (combination).
 Settings: short, 6 epochs from random weights, as the quick start; pretrained, 6 epochs from the backbone alone of a plainly trained student,
 first stage frozen, as the paper's ImageNet backbones; continued, 6 epochs from that student as a whole; long, 24 epochs from random
-weights. The schedule was fixed on seed 0, which is in no table.
+weights (not run yet). The schedule was fixed on seed 0, which is in no table.
 """
 import argparse
 import json

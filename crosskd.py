@@ -63,8 +63,8 @@ from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside
 from common.datasets import (CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_image,
                              resize, train_loader)
 from common.evaluation import class_table, coco_evaluate, gather, to_coco_results
-from common.run import (Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, open_run, plot_curves,
-                        reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run,
+                        plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -72,12 +72,6 @@ METHODS = ("none", "crosskd", "mimic", "ld", "pkd", "fitnet")
 
 
 # ================================================================== flags
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one."""
-    def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
@@ -893,20 +887,6 @@ def infer_arch(state, where):
     channels = lateral.shape[0]
     return dict(kind=kind, backbone=backbone, num_classes=len(state[cls[0]]) // DETECTORS[kind].cells, channels=channels,
                 p6="on_output" if p6.shape[1] == channels else "on_input")
-
-
-def load_strict(model, state, where):
-    """load_state_dict that tells all it misses in one line."""
-    own = model.state_dict()
-    optional = {k for k in own if k.endswith(("relative_position_index", "num_batches_tracked")) and k not in state}
-    missing, surplus = [k for k in own if k not in state and k not in optional], [k for k in state if k not in own]
-    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-             if k in state and state[k].shape != own[k].shape]
-    wrong = {"missing": missing, "unexpected": surplus, "of another shape": shape}
-    if any(wrong.values()):
-        raise UserError(f"{where}: does not fit {model.arch['kind']}_{model.arch['backbone']}: " +
-                        "; ".join(f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys))
-    model.load_state_dict({**{k: own[k] for k in optional}, **state})
 
 
 def load_detector(spec, flag="--weights"):

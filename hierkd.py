@@ -48,8 +48,8 @@ from common.clip import ClipError, load_clip, tiny_clip
 from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size,
                              read_image, read_json, resize, train_loader)
 from common.evaluation import class_mean, coco_evaluate, gather, to_coco_results
-from common.run import (Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, open_run, plot_curves, reduce_mean, rng_state,
-                        save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
+                        reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -58,12 +58,6 @@ RELEASED = dict(ikd_norm="l2", ikd_weight=0.05, ikd_mean="level", cls_weight="le
 
 
 # ================================================================== flags
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one."""
-    def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
@@ -646,16 +640,6 @@ def weights_of(model):
     return dict(arch=model.arch, model=model.state_dict())
 
 
-def load_strict(model, state, where):
-    """load_state_dict that tells all it misses in one line."""
-    own = model.state_dict()
-    wrong = dict(missing=[k for k in own if k not in state], unexpected=[k for k in state if k not in own],
-                 shape=[k for k in own if k in state and state[k].shape != own[k].shape])
-    if any(wrong.values()):
-        raise UserError(f"{where}: does not fit: " + "; ".join(f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys))
-    model.load_state_dict(state)
-
-
 def load_detector(path, flag="--weights"):
     """OpenATSS in eval mode from a checkpoint of ours."""
     checkpoint = load_checkpoint(path)
@@ -719,9 +703,9 @@ def run_detector(model, batch, device, args, texts):
     return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts)]
 
 
-def truth_of(val, names):
-    """COCO ground truth of these classes and of the images that hold one of them, as a dict."""
-    raw, ids = read_json(val.annotations), {c for c, n in zip(val.category_ids, val.classes) if n in set(names)}
+def truth_of(val, raw, names):
+    """COCO ground truth `raw` of these classes and of the images that hold one of them, as a dict."""
+    ids = {c for c, n in zip(val.category_ids, val.classes) if n in set(names)}
     used = {a["image_id"] for a in raw["annotations"] if a["category_id"] in ids and not a.get("iscrowd")}
     return dict(images=[i for i in raw["images"] if i["id"] in used], categories=[c for c in raw["categories"] if c["id"] in ids],
                 annotations=[a for a in raw["annotations"] if a["category_id"] in ids and a["image_id"] in used])
@@ -736,15 +720,15 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     since, (base, novel) = time.time(), class_split(args)
     names = dict(zsd=[n for n in val.classes if n in novel], base=[n for n in val.classes if n in base], gzsd=val.classes)
     ids = {p: [val.category_ids[val.classes.index(n)] for n in names[p]] for p in names}
-    texts = [clip.class_embeddings(names[p]) for p in names]
-    truth = {p: truth_of(val, names[p]) for p in names}
+    texts, raw = {p: clip.class_embeddings(names[p]) for p in names}, read_json(val.annotations)
+    truth = {p: truth_of(val, raw, names[p]) for p in names}
     wanted = {p: {i["id"] for i in truth[p]["images"]} for p in names}
     results = {p: [] for p in names}
     for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
         image_id = batch["image_ids"][0]
-        for p, (boxes, scores, labels) in zip(names, run_detector(model, batch, device, args, texts)):
-            if image_id in wanted[p]:
-                results[p] += to_coco_results(image_id, boxes, scores, labels, ids[p])
+        asked = [p for p in names if image_id in wanted[p]]
+        for p, found in zip(asked, run_detector(model, batch, device, args, [texts[p] for p in asked])):
+            results[p] += to_coco_results(image_id, *found, ids[p])
     results = {p: gather(results[p]) for p in names}
     if rank != 0:
         return None

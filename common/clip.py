@@ -134,11 +134,6 @@ class FrozenCLIP:
         own = open_clip.get_model_preprocess_cfg(model)  # empty for the tiny CLIP
         self.mean, self.std = (torch.tensor(own.get(k, default), device=device).view(3, 1, 1) for k, default in
                                (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)))
-        digest = hashlib.sha256()
-        for key, value in sorted(model.state_dict().items()):
-            if "token_embedding" in key or "text_projection" in key:
-                digest.update(key.encode() + value.float().cpu().numpy().tobytes())
-        self.digest = digest.hexdigest()[:16]
 
     def normalise(self, images):
         """uint8 RGB -> float with CLIP's mean and deviation."""
@@ -159,8 +154,7 @@ class FrozenCLIP:
         twice = sorted({n for n in clean if clean.count(n) > 1})
         if twice:
             raise ClipError(f"class list: {', '.join(twice)} occurs twice")
-        key = hashlib.sha256(json.dumps([self.name, self.digest, list(templates), clean]).encode()).hexdigest()[:24]
-        path = Path(cache) / f"text-{key}.pt" if cache else None
+        path = Path(cache) / f"text-{self.text_key(clean, templates)}.pt" if cache else None
         if path and path.exists():
             return torch.load(path, map_location=self.device, weights_only=True)
         sentences = self.encode_text([t.format(n) for n in clean for t in templates])
@@ -168,6 +162,14 @@ class FrozenCLIP:
         if path:
             save(text.cpu(), path)
         return text
+
+    def text_key(self, *what):
+        """Changes with the text tower's weights, which a name alone does not tell, and with `what`."""
+        digest = hashlib.sha256(json.dumps([self.name, what]).encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            if not key.startswith("visual."):
+                digest.update(key.encode() + value.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:24]
 
     @torch.no_grad()
     def encode_images(self, pixels, chunk=256):

@@ -1,4 +1,5 @@
 """What a run needs around its method: processes, schedules, checkpoints, downloads, logs and pictures."""
+import argparse
 import ctypes
 import hashlib
 import json
@@ -22,6 +23,12 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A wrong flag, file or checkpoint: one line with the remedy. Scripts print it and stop, without a traceback."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
 # ------------------------------------------------------------------ processes
@@ -121,6 +128,20 @@ def load_checkpoint(path):
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: not a readable checkpoint ({why(e)}); "
                         "truncated download or another kind of file?") from None
+
+
+def load_strict(model, state, where):
+    """load_state_dict that tells all it misses in one line."""
+    own = model.state_dict()
+    optional = {k for k in own if k.endswith(("relative_position_index", "num_batches_tracked")) and k not in state}
+    missing, surplus = [k for k in own if k not in state and k not in optional], [k for k in state if k not in own]
+    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+             if k in state and state[k].shape != own[k].shape]
+    wrong = {"missing": missing, "unexpected": surplus, "of another shape": shape}
+    if any(wrong.values()):
+        raise UserError(f"{where}: does not fit {'_'.join(str(model.arch[k]) for k in ('kind', 'backbone') if k in model.arch)}: " +
+                        "; ".join(f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys))
+    model.load_state_dict({**{k: own[k] for k in optional}, **state})
 
 
 def fetch(url, sha256=""):

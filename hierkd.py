@@ -12,7 +12,7 @@ Letters: B images, C captions, D embedding, A anchors of all L = 5 levels, M box
 
 Differs from the paper. Where text and released code disagree, the text is the default and --preset released is the code:
   1. IKD: text L1, weight 1, mean over positives (Eq. 2); code L2, weight 0.05, mean per level, then over levels. --ikd-norm --ikd-weight --ikd-mean
-  2. Classification weight: text a constant; code exp(-s) with + |s| and s learnt. --cls-weight fixed|learn
+  2. Classification weight: text a constant; code exp(-s) with + |s| and s learnt. --cls-weight learn
   3. Crops: text not stated; code ImageNet's normalisation, no antialias. Here CLIP's own, PIL's antialias. --crop-norm --crop-antialias
   4. GKD's patches: text FPN maps; code the normalised embeddings f, which is also what lets a caption reach the classifier. We follow the code.
   5. The embedding's bias starts at -4.6 in the code (left over from a sigmoid); every f then starts nearly parallel. --embed-bias focal|zero
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
     p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
     p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
-    p.add_argument("--cls-weight", choices=("fixed", "learn"), default="fixed", help="lambda_cls: 1, or exp(-s) + |s|")
+    p.add_argument("--cls-weight", help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s| (default 1)")
     p.add_argument("--shuffle-captions", action="store_true", help="control: each image gets the caption of another")
     p.add_argument("--shuffle-crops", action="store_true", help="control: each positive gets the crop embedding of another")
     # schedule
@@ -135,6 +135,11 @@ def parse_args(argv=None):
             raise ValueError
     except ValueError:
         p.error(f"--negatives {args.negatives}: 1to1, or a share above 0 and up to 1")
+    try:
+        if args.cls_weight not in (None, "learn") and not float(args.cls_weight) > 0:
+            raise ValueError
+    except ValueError:
+        p.error(f"--cls-weight {args.cls_weight}: learn, or a number above 0")
     for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "gkd_patches", "ikd_max"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
@@ -221,7 +226,7 @@ class OpenATSS(nn.Module):
     background (D,): the start of T_bg, CLIP's embedding of "a photo of background."; None for a constant cosine of 0.2.
     """
 
-    def __init__(self, backbone, background, dim, channels=256, quality="iou", tau_c=100.0, tau_m=10.0, cls_weight="fixed", gkd=True,
+    def __init__(self, backbone, background, dim, channels=256, quality="iou", tau_c=100.0, tau_m=10.0, cls_weight="1", gkd=True,
                  embed_bias="focal", init="none"):
         super().__init__()
         self.arch = dict(backbone=backbone, dim=dim, channels=channels, quality=quality, bg="fixed" if background is None else "learn",
@@ -408,7 +413,7 @@ class Learner(nn.Module):
         # Eq. 1. Anchors beyond the image's own canvas take part in the draw, with weight 0, as in the released code.
         used = sample_anchors(positive, counts, a.negatives) & (owner > -2)
         cls = (softmax_focal_loss(model.classify(out["f"], self.text), labels) * used).sum() / n_pos
-        losses = dict(cls=cls if model.s is None else (-model.s).exp() * cls + model.s.abs())
+        losses = dict(cls=float(a.cls_weight) * cls if model.s is None else (-model.s).exp() * cls + model.s.abs())
 
         # Boxes and their quality.
         decoded = decode_deltas(out["reg"], anchors, DELTA_STD)
@@ -513,7 +518,7 @@ def get_clip(args, rank, device):
 def fill_defaults(args):
     """Defaults that depend on the dataset and the schedule."""
     shapes = args.data == "shapes"
-    defaults = dict(backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
+    defaults = dict(backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
                     epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
     if shapes:
         defaults.update(backbone="tiny16", init="none", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,

@@ -10,7 +10,7 @@ from torchvision.ops import batched_nms
 
 import hierkd
 from common.boxes import assign_atss, decode_deltas, encode_deltas, overlap
-from common.clip import TINY, FrozenCLIP
+from common.clip import TINY, FrozenCLIP, tiny_model
 from common.datasets import BASE_48, NOVEL_15, NOVEL_17, CocoDataset
 from hierkd import (Learner, OpenATSS, anchors_of, caption_loss, detect, feature_distance, mlca, parse_args, pool_patches, sample_anchors,
                     softmax_focal_loss, top_detections)
@@ -28,7 +28,7 @@ def flags(*extra):
 def clip():
     import open_clip
     torch.manual_seed(0)
-    return FrozenCLIP(open_clip.CLIP(**TINY), open_clip.SimpleTokenizer(), "random")
+    return FrozenCLIP(tiny_model(**TINY), open_clip.SimpleTokenizer(), "random")
 
 
 def batch_of(count=2, boxes=((20.0, 20, 60, 60), (50.0, 10, 100, 90)), size=128):

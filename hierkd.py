@@ -15,7 +15,8 @@ Differs from the paper. Where text and released code disagree, the text is the d
   2. Classification weight: text a constant; code exp(-s) with + |s| and s learnt. --cls-weight learn
   3. Crops: text not stated; code ImageNet's normalisation, no antialias. Here CLIP's own, PIL's antialias. --crop-norm --crop-antialias
   4. GKD's patches: text FPN maps; code the normalised embeddings f, which is also what lets a caption reach the classifier. We follow the code.
-  5. The embedding's bias starts at -4.6 in the code (left over from a sigmoid); every f then starts nearly parallel. --embed-bias focal|zero
+  5. Algorithm 1: text CLIP's score alone; code times the quality. --direct-quality
+  6. The embedding's bias starts at -4.6 in the code (left over from a sigmoid); every f then starts nearly parallel. --embed-bias focal|zero
 and from both: normalisers are means over all processes; their lower bounds hold for the sum over processes.
 
     torchrun --nproc_per_node 4 hierkd.py --data data/coco                       # HierKD R50 1x, 48/17 split, 4 x 8 images
@@ -38,23 +39,28 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib import colormaps  # comes with lvis
 from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.boxes import assign_atss, cells_inside, centerness_target, decode_deltas, grid_anchors, overlap
+from common.boxes import assign_atss, cells_inside, centerness_target, constant, decode_deltas, grid_anchors, overlap
 from common.clip import ClipError, load_clip, tiny_clip
 from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size,
                              read_image, read_json, resize, train_loader)
-from common.evaluation import class_mean, coco_evaluate, gather, to_coco_results
+from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, gather, to_coco_results
 from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
                         reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
-RELEASED = dict(ikd_norm="l2", ikd_weight=0.05, ikd_mean="level", cls_weight="learn", crop_norm="imagenet", crop_antialias=False)
+RELEASED = dict(ikd_norm="l2", ikd_weight=0.05, ikd_mean="level", cls_weight="learn", crop_norm="imagenet", crop_antialias=False, direct_quality=True)
 
 
 # ================================================================== flags
@@ -65,6 +71,7 @@ def parse_args(argv=None):
     # data
     p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
     p.add_argument("--split", choices=("48_17", "65_15"), default="48_17", help="base / novel classes of COCO; shapes has its own")
+    p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
     flag("--drop-novel-images", default=False, help="leave out training images that hold a novel object (the older 65/15 protocol)")
     p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 (default 800; schedule 3x 480-800; shapes 72-120)")
     p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
@@ -92,24 +99,32 @@ def parse_args(argv=None):
     p.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl", help="contrastive, Eq. 5, or positive pairs only")
     p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.5)")
     p.add_argument("--gkd-patches", type=int, default=3, help="N: each level is cut into N x N patches")
+    p.add_argument("--gkd-levels", type=int, choices=range(1, 6), help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
     p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
     flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
     p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
     p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
     p.add_argument("--cls-weight", help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s| (default 1)")
+    p.add_argument("--nms", type=float, default=0.4, help="IoU of the class-wise NMS")
     p.add_argument("--shuffle-captions", action="store_true", help="control: each image gets the caption of another")
     p.add_argument("--shuffle-crops", action="store_true", help="control: each positive gets the crop embedding of another")
     # schedule
     p.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x", help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
-    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 6)")
+    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 12)")
     p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
     p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
     p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
-    p.add_argument("--lr", type=float, help="for a total batch of 32, of 16 without GKD; scaled linearly (default 0.01; shapes 0.002 at 16)")
+    p.add_argument("--lr", type=float, help="for a total batch of 32, of 16 without GKD; scaled linearly (default 0.01; shapes 0.004 at 16)")
     p.add_argument("--weight-decay", type=float, default=1e-4)
+    # analyses
+    flag("--clip-direct", default=False, help="with --eval: Algorithm 1, Table 6: CLIP classifies crops of the detector's boxes; crops as by --crop-*")
+    flag("--direct-quality", default=False, help="the quality still multiplies CLIP's score there")
+    p.add_argument("--gt-upper-bound", action="store_true", help="Table 9: CLIP classifies the true boxes of novel objects")
+    p.add_argument("--rpn-recall", action="store_true", help="Table 1: train a class-agnostic RPN on base boxes, then its recall of novel boxes")
+    p.add_argument("--heat-map", action="store_true", help="with --predict: Fig. 4, the classification score of each name at each place")
     # run
-    p.add_argument("--out", help="run folder (default runs/hierkd, runs/hierkd-eval or runs/hierkd-predict)")
+    p.add_argument("--out", help="run folder (default runs/hierkd, or runs/hierkd-eval, -predict, -bound, -rpn)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; losses stay fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the detector")
@@ -125,7 +140,8 @@ def parse_args(argv=None):
     if p.parse_known_args(argv)[0].preset == "released":
         p.set_defaults(**RELEASED)
     args = p.parse_args(argv)
-    args.out = args.out or "runs/hierkd" + ("-eval" if args.eval else "-predict" if args.predict else "")
+    mode = dict(eval=args.eval, predict=args.predict, bound=args.gt_upper_bound, rpn=args.rpn_recall)
+    args.out = args.out or "-".join(["runs/hierkd", *[name for name, on in mode.items() if on][:1]])
     last = Path(args.out) / "last.pt"
     if args.resume and last.exists():  # the flags of that run, then those given now
         p.set_defaults(**load_checkpoint(last)["args"])
@@ -146,8 +162,12 @@ def parse_args(argv=None):
     for name in ("lr", "tau_c", "tau_m", "crop_scale"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if args.eval and args.predict:
-        p.error("--eval and --predict: one at a time")
+    if sum(map(bool, mode.values())) > 1:
+        p.error("--eval, --predict, --gt-upper-bound, --rpn-recall: one at a time")
+    if args.clip_direct and not args.eval:
+        p.error("--clip-direct: belongs to --eval")
+    if args.heat_map and not args.predict:
+        p.error("--heat-map: belongs to --predict")
     if args.predict and not args.weights:
         p.error("--predict needs --weights: a checkpoint")
     if args.classes and not args.predict:
@@ -160,6 +180,15 @@ def parse_args(argv=None):
 def fp32(x):
     """bf16 maps of autocast -> fp32, in which all losses are computed; fp64 stays."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def normalise(images, sizes):
+    """uint8 RGB (B, 3, H, W), sizes (B, 2) h, w -> float; the padding is zeroed AFTER that, so it is the mean pixel."""
+    x = (images - constant((123.675, 116.28, 103.53), images.device, torch.float32).view(3, 1, 1)) / constant(
+        (58.395, 57.12, 57.375), images.device, torch.float32).view(3, 1, 1)
+    rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
+    cols = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
+    return x * (rows[:, None, :, None] & cols[:, None, None, :])
 
 
 class NarrowResNet(torchvision.models.ResNet):
@@ -176,36 +205,51 @@ class NarrowResNet(torchvision.models.ResNet):
 
 
 class Body(nn.Module):
-    """A torchvision ResNet up to C5; returns {name: map} of C3, C4, C5."""
+    """A torchvision ResNet up to C5; returns {name: map} of C3, C4, C5, with from_c2 also C2.
 
-    def __init__(self, net):
+    frozen, for pre-trained weights: stem and layer1 do not learn, and BatchNorm always uses its running statistics (few images a GPU).
+    """
+
+    def __init__(self, net, frozen, from_c2=False):
         super().__init__()
         names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
         self.stages = nn.ModuleDict({n: getattr(net, n) for n in names})
+        self.frozen, self.returned = frozen, names[4 if from_c2 else 5:]
+        if frozen:
+            for name in ("conv1", "bn1", "layer1"):
+                self.stages[name].requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.modules() if self.frozen else ():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+        return self
 
     def forward(self, x):
         maps = {}
         for name, stage in self.stages.items():
             x = stage(x)
-            if name in ("layer2", "layer3", "layer4"):
+            if name in self.returned:
                 maps[name] = x
         return maps
 
 
-def make_body(name, init):
-    """(Body, its three channel counts) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+def make_body(name, init, from_c2=False):
+    """(Body, channels of its maps) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+    frozen, skip = init == "imagenet", 0 if from_c2 else 1
     if re.fullmatch("tiny(8|16|24|32|48|64)", name):
         if init == "imagenet":
             raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
         width = int(name[4:])
-        return Body(NarrowResNet(width)), [2 * width, 4 * width, 8 * width]
+        return Body(NarrowResNet(width), frozen, from_c2), [width, 2 * width, 4 * width, 8 * width][skip:]
     if name not in ("r50", "r101"):
         raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
         url = torchvision.models.get_model_weights("resnet" + name[1:]).IMAGENET1K_V1.url
         net.load_state_dict(load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1])))
-    return Body(net), [512, 1024, 2048]
+    return Body(net, frozen, from_c2), [256, 512, 1024, 2048][skip:]
 
 
 class P6P7(ExtraFPNBlock):
@@ -231,7 +275,6 @@ class OpenATSS(nn.Module):
         super().__init__()
         self.arch = dict(backbone=backbone, dim=dim, channels=channels, quality=quality, bg="fixed" if background is None else "learn",
                          cls_weight=cls_weight, gkd=gkd)
-        self.frozen = init == "imagenet"
         self.body, widths = make_body(backbone, init)
         self.fpn = FeaturePyramidNetwork(widths, channels, P6P7(channels))
         for m in self.fpn.modules():
@@ -259,27 +302,6 @@ class OpenATSS(nn.Module):
         self.tau_c = nn.Parameter(torch.tensor(float(tau_c)))                      # a plain scalar: no exp, no clamp
         self.tau_m = nn.Parameter(torch.tensor(float(tau_m))) if gkd else None
         self.s = nn.Parameter(torch.tensor(1.0)) if cls_weight == "learn" else None
-        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
-        if self.frozen:
-            for name, parameter in self.body.stages.named_parameters():
-                parameter.requires_grad = not name.startswith(("conv1.", "bn1.", "layer1."))
-
-    def train(self, mode=True):
-        """BatchNorm of a pre-trained backbone always uses its running statistics: few images a GPU."""
-        super().train(mode)
-        if self.frozen:
-            for m in self.body.modules():
-                if isinstance(m, nn.BatchNorm2d):
-                    m.eval()
-        return self
-
-    def normalise(self, images, sizes):
-        """uint8 RGB (B, 3, H, W) -> float; the padding is zeroed AFTER that, so it is the mean pixel."""
-        x = (images.to(self.mean.dtype) - self.mean) / self.std
-        rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
-        cols = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
-        return x * (rows[:, None, :, None] & cols[:, None, None, :])
 
     def forward(self, images):
         """(B, 3, H, W) normalised -> {"embed": (B, D, H_l, W_l), "reg": 4 channels, "quality": 1 channel}, L maps each, raw."""
@@ -398,7 +420,7 @@ class Learner(nn.Module):
     def forward(self, batch):
         a, model = self.a, self.model
         model.unit_background()
-        x = model.normalise(batch["images"], batch["sizes"])
+        x = normalise(batch["images"], batch["sizes"])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
             maps = model(x.to(memory_format=torch.channels_last) if a.channels_last else x)
         out = model.flatten(maps)
@@ -461,7 +483,7 @@ class Learner(nn.Module):
         has = torch.tensor([bool(c) for c in batch["captions"]]).to(captions.device, non_blocking=True)
         if a.shuffle_captions:
             captions, has = captions.roll(1, 0), has.roll(1, 0)
-        patches, start = pool_patches(embed_maps, a.gkd_patches, a.gkd_pool), 0
+        patches, start = pool_patches(embed_maps[:a.gkd_levels], a.gkd_patches, a.gkd_pool), 0
         if a.gkd_gather and dist.is_initialized():
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
@@ -484,7 +506,7 @@ def class_split(args):
 def make_data(args, split):
     """The training set (base boxes only, with captions) or the images of val that hold any base or novel object."""
     try:
-        root = make_shapes() if args.data == "shapes" else args.data
+        root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
     except FileExistsError as e:
         raise UserError(e) from None
     args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "480-800" if args.schedule == "3x" else "800")
@@ -503,13 +525,15 @@ def to_device(batch, device):
 
 
 def get_clip(args, rank, device):
-    """--clip, or the tiny CLIP of shapes, which rank 0 trains the first time."""
+    """(FrozenCLIP, its --clip): the one asked for, or the tiny CLIP of shapes, which rank 0 trains the first time."""
     spec = args.clip
     if spec is None and args.data == "shapes":
+        root = make_shapes(seed=args.data_seed)
+        train = lambda: tiny_clip(root, root.parent / "clip", args.data_seed, device=device)
         if rank == 0:
-            spec = tiny_clip(make_shapes(), make_shapes().parent / "clip", device=device)
+            spec = train()
         barrier()
-        spec = spec or tiny_clip(make_shapes(), make_shapes().parent / "clip")
+        spec = spec or train()
     return load_clip(spec or "ViT-B-32-quickgelu/openai", device), spec
 
 
@@ -518,11 +542,11 @@ def get_clip(args, rank, device):
 def fill_defaults(args):
     """Defaults that depend on the dataset and the schedule."""
     shapes = args.data == "shapes"
-    defaults = dict(backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
+    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
                     epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
     if shapes:
-        defaults.update(backbone="tiny16", init="none", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,
-                        ikd_max=64, epochs=6, batch_size=16, optimizer="adamw", lr=0.002)
+        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,
+                        ikd_max=64, epochs=12, batch_size=16, optimizer="adamw", lr=0.004)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -531,22 +555,33 @@ def fill_defaults(args):
 
 
 def train(args, rank, world, device):
-    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
+    """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
     fill_defaults(args)
     data, val = make_data(args, "train"), make_data(args, "val")
-    base, novel = class_split(args)
     clip, spec = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
-    text = clip.class_embeddings(data.classes)
     seed_all(args.seed)
     model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.class_embeddings(["background"])[0], clip.dim,
                      64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
                      args.embed_bias, args.init)
     model.arch.update(image_size=args.image_size, clip=spec or "", data=args.data, split=args.split)
-    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    learner = Learner(model.to(device), clip.class_embeddings(data.classes), clip, args)
+    if rank == 0:
+        print(f"CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | {len(data.classes)} base and {len(class_split(args)[1])} novel classes")
+    return fit(learner, data, out, args, rank, world, device, partial(evaluate, model, val, clip, rank, world, device, args))
+
+
+def fit(learner, data, out, args, rank, world, device, evaluate):
+    """The training loop: minimises the sum of learner(batch)'s losses. Returns what the last evaluate(folder or None) gave.
+
+    learner.model is what is saved. evaluate: -> metrics on rank 0; "score" of them chooses best.pt, "line" is printed.
+    """
+    model = learner.model
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    learner = Learner(model, text, clip, args).train()
+    learner.train()
     if world > 1:
         learner = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
@@ -559,7 +594,7 @@ def train(args, rank, world, device):
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     milestones = (args.epochs * (3 / 4 if args.schedule == "3x" else 2 / 3), args.epochs * 11 / 12)
     warmup = min(500, args.epochs * steps_per_epoch // 10)
-    it, best = 0, -2.0  # AP is -1 where val holds no box
+    it, best = 0, -2.0  # a score is -1 where val holds no box
     if args.resume and not (out / "last.pt").exists():
         print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
     elif args.resume:
@@ -572,8 +607,7 @@ def train(args, rank, world, device):
         set_rng_state(state["rng"])
     if rank == 0:
         n = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"OpenATSS {args.backbone}: {n[0]:,} parameters, {n[1]:,} trained | CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | "
-              f"{len(data)} images, {len(base)} base and {len(novel)} novel classes, dropped {data.dropped} | "
+        print(f"{type(model).__name__} {args.backbone}: {n[0]:,} parameters, {n[1]:,} trained | {len(data)} images, dropped {data.dropped} | "
               f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
               f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
@@ -584,13 +618,13 @@ def train(args, rank, world, device):
 
     def validate():
         nonlocal best
-        metrics = evaluate(model, val, clip, rank, world, device, args, out if it >= total else None)
+        metrics = evaluate(out if it >= total else None)
         model.train()
         if rank == 0:
-            numbers = {k: v for k, v in metrics.items() if k != "classes"}
-            log.write(dict(it=it, epoch=epoch + 1, **numbers), eval_line(epoch + 1, metrics))
-            if metrics["AP50"] > best:
-                best = metrics["AP50"]
+            numbers = {k: v for k, v in metrics.items() if k not in ("classes", "line")}
+            log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval " + metrics["line"])
+            if metrics["score"] > best:
+                best = metrics["score"]
                 save_checkpoint(weights_of(model), out / "best.pt")
         log.restart_clock()
         return metrics
@@ -635,7 +669,7 @@ def train(args, rank, world, device):
         metrics = validate()
     if rank == 0:
         plot_curves(out / "log.jsonl", out / "curves.png")
-        print(f"best GZSD AP50 {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
+        print(f"best {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
     barrier()
     return metrics
 
@@ -678,34 +712,45 @@ def top_detections(boxes, scores, iou, count):
 
 
 @torch.no_grad()
-def detect(model, maps, size, texts, nms_iou=0.4, per_level=1000, count=100):
+def detect(model, maps, size, texts, nms_iou=0.4, per_level=1000, count=100, direct=None):
     """Maps of ONE image -> a list over text matrices (K, D) of (boxes in network pixels, scores, labels). size: (h, w) of the image.
 
     Per level the 1000 anchors of highest max_c p_c * sigmoid(quality); score = p_c * sigmoid(quality); background is dropped after the softmax.
+    direct: Algorithm 1, a function (boxes (n, 4), text (K, D)) -> p (n, K) that takes the place of p for the chosen anchors, and whether
+    it is multiplied by the quality.
     """
     out, (anchors, _, counts) = model.flatten(maps), anchors_of(maps)
     quality = out["quality"][0].sigmoid() if out["quality"] is not None else torch.ones(len(anchors), device=anchors.device)
     boxes = clip_boxes_to_image(decode_deltas(out["reg"][0], anchors, DELTA_STD), tuple(size))
     found = []
     for text in texts:
-        scores = model.classify(out["f"][0], text).softmax(-1)[:, :-1] * quality[:, None]        # (A, K)
+        scores = model.classify(out["f"][0], text).softmax(-1)[:, :-1] * quality[:, None]                         # (A, K)
         start, picked = 0, []
         for top, n in zip(scores.amax(1).split(counts), counts):
             picked.append(start + top.topk(min(per_level, n)).indices)
             start += n
         picked = torch.cat(picked)
-        found.append(top_detections(boxes[picked], scores[picked], nms_iou, count))
+        scores = scores[picked]
+        if direct:
+            scores = direct[0](boxes[picked], text) * (quality[picked, None] if direct[1] else 1)
+        found.append(top_detections(boxes[picked], scores, nms_iou, count))
     return found
 
 
-def run_detector(model, batch, device, args, texts):
-    """One collated image -> for each text matrix (boxes in original pixels, scores, labels)."""
+def run_detector(model, batch, device, args, texts, clip=None):
+    """One collated image -> for each text matrix (boxes in original pixels, scores, labels). clip: it classifies (--clip-direct)."""
     batch = to_device(batch, device)
+    x, direct = normalise(batch["images"], batch["sizes"]), None
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        maps = model(model.normalise(batch["images"], batch["sizes"]))
+        maps = model(x)
+    if clip:
+        pixels = clip.normalise(batch["images"]) if args.crop_norm == "clip" else x
+        embed = lambda boxes: clip.encode_crops(pixels, boxes, torch.zeros(len(boxes), dtype=torch.long, device=device), args.crop_scale or 1,
+                                                args.crop_antialias)
+        direct = lambda boxes, text: (100 * embed(boxes) @ text.T).softmax(-1), args.direct_quality
     (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
     scale = torch.tensor([width / w, height / h] * 2, device=device)
-    return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts)]
+    return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts, args.nms, direct=direct)]
 
 
 def truth_of(val, raw, names):
@@ -720,10 +765,12 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     """AP50 and AR50 under ZSD, GZSD and base only, on rank 0, None elsewhere; one pass over the images.
 
     ZSD: novel names, images with a novel object. Base: likewise. GZSD: all names compete; means over base, novel and all classes.
+    With --clip-direct ZSD alone, as in Table 6.
     """
     model.eval()
     since, (base, novel) = time.time(), class_split(args)
     names = dict(zsd=[n for n in val.classes if n in novel], base=[n for n in val.classes if n in base], gzsd=val.classes)
+    names = {p: names[p] for p in names if p == "zsd" or not args.clip_direct}
     ids = {p: [val.category_ids[val.classes.index(n)] for n in names[p]] for p in names}
     texts, raw = {p: clip.class_embeddings(names[p]) for p in names}, read_json(val.annotations)
     truth = {p: truth_of(val, raw, names[p]) for p in names}
@@ -732,35 +779,39 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
         image_id = batch["image_ids"][0]
         asked = [p for p in names if image_id in wanted[p]]
-        for p, found in zip(asked, run_detector(model, batch, device, args, [texts[p] for p in asked])):
-            results[p] += to_coco_results(image_id, *found, ids[p])
+        if asked:
+            found = run_detector(model, batch, device, args, [texts[p] for p in asked], clip if args.clip_direct else None)
+            for p, result in zip(asked, found):
+                results[p] += to_coco_results(image_id, *result, ids[p])
     results = {p: gather(results[p]) for p in names}
     if rank != 0:
         return None
     stats = {p: coco_evaluate(truth[p], results[p]) for p in names}
-    metrics = dict(images=len(val), seconds=time.time() - since, AP50=class_mean(stats["gzsd"], val.classes, "AP50"),
-                   AP=class_mean(stats["gzsd"], val.classes, "AP"))
-    for key in ("AP50", "AR50", "AP50s", "AP50m", "AP50l"):
-        metrics[f"zsd_{key}"], metrics[f"base_{key}"] = (class_mean(stats[p], names[p], key) for p in ("zsd", "base"))
-        for group, members in (("base", base), ("novel", novel), ("all", val.classes)):
-            metrics[f"gzsd_{group}_{key}"] = class_mean(stats["gzsd"], members, key)
+    groups = dict(zsd=("zsd", novel), base=("base", base), gzsd_base=("gzsd", base), gzsd_novel=("gzsd", novel), gzsd_all=("gzsd", val.classes))
+    groups = {g: (p, members) for g, (p, members) in groups.items() if p in names}
+    metrics = dict(images=len(val), seconds=time.time() - since) | {
+        f"{g}_{key}": class_mean(stats[p], members, key) for g, (p, members) in groups.items() for key in ("AP50", "AR50", "AP50s", "AP50m", "AP50l")}
+    metrics["score"] = metrics["zsd_AP50" if args.clip_direct else "gzsd_all_AP50"]
     metrics["classes"] = {p: stats[p]["classes"] for p in names}
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "detections.json").write_text(json.dumps(results["gzsd"]))
-        (out / "results.json").write_text(json.dumps(metrics, indent=1))
-        save_samples(val, results["gzsd"], out / "samples.jpg")
+    metrics["line"] = f"{len(val)} images | " + " | ".join(f"{label} AP50 {metrics[g + '_AP50']:.1f} AR50 {metrics[g + '_AR50']:.1f}" for g, label in (
+        ("zsd", "ZSD novel"), ("base", "base"), ("gzsd_base", "GZSD base"), ("gzsd_novel", "novel"), ("gzsd_all", "all")) if g in groups)
+    metrics["line"] += f" | {metrics['seconds']:.0f}s"
+    write_results(out, metrics, results["zsd" if args.clip_direct else "gzsd"], val)
     return metrics
 
 
-def eval_line(epoch, m):
-    return (f"ep {epoch:02d} eval {m['images']} images | ZSD novel AP50 {m['zsd_AP50']:.1f} AR50 {m['zsd_AR50']:.1f} | base AP50 {m['base_AP50']:.1f} "
-            f"AR50 {m['base_AR50']:.1f} | GZSD base {m['gzsd_base_AP50']:.1f} novel {m['gzsd_novel_AP50']:.1f} all {m['gzsd_all_AP50']:.1f} | {m['seconds']:.0f}s")
+def write_results(out, metrics, results, val):
+    """results.json, detections.json and samples.jpg into the folder out, if given."""
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "detections.json").write_text(json.dumps(results))
+        (out / "results.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "line"}, indent=1))
+        save_samples(val, results, out / "samples.jpg")
 
 
 def clip_of(model, args, rank, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
-    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=model.arch["data"]), rank, device)
+    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=model.arch["data"], data_seed=args.data_seed), rank, device)
     if clip.dim != model.arch["dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['dim']}-d")
     return clip
@@ -780,19 +831,138 @@ def predict(args, device):
     if not paths:
         raise UserError(f"--predict {' '.join(args.predict)}: no image there")
     for number, path in enumerate(tqdm(paths, desc="predict")):
-        original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
+        original = TF.pil_to_tensor(read_image(path))
         image, (h, w) = resize(original, size)
         item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
                     original_size=original.shape[1:])
-        (boxes, scores, labels), = run_detector(model, collate([item]), device, args, [text])
+        batch = collate([item])
+        (boxes, scores, labels), = run_detector(model, batch, device, args, [text])
         keep = scores > args.score
         boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
         answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
                              zip(boxes.tolist(), scores.tolist(), labels.tolist())]
         picture = draw_boxes(original, boxes, labels, classes, scores)
         torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+        if args.heat_map:
+            with torch.no_grad():
+                maps = model(normalise(batch["images"].to(device), batch["sizes"].to(device)))
+                heat = F.interpolate(heat_map(model, maps, text, (h, w))[None], original.shape[1:], mode="bilinear")[0].cpu().numpy()
+            for name, score in zip(classes, heat):
+                coloured = torch.from_numpy(colormaps["jet"](score)[..., :3]).permute(2, 0, 1) * 255
+                torchvision.io.write_jpeg((0.5 * original + 0.5 * coloured).byte(), str(out / f"{number:04d}_{path.stem}_heat_{name.replace(' ', '_')}.jpg"), quality=90)
     (out / "predictions.json").write_text(json.dumps(answer, indent=1))
     print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+
+
+# ================================================================== analyses of the paper
+
+def upper_bound(args, rank, world, device):
+    """Table 9: each novel object's true box is one detection, named by CLIP among the novel names. Metrics on rank 0.
+
+    Crops come from the original file, enlarged by --crop-scale. One name a box, so AR50 is the mean over classes of the top-1 accuracy.
+    """
+    val, (clip, _) = make_data(args, "val"), get_clip(args, rank, device)
+    novel = class_split(args)[1]
+    names = [n for n in val.classes if n in novel]
+    ids = {c: k for k, c in enumerate(val.category_ids[val.classes.index(n)] for n in names)}
+    text, truth, results = clip.class_embeddings(names), truth_of(val, read_json(val.annotations), names), []
+    boxes = {i["id"]: [] for i in truth["images"]}
+    for a in truth["annotations"]:
+        if not a.get("iscrowd"):
+            x, y, w, h = a["bbox"]
+            boxes[a["image_id"]].append((x, y, x + w, y + h))
+    for image in tqdm(truth["images"][rank::world], desc="upper bound", disable=rank != 0, mininterval=1):
+        pixels, where = TF.pil_to_tensor(read_image(val.folder / image["file_name"]))[None], torch.tensor(boxes[image["id"]])
+        owner = torch.zeros(len(where), dtype=torch.long)
+        v = clip.encode_crops(clip.normalise(pixels), where.to(device), owner.to(device), args.crop_scale or 1.0)
+        score, label = (100 * v @ text.T).softmax(-1).max(-1)
+        results += to_coco_results(image["id"], where, score, label, list(ids))
+    results = gather(results)
+    if rank != 0:
+        return None
+    stats = coco_evaluate(truth, results)
+    metrics = {key: class_mean(stats, names, key) for key in ("AR50", "AP50", "AP50s", "AP50m", "AP50l")} | dict(classes=stats["classes"])
+    metrics["line"] = (f"CLIP {clip.name} on {len(results)} true boxes of {len(names)} novel classes | AR50 {metrics['AR50']:.1f} "
+                       f"AP50 {metrics['AP50']:.1f} S {metrics['AP50s']:.1f} M {metrics['AP50m']:.1f} L {metrics['AP50l']:.1f}")
+    write_results(Path(args.out), metrics, results, val)
+    return metrics
+
+
+class BaseRPN(nn.Module):
+    """torchvision's class-agnostic region proposal network on an FPN of C2..C5 (Table 1)."""
+
+    def __init__(self, backbone, init, channels):
+        super().__init__()
+        self.arch = dict(rpn=True, backbone=backbone, channels=channels)
+        self.body, widths = make_body(backbone, init, from_c2=True)
+        self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
+        anchors = AnchorGenerator(tuple((size,) for size in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5)
+        count = dict(training=1000, testing=1000)
+        self.rpn = RegionProposalNetwork(anchors, RPNHead(channels, 3), 0.7, 0.3, 256, 0.5, count, count, 0.7)
+
+    def forward(self, x, sizes, boxes=None):
+        """-> (proposals of each image, best first, {name: loss}, empty without boxes)."""
+        targets = None if boxes is None else [dict(boxes=b) for b in boxes]
+        return self.rpn(ImageList(x, [tuple(size) for size in sizes.tolist()]), self.fpn(self.body(x)), targets)
+
+
+class RPNLearner(nn.Module):
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.a = model, args
+
+    def forward(self, batch):
+        x = normalise(batch["images"], batch["sizes"])
+        boxes = [b[k >= 0] for b, k in zip(batch["boxes"], batch["labels"])]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.a.amp == "bf16"):
+            losses = self.model(x, batch["sizes"], boxes)[1]
+        return dict(objectness=losses["loss_objectness"], box=losses["loss_rpn_box_reg"])
+
+
+def rpn_recall(args, rank, world, device):
+    """Table 1: recall of novel boxes by an RPN that has seen base boxes only. Metrics on rank 0."""
+    args.gkd = False  # no captions, learning rate for 16 images
+    fill_defaults(args)
+    data, val = make_data(args, "train"), make_data(args, "val")
+    seed_all(args.seed)
+    model = BaseRPN(args.backbone, args.init, 64 if args.backbone.startswith("tiny") else 256).to(device)
+    return fit(RPNLearner(model, args), data, open_run(args, rank, args.resume), args, rank, world, device,
+               partial(measure_recall, model, val, rank, world, device, args))
+
+
+@torch.no_grad()
+def measure_recall(model, val, rank, world, device, args, out=None, most=(100, 300, 1000), ious=(0.5, 0.75)):
+    """Recall of novel boxes among the best `most` proposals, at each IoU, one proposal a box; classes are ignored."""
+    model.eval()
+    names = [n for n in val.classes if n in class_split(args)[1]]
+    truth, results = truth_of(val, read_json(val.annotations), names), []
+    wanted = {i["id"] for i in truth["images"]}
+    for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="recall", disable=rank != 0, leave=False, mininterval=1):
+        if batch["image_ids"][0] in wanted:
+            batch = to_device(batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                boxes = model(normalise(batch["images"], batch["sizes"]), batch["sizes"])[0][0].float()
+            (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
+            boxes = boxes * torch.tensor([width / w, height / h] * 2, device=device)
+            results += to_coco_results(batch["image_ids"][0], boxes, torch.arange(len(boxes), 0, -1) / len(boxes),
+                                       torch.zeros(len(boxes), dtype=torch.long), val.category_ids)
+    results = gather(results)
+    if rank != 0:
+        return None
+    metrics = {f"AR{n}_{iou}": r for (iou, n), r in class_agnostic_recall(truth, results, most, ious).items()}
+    metrics["score"] = metrics[f"AR{most[-1]}_{ious[0]}"]
+    metrics["line"] = " | ".join(f"novel boxes, IoU {iou}: recall " + " ".join(f"@{n} {metrics[f'AR{n}_{iou}']:.1f}" for n in most) for iou in ious)
+    if out:
+        (out / "results.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
+def heat_map(model, maps, text, size):
+    """Fig. 4: the classification score p_c of each name at each place, the best of all levels. (K, h, w) in 0..1."""
+    score = model.classify(model.flatten(maps)["f"][0], text).softmax(-1)[:, :-1]
+    levels = [s.T.reshape(1, -1, *m.shape[-2:]) for m, s in zip(maps["reg"], score.split([m.shape[-2] * m.shape[-1] for m in maps["reg"]]))]
+    padded = [s * t for s, t in zip(maps["reg"][0].shape[-2:], (STRIDES[0],) * 2)]
+    return torch.stack([F.interpolate(s, padded, mode="bilinear") for s in levels]).amax(0)[0, :, :size[0], :size[1]]
 
 
 # ================================================================== the embedded dataset: baseline and HierKD
@@ -821,10 +991,16 @@ def main():
             args.image_size = args.image_size or model.arch["image_size"]
             metrics = evaluate(model, make_data(args, "val"), clip_of(model, args, rank, device), rank, world, device, args, Path(args.out))
             if rank == 0:
-                print(eval_line(0, metrics))
+                print(metrics["line"])
         elif args.predict:
             if rank == 0:
                 predict(args, device)
+        elif args.gt_upper_bound:
+            metrics = upper_bound(args, rank, world, device)
+            if rank == 0:
+                print(metrics["line"])
+        elif args.rpn_recall:
+            rpn_recall(args, rank, world, device)
         elif args.data == "shapes" and args.ikd and args.gkd and args.max_iters is None and not (args.shuffle_captions or args.shuffle_crops):
             shapes_table(args, rank, world, device)
         else:

@@ -284,7 +284,7 @@ def contrastive(image, text, same, scale):
     return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
 
 
-def tiny_clip(root, folder, seed=0, steps=1200, objects=112, scenes=16, device="cpu"):
+def tiny_clip(root, folder, seed=0, steps=1200, objects=104, scenes=32, device="cpu"):
     """Path of the tiny CLIP of the shapes dataset at `root`: trained by the first call, cached in `folder`, accuracy printed.
 
     The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel ones too. A batch holds

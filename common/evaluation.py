@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,6 +62,25 @@ def coco_evaluate(annotations, results, kind="bbox"):
         **{name: mean(precision[0, :, k, area]) for area, name in enumerate(("AP50", "AP50s", "AP50m", "AP50l"))})
         for k, c in enumerate(ev.params.catIds)}
     return stats
+
+
+def class_agnostic_recall(annotations, results, most, ious):
+    """{(iou, n): percent of the boxes of `annotations` (a COCO dict) found by an image's best n results, each used once}; classes are ignored."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = annotations
+        truth.createIndex()
+        known = annotations["categories"][0]["id"]  # pycocotools drops results of classes that the truth has not, here too
+        ev = COCOeval(truth, truth.loadRes([dict(r, category_id=known) for r in results]), "bbox") if results else None
+        if ev:
+            ev.params.useCats, ev.params.maxDets, ev.params.iouThrs = 0, list(most), np.array(ious)
+            ev.evaluate()
+            ev.accumulate()
+    recall = lambda i, k: 100 * float(ev.eval["recall"][i, 0, 0, k]) if ev else 0.0
+    return {(iou, n): recall(i, k) for i, iou in enumerate(ious) for k, n in enumerate(most)}
 
 
 def class_mean(stats, names, key):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from common.evaluation import class_mean, COCO_STATS, class_table, coco_evaluate, gather, to_coco_results
+from common.evaluation import class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, gather, to_coco_results
 from conftest import ROOT, SHARED
 
 
@@ -247,3 +247,15 @@ def test_class_means_are_over_classes_and_by_area_at_iou_one_half():
     assert (cat["AR50"], cat["AP50s"], cat["AP50m"], cat["AP50l"]) == (pytest.approx(50), 0, pytest.approx(100), -1)
     assert dog["AR50"] == 0 and class_mean(stats, ["cat", "dog"], "AR50") == pytest.approx(25)
     assert class_mean(stats, ["cat", "dog"], "AP50l") == class_mean(stats, ["bird"], "AP50") == -1
+
+
+def test_class_agnostic_recall_by_hand():
+    box = lambda i, image, category, x: dict(id=i, image_id=image, category_id=category, bbox=[x, 0, 10, 10], area=100, iscrowd=0)
+    truth = dict(images=[dict(id=1), dict(id=2)], categories=[dict(id=5, name="a"), dict(id=7, name="b")],
+                 annotations=[box(1, 1, 5, 0), box(2, 1, 7, 50), box(3, 2, 7, 0), box(4, 2, 7, 90)])
+    found = lambda image, x, score: dict(image_id=image, category_id=99, bbox=[x, 0, 10, 10], score=score)
+    results = [found(1, 200, 0.9), found(1, 2.5, 0.8), found(1, 50, 0.7), found(2, 0, 0.5), found(2, 0, 0.4)]
+    # IoU of the box shifted by 2.5 is 7.5 / 12.5 = 0.6. Two equal proposals find one box only, and nobody finds the last.
+    assert class_agnostic_recall(truth, results, (1, 2, 100), (0.5, 0.75)) == pytest.approx(
+        {(0.5, 1): 25.0, (0.5, 2): 50.0, (0.5, 100): 75.0, (0.75, 1): 25.0, (0.75, 2): 25.0, (0.75, 100): 50.0})
+    assert class_agnostic_recall(truth, [], (100,), (0.5,)) == {(0.5, 100): 0.0}

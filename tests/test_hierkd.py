@@ -12,7 +12,7 @@ import hierkd
 from common.boxes import assign_atss, decode_deltas, encode_deltas, overlap
 from common.clip import TINY, FrozenCLIP, tiny_model
 from common.datasets import BASE_48, NOVEL_15, NOVEL_17, CocoDataset
-from hierkd import (Learner, OpenATSS, anchors_of, caption_loss, detect, feature_distance, mlca, parse_args, pool_patches, sample_anchors,
+from hierkd import (Learner, OpenATSS, anchors_of, caption_loss, detect, feature_distance, mlca, normalise, parse_args, pool_patches, sample_anchors,
                     softmax_focal_loss, top_detections)
 
 UNIT = lambda *shape, seed=0, dtype=torch.float64: F.normalize(torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -82,7 +82,7 @@ def test_number_of_positives_counts_an_image_without_any_as_one(clip, monkeypatc
     batch["labels"][1] = -1
     monkeypatch.setattr(hierkd, "reduce_mean", lambda x, at_least=0.0: seen.append((x.item(), at_least)) or x.clamp(min=at_least))
     learner(batch)
-    maps = learner.model(learner.model.normalise(batch["images"], batch["sizes"]))
+    maps = learner.model(normalise(batch["images"], batch["sizes"]))
     anchors, sizes, counts = anchors_of(maps)
     owner = assign_atss(anchors, counts, batch["boxes"], batch["labels"] >= 0, torch.ones(2, len(anchors), dtype=torch.bool))
     assert seen[0] == ((owner[0] >= 0).sum().item() + 1, 0.0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common.clip import tiny_clip
+from common.datasets import NOVEL_17
 from common.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,3 +96,24 @@ def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
                          ("no checkpoint of hierkd.py", ["--eval", small[3], *small[:2], "--out", tmp_path / "e"])):
         r = run(*flags, fail=True)
         assert words in r.stderr.strip().splitlines()[-1] and "Traceback" not in r.stderr, r.stderr[-1500:]
+
+
+def test_analyses_of_the_paper_write_their_numbers_and_pictures(small, coco_mini, tmp_path):
+    """Table 9 (true boxes), Table 1 (RPN), Table 6 (CLIP direct), Fig. 4 (heat map) on real photographs."""
+    read = lambda name: json.loads((tmp_path / name / "results.json").read_text())
+    r = run(*small[:4], "--gt-upper-bound", "--out", tmp_path / "bound")
+    bound = read("bound")
+    assert "true boxes of 17 novel classes" in r.stdout and 0 <= bound["AR50"] <= 100
+    found = json.loads((tmp_path / "bound/detections.json").read_text())
+    truth = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    novel = {c["id"] for c in truth["categories"] if c["name"] in NOVEL_17}
+    assert len(found) == sum(a["category_id"] in novel and not a["iscrowd"] for a in truth["annotations"])  # one name a box
+    run(*small, "--rpn-recall", "--max-iters", 3, "--out", tmp_path / "rpn", procs=2)
+    rpn = read("rpn")
+    assert rpn["AR100_0.5"] <= rpn["AR300_0.5"] <= rpn["AR1000_0.5"] and rpn["AR1000_0.75"] <= rpn["AR1000_0.5"]
+    run(*small, "--max-iters", 2, "--out", tmp_path / "run")
+    run("--eval", tmp_path / "run/last.pt", *small[:4], "--workers", 0, "--clip-direct", "--out", tmp_path / "direct")
+    assert set(read("direct")["classes"]) == {"zsd"} and read("direct")["zsd_AP50"] >= 0
+    photo = next((coco_mini / "val2017").iterdir())
+    run("--predict", photo, "--weights", tmp_path / "run/best.pt", "--classes", "cat, red panda", "--heat-map", "--out", tmp_path / "heat")
+    assert {p.name.split("_heat_")[1] for p in (tmp_path / "heat").glob("*_heat_*")} == {"cat.jpg", "red_panda.jpg"}

@@ -10,14 +10,16 @@ are gone; only the text matrix is swapped: novel names (ZSD), or base and novel 
 
 Letters: B images, C captions, D embedding, A anchors of all L = 5 levels, M boxes (padded), K classes. Boxes xyxy pixels.
 
-Differs from the paper. Where text and released code disagree, the text is the default and --preset released is the code:
+Differs from the paper. Where text and released code disagree, the text is the default (but for 4 and 6) and --preset released is the code:
   1. IKD: text L1, weight 1, mean over positives (Eq. 2); code L2, weight 0.05, mean per level, then over levels. --ikd-norm --ikd-weight --ikd-mean
   2. Classification weight: text a constant; code exp(-s) with + |s| and s learnt. --cls-weight learn
   3. Crops: text not stated; code ImageNet's normalisation, no antialias. Here CLIP's own, PIL's antialias. --crop-norm --crop-antialias
   4. GKD's patches: text FPN maps; code the normalised embeddings f, which is also what lets a caption reach the classifier. We follow the code.
   5. Algorithm 1: text CLIP's score alone; code times the quality. --direct-quality
   6. The embedding's bias starts at -4.6 in the code (left over from a sigmoid); every f then starts nearly parallel. --embed-bias focal|zero
-and from both: normalisers are means over all processes; their lower bounds hold for the sum over processes.
+and from both: normalisers are means over all processes (not --ikd-mean level); their lower bounds hold for the sum over processes. Not in the
+preset: the code's jitter of 640-800 (3x), its NMS at 0.6 (2x), and L1 with weight 1 in its runs of IKD alone. On shapes, whose images are 16 cells
+of P3 wide, GKD reads P3 and P4 only.
 
     torchrun --nproc_per_node 4 hierkd.py --data data/coco                       # HierKD R50 1x, 48/17 split, 4 x 8 images
     python hierkd.py --data shapes                                              # everything in minutes on a CPU
@@ -92,7 +94,7 @@ def parse_args(argv=None):
     p.add_argument("--ikd-box", choices=("pred", "gt"), default="pred", help="boxes that are cropped")
     p.add_argument("--ikd-iou", type=float, default=0.5, help="positives whose predicted box overlaps its object less are left out")
     p.add_argument("--ikd-max", type=int, help="at most so many crops per process and step, drawn at random (default all; shapes 64)")
-    p.add_argument("--crop-scale", type=float, help="crops are enlarged by this (default 1; shapes 1.2)")
+    p.add_argument("--crop-scale", type=float, help="crops are enlarged by this (default 1; training on shapes 1.2)")
     p.add_argument("--crop-norm", choices=("clip", "imagenet"), default="clip", help="mean and deviation of the crops")
     flag("--crop-antialias", default=True, help="PIL's antialiased resize, or plain bicubic")
     flag("--gkd", default=True, help="global (caption) distillation, Eqs. 3-5")
@@ -101,6 +103,7 @@ def parse_args(argv=None):
     p.add_argument("--gkd-patches", type=int, default=3, help="N: each level is cut into N x N patches")
     p.add_argument("--gkd-levels", type=int, choices=range(1, 6), help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
     p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
+    p.add_argument("--gkd-temperature", type=float, help="of the attention in Eq. 3 (default 1; shapes 0.1)")
     flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
     p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
     p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
@@ -117,6 +120,7 @@ def parse_args(argv=None):
     p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
     p.add_argument("--lr", type=float, help="for a total batch of 32, of 16 without GKD; scaled linearly (default 0.01; shapes 0.004 at 16)")
     p.add_argument("--weight-decay", type=float, default=1e-4)
+    flag("--table", help="train without distillation, then with it, and print both (default: on shapes, with IKD and GKD, without --max-iters)")
     # analyses
     flag("--clip-direct", default=False, help="with --eval: Algorithm 1, Table 6: CLIP classifies crops of the detector's boxes; crops as by --crop-*")
     flag("--direct-quality", default=False, help="the quality still multiplies CLIP's score there")
@@ -142,10 +146,10 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     mode = dict(eval=args.eval, predict=args.predict, bound=args.gt_upper_bound, rpn=args.rpn_recall)
     args.out = args.out or "-".join(["runs/hierkd", *[name for name, on in mode.items() if on][:1]])
-    last = Path(args.out) / "last.pt"
-    if args.resume and last.exists():  # the flags of that run, then those given now
-        p.set_defaults(**load_checkpoint(last)["args"])
-        args = p.parse_args(argv)
+    for last, both in ((Path(args.out) / "last.pt", {}), (Path(args.out) / "baseline/last.pt", dict(ikd=True, gkd=True, out=args.out))):
+        if args.resume and last.exists():  # the flags of that run, or of the table's runs, then those given now
+            p.set_defaults(**load_checkpoint(last)["args"] | both)
+            args = p.parse_args(argv)
     try:
         if args.negatives != "1to1" and not 0 < float(args.negatives) <= 1:
             raise ValueError
@@ -159,7 +163,7 @@ def parse_args(argv=None):
     for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "gkd_patches", "ikd_max"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "tau_c", "tau_m", "crop_scale"):
+    for name in ("lr", "tau_c", "tau_m", "crop_scale", "gkd_temperature"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if sum(map(bool, mode.values())) > 1:
@@ -182,13 +186,21 @@ def fp32(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def normalise(images, sizes):
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def normalise(images, sizes, mean_std=IMAGENET):
     """uint8 RGB (B, 3, H, W), sizes (B, 2) h, w -> float; the padding is zeroed AFTER that, so it is the mean pixel."""
-    x = (images - constant((123.675, 116.28, 103.53), images.device, torch.float32).view(3, 1, 1)) / constant(
-        (58.395, 57.12, 57.375), images.device, torch.float32).view(3, 1, 1)
-    rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
-    cols = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
-    return x * (rows[:, None, :, None] & cols[:, None, None, :])
+    mean, std = (constant(v, images.device, torch.float32).view(3, 1, 1) for v in mean_std)
+    rows = torch.arange(images.shape[2], device=images.device) < sizes[:, :1]
+    cols = torch.arange(images.shape[3], device=images.device) < sizes[:, 1:]
+    return (images - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])
+
+
+def encode_regions(clip, images, sizes, boxes, owner, a, scale):
+    """CLIP's embeddings (N, D) of boxes (N, 4) in uint8 images, under the flags --crop-norm and --crop-antialias."""
+    pixels = normalise(images, sizes, IMAGENET if a.crop_norm == "imagenet" else [(255 * v).flatten().tolist() for v in (clip.mean, clip.std)])
+    return clip.encode_crops(pixels, boxes, owner, scale, a.crop_antialias)
 
 
 class NarrowResNet(torchvision.models.ResNet):
@@ -378,10 +390,10 @@ def pool_patches(embed_maps, n, pool):
     return F.normalize(torch.cat([pooling(x, n).flatten(2) for x in unit], 2).transpose(1, 2), dim=-1, eps=1e-10)
 
 
-def mlca(patches, captions):
+def mlca(patches, captions, temperature=1.0):
     """Eqs. 3 and 4, multi-layer cross attention: (B, P, D) unit patches, (C, D) unit captions -> <I, C> as (C, B) cosines."""
     e = torch.einsum("cd,bpd->cbp", captions, patches)                         # Eq. 3: response of each patch to the caption
-    seen = torch.einsum("cbp,bpd->cbd", e.softmax(-1), patches)                # Eq. 3: P_I^C, what the caption sees of the image
+    seen = torch.einsum("cbp,bpd->cbd", (e / temperature).softmax(-1), patches)  # Eq. 3: P_I^C, what the caption sees of the image
     return (F.normalize(seen, dim=-1, eps=1e-10) * captions[:, None]).sum(-1)  # Eq. 4
 
 
@@ -450,31 +462,30 @@ class Learner(nn.Module):
             losses["quality"] = bce.sum() / n_pos
 
         if a.ikd:
-            losses["ikd"] = a.ikd_weight * self.instance_loss(batch, x, out["f"], decoded.detach(), boxes, positive & (iou >= a.ikd_iou), counts)
+            losses["ikd"] = a.ikd_weight * self.instance_loss(batch, out["f"], decoded.detach(), boxes, positive & (iou >= a.ikd_iou), counts)
         if a.gkd:
             losses["gkd"] = a.gkd_weight * self.global_loss(batch, maps["embed"])
         return losses
 
-    def instance_loss(self, batch, x, f, decoded, boxes, chosen, counts):
+    def instance_loss(self, batch, f, decoded, boxes, chosen, counts):
         """Eq. 2, IKD: embeddings of positives against CLIP's of their crops. chosen (B, A): the positives that take part."""
         a = self.a
-        image, anchor = chosen.nonzero(as_tuple=True)  # the one place where a step waits: CLIP must know how many crops
+        image, anchor = chosen.nonzero(as_tuple=True)  # here a step waits for the device: CLIP must know how many crops, and their sizes
         if a.ikd_max and len(image) > a.ikd_max:
             pick = torch.randperm(len(image), device=image.device)[:a.ikd_max]
             image, anchor = image[pick], anchor[pick]
-        pixels = self.clip.normalise(batch["images"]) if a.crop_norm == "clip" else x
         crops = (decoded if a.ikd_box == "pred" else boxes)[image, anchor]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
-            v = self.clip.encode_crops(pixels, crops, image, a.crop_scale, a.crop_antialias)
+        with torch.autocast(f.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+            v = encode_regions(self.clip, batch["images"], batch["sizes"], crops, image, a, a.crop_scale)
         if a.shuffle_crops and len(v) > 1:
             v = v.roll(len(v) // 2, 0)
         d = feature_distance(f[image, anchor], v, a.ikd_norm)
         if a.ikd_mean == "all":
-            return d.sum() / reduce_mean(d.new_tensor(float(len(d))), 1.0) + f.sum() * 0
+            return d.sum() / reduce_mean(d.new_tensor(float(len(d))), 1.0)
         level = torch.bucketize(anchor, torch.tensor(counts, device=anchor.device).cumsum(0), right=True)
         sums, numbers = d.new_zeros(2, len(counts)).unbind()
         sums, numbers = sums.index_add(0, level, d), numbers.index_add(0, level, torch.ones_like(d))
-        return (sums / numbers.clamp(min=1)).mean() + f.sum() * 0
+        return (sums / numbers.clamp(min=1)).mean()
 
     def global_loss(self, batch, embed_maps):
         """Eqs. 3-5, GKD: captions against images."""
@@ -488,7 +499,7 @@ class Learner(nn.Module):
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
         mine = slice(start, start + len(batch["captions"]))
-        return caption_loss(mlca(patches, captions), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
+        return caption_loss(mlca(patches, captions, a.gkd_temperature), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
 
 
 # ================================================================== data
@@ -542,15 +553,16 @@ def get_clip(args, rank, device):
 def fill_defaults(args):
     """Defaults that depend on the dataset and the schedule."""
     shapes = args.data == "shapes"
-    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
+    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, gkd_temperature=1.0, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
                     epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
     if shapes:
-        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,
+        defaults.update(backbone="tiny16", init="none", gkd_levels=2, gkd_temperature=0.1, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,
                         ikd_max=64, epochs=12, batch_size=16, optimizer="adamw", lr=0.004)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.gkd and args.batch_size == 1 and not args.gkd_gather:
+    contrasted = args.batch_size * (dist.get_world_size() if args.gkd_gather and dist.is_initialized() else 1)
+    if args.gkd and args.gkd_loss == "cl" and contrasted == 1:
         raise UserError("--batch-size 1: GKD contrasts the images of a batch, with one image its loss is always 0; use more or --gkd-gather")
 
 
@@ -561,10 +573,11 @@ def train(args, rank, world, device):
     clip, spec = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
     seed_all(args.seed)
-    model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.class_embeddings(["background"])[0], clip.dim,
+    model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0], clip.dim,
                      64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
                      args.embed_bias, args.init)
-    model.arch.update(image_size=args.image_size, clip=spec or "", data=args.data, split=args.split)
+    model.arch.update(image_size=args.image_size, clip=str(Path(spec).resolve()) if spec and Path(spec).is_file() else spec or "", data=args.data,
+                      split=args.split, data_seed=args.data_seed)
     learner = Learner(model.to(device), clip.class_embeddings(data.classes), clip, args)
     if rank == 0:
         print(f"CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | {len(data.classes)} base and {len(class_split(args)[1])} novel classes")
@@ -689,6 +702,7 @@ def load_detector(path, flag="--weights"):
                      cls_weight=a["cls_weight"], gkd=a["gkd"])
     model.arch = a
     load_strict(model, checkpoint["model"], f"{flag} {path}")
+    model.unit_background()
     return model.eval()
 
 
@@ -744,9 +758,8 @@ def run_detector(model, batch, device, args, texts, clip=None):
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model(x)
     if clip:
-        pixels = clip.normalise(batch["images"]) if args.crop_norm == "clip" else x
-        embed = lambda boxes: clip.encode_crops(pixels, boxes, torch.zeros(len(boxes), dtype=torch.long, device=device), args.crop_scale or 1,
-                                                args.crop_antialias)
+        embed = lambda boxes: encode_regions(clip, batch["images"], batch["sizes"], boxes, torch.zeros(len(boxes), dtype=torch.long, device=device),
+                                             args, args.crop_scale or 1.0)
         direct = lambda boxes, text: (100 * embed(boxes) @ text.T).softmax(-1), args.direct_quality
     (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
     scale = torch.tensor([width / w, height / h] * 2, device=device)
@@ -768,6 +781,7 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     With --clip-direct ZSD alone, as in Table 6.
     """
     model.eval()
+    model.unit_background()  # it is off the sphere after a step
     since, (base, novel) = time.time(), class_split(args)
     names = dict(zsd=[n for n in val.classes if n in novel], base=[n for n in val.classes if n in base], gzsd=val.classes)
     names = {p: names[p] for p in names if p == "zsd" or not args.clip_direct}
@@ -809,9 +823,17 @@ def write_results(out, metrics, results, val):
         save_samples(val, results, out / "samples.jpg")
 
 
+def follow(args, arch):
+    """Classes, split, seed of shapes and image size are those that a checkpoint was trained with: its novel classes must stay novel."""
+    if args.data == "shapes" and arch["data"] != "shapes":
+        raise UserError("--data shapes: the checkpoint was trained on COCO's classes")
+    args.data = "shapes" if arch["data"] == "shapes" else args.data
+    args.split, args.data_seed, args.image_size = arch["split"], arch["data_seed"], args.image_size or arch["image_size"]
+
+
 def clip_of(model, args, rank, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
-    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=model.arch["data"], data_seed=args.data_seed), rank, device)
+    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
     if clip.dim != model.arch["dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['dim']}-d")
     return clip
@@ -820,10 +842,10 @@ def clip_of(model, args, rank, device):
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file) and one picture per image into --out."""
     model = load_detector(args.weights).to(device)
-    args.data, args.split = model.arch["data"], model.arch["split"]
+    follow(args, model.arch)
     classes = [n.strip() for n in args.classes.split(",")] if args.classes else sum(class_split(args), [])
     text = clip_of(model, args, 0, device).class_embeddings(classes)
-    size = max(parse_image_size(args.image_size or model.arch["image_size"]))
+    size = max(parse_image_size(args.image_size))
     out, answer = Path(args.out), {}
     out.mkdir(parents=True, exist_ok=True)
     paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
@@ -874,7 +896,7 @@ def upper_bound(args, rank, world, device):
     for image in tqdm(truth["images"][rank::world], desc="upper bound", disable=rank != 0, mininterval=1):
         pixels, where = TF.pil_to_tensor(read_image(val.folder / image["file_name"]))[None], torch.tensor(boxes[image["id"]])
         owner = torch.zeros(len(where), dtype=torch.long)
-        v = clip.encode_crops(clip.normalise(pixels), where.to(device), owner.to(device), args.crop_scale or 1.0)
+        v = encode_regions(clip, pixels.to(device), torch.tensor([pixels.shape[2:]], device=device), where.to(device), owner.to(device), args, args.crop_scale or 1.0)
         score, label = (100 * v @ text.T).softmax(-1).max(-1)
         results += to_coco_results(image["id"], where, score, label, list(ids))
     results = gather(results)
@@ -900,10 +922,12 @@ class BaseRPN(nn.Module):
         count = dict(training=1000, testing=1000)
         self.rpn = RegionProposalNetwork(anchors, RPNHead(channels, 3), 0.7, 0.3, 256, 0.5, count, count, 0.7)
 
-    def forward(self, x, sizes, boxes=None):
-        """-> (proposals of each image, best first, {name: loss}, empty without boxes)."""
+    def forward(self, x, sizes, boxes=None, amp="none"):
+        """-> (proposals of each image, best first, {name: loss}, empty without boxes). bf16 up to the FPN: torchvision's anchors have the maps' dtype."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp == "bf16"):
+            maps = self.fpn(self.body(x))
         targets = None if boxes is None else [dict(boxes=b) for b in boxes]
-        return self.rpn(ImageList(x, [tuple(size) for size in sizes.tolist()]), self.fpn(self.body(x)), targets)
+        return self.rpn(ImageList(x, [tuple(size) for size in sizes.tolist()]), {k: fp32(m) for k, m in maps.items()}, targets)
 
 
 class RPNLearner(nn.Module):
@@ -914,8 +938,7 @@ class RPNLearner(nn.Module):
     def forward(self, batch):
         x = normalise(batch["images"], batch["sizes"])
         boxes = [b[k >= 0] for b, k in zip(batch["boxes"], batch["labels"])]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.a.amp == "bf16"):
-            losses = self.model(x, batch["sizes"], boxes)[1]
+        losses = self.model(x, batch["sizes"], boxes, self.a.amp)[1]
         return dict(objectness=losses["loss_objectness"], box=losses["loss_rpn_box_reg"])
 
 
@@ -940,8 +963,7 @@ def measure_recall(model, val, rank, world, device, args, out=None, most=(100, 3
     for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="recall", disable=rank != 0, leave=False, mininterval=1):
         if batch["image_ids"][0] in wanted:
             batch = to_device(batch, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                boxes = model(normalise(batch["images"], batch["sizes"]), batch["sizes"])[0][0].float()
+            boxes = model(normalise(batch["images"], batch["sizes"]), batch["sizes"], None, args.amp)[0][0]
             (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
             boxes = boxes * torch.tensor([width / w, height / h] * 2, device=device)
             results += to_coco_results(batch["image_ids"][0], boxes, torch.arange(len(boxes), 0, -1) / len(boxes),
@@ -960,9 +982,12 @@ def measure_recall(model, val, rank, world, device, args, out=None, most=(100, 3
 def heat_map(model, maps, text, size):
     """Fig. 4: the classification score p_c of each name at each place, the best of all levels. (K, h, w) in 0..1."""
     score = model.classify(model.flatten(maps)["f"][0], text).softmax(-1)[:, :-1]
-    levels = [s.T.reshape(1, -1, *m.shape[-2:]) for m, s in zip(maps["reg"], score.split([m.shape[-2] * m.shape[-1] for m in maps["reg"]]))]
-    padded = [s * t for s, t in zip(maps["reg"][0].shape[-2:], (STRIDES[0],) * 2)]
-    return torch.stack([F.interpolate(s, padded, mode="bilinear") for s in levels]).amax(0)[0, :, :size[0], :size[1]]
+    at, levels = torch.stack(torch.meshgrid(torch.arange(size[1]), torch.arange(size[0]), indexing="xy"), -1).to(score), []
+    for m, level, stride in zip(maps["reg"], score.split([m.shape[-2] * m.shape[-1] for m in maps["reg"]]), STRIDES):
+        h, w = m.shape[-2:]
+        where = 2 * at / stride / torch.tensor([max(w - 1, 1), max(h - 1, 1)]).to(at) - 1  # cell j lies at j * stride
+        levels.append(F.grid_sample(level.T.reshape(1, -1, h, w), where[None], padding_mode="border", align_corners=True)[0])
+    return torch.stack(levels).amax(0)
 
 
 # ================================================================== the embedded dataset: baseline and HierKD
@@ -972,7 +997,7 @@ def shapes_table(args, rank, world, device):
     rows = []
     for name, on in (("baseline", False), ("HierKD", True)):
         since, out = time.time(), Path(args.out) / name.lower()
-        resume = args.resume and (out / "last.pt").exists()
+        resume = args.resume and (out / "log.jsonl").exists()
         run = argparse.Namespace(**{**vars(args), "ikd": on, "gkd": on, "out": str(out), "resume": resume})
         rows.append((name, train(run, rank, world, device), time.time() - since))
     if rank == 0:
@@ -988,7 +1013,7 @@ def main():
         rank, world, device = init_ddp()
         if args.eval:
             model = load_detector(args.eval, "--eval").to(device)
-            args.image_size = args.image_size or model.arch["image_size"]
+            follow(args, model.arch)
             metrics = evaluate(model, make_data(args, "val"), clip_of(model, args, rank, device), rank, world, device, args, Path(args.out))
             if rank == 0:
                 print(metrics["line"])
@@ -1001,7 +1026,7 @@ def main():
                 print(metrics["line"])
         elif args.rpn_recall:
             rpn_recall(args, rank, world, device)
-        elif args.data == "shapes" and args.ikd and args.gkd and args.max_iters is None and not (args.shuffle_captions or args.shuffle_crops):
+        elif args.table if args.table is not None else args.data == "shapes" and args.ikd and args.gkd and args.max_iters is None:
             shapes_table(args, rank, world, device)
         else:
             train(args, rank, world, device)

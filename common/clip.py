@@ -12,6 +12,9 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections import Counter
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -139,10 +142,14 @@ class FrozenCLIP:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer, self.name, self.device = tokenizer, name, torch.device(device)
         size = model.visual.image_size
-        self.size, self.dim = size[0] if isinstance(size, (tuple, list)) else size, model.text_projection.shape[1]
+        self.size = size[0] if isinstance(size, (tuple, list)) else size
         own = open_clip.get_model_preprocess_cfg(model)  # empty for the tiny CLIP
         self.mean, self.std = (torch.tensor(own.get(k, default), device=device).view(3, 1, 1) for k, default in
                                (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)))
+
+    @cached_property
+    def dim(self):
+        return self.encode_text(["a"]).shape[1]
 
     def normalise(self, images):
         """uint8 RGB -> float with CLIP's mean and deviation."""
@@ -256,8 +263,14 @@ def tiny_model(embed_dim, image_size, width, text_cfg):
     return model
 
 
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+
+
 def read_objects(root, split):
-    """(images (B, 3, H, W) uint8 padded, boxes (N, 4), owner (N,), names (N,), captions of each image, {names} of each image)."""
+    """dict of images (B, 3, H, W) uint8 padded, their sizes, captions and content {names}; boxes (N, 4), owner (N,), names and words of objects.
+
+    words: (noun, colour or None). The colour of a "circle" stands in its image's captions; it is None where two circles share an image.
+    """
     files = [json.loads((Path(root) / f"annotations/{kind}_{split}.json").read_text()) for kind in ("instances", "captions")]
     index = {image["id"]: b for b, image in enumerate(files[0]["images"])}
     names = {c["id"]: c["name"] for c in files[0]["categories"]}
@@ -274,29 +287,37 @@ def read_objects(root, split):
         captions[index[c["image_id"]]].append(c["caption"])
     for a in files[0]["annotations"]:
         content[index[a["image_id"]]].add(names[a["category_id"]])
-    return dict(images=images, sizes=sizes, boxes=boxes, owner=torch.tensor([index[a["image_id"]] for a in objects]),
-                names=[names[a["category_id"]] for a in objects], captions=captions, content=[frozenset(c) for c in content])
+    owner, told = [index[a["image_id"]] for a in objects], [names[a["category_id"]] for a in objects]
+    counts, words = Counter(zip(owner, told)), []
+    for b, name in zip(owner, told):
+        first, _, noun = name.partition(" ")
+        if first not in COLOURS:
+            said = re.findall(rf"({'|'.join(COLOURS)}) {name}\b", " ".join(captions[b]).lower()) if counts[b, name] == 1 else []
+            first, noun = said[0] if said else None, name
+        words.append((noun, first))
+    return dict(images=images, sizes=sizes, boxes=boxes, owner=torch.tensor(owner), names=told, words=words, captions=captions,
+                content=[frozenset(c) for c in content])
 
 
 def contrastive(image, text, same, scale):
-    """CLIP's symmetric loss; same (N, N) bool: pairs that mean the same thing share the target."""
-    logits, target = scale * image @ text.T, same / same.sum(1, keepdim=True)
-    return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+    """CLIP's symmetric loss; same (N, N) bool: the text is true of the image. Pairs that are true share the target."""
+    logits, image_of = scale * image @ text.T, same.T / same.sum(0)[:, None]
+    return -((same / same.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1) + (image_of * logits.T.log_softmax(1)).sum(1)).mean() / 2
 
 
-def tiny_clip(root, folder, seed=0, steps=1200, objects=104, scenes=32, device="cpu"):
+def tiny_clip(root, folder, seed=0, steps=1400, objects=112, scenes=24, device="cpu"):
     """Path of the tiny CLIP of the shapes dataset at `root`: trained by the first call, cached in `folder`, accuracy printed.
 
-    The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel ones too. A batch holds
-    objects with their names (colour dropped in 30 %, so that "star" means something, too) and whole images with a caption.
+    The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel ones too. A batch holds objects,
+    called by name and colour (base ones too, or their images would not tell colours apart; dropped in 40 %), and whole images with a caption.
     """
-    recipe = json.dumps([TINY, Path(root).name, seed, steps, objects, scenes])
+    recipe = json.dumps([2, TINY, Path(root).name, seed, steps, objects, scenes])  # 2: this function's version
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     path = Path(folder) / f"tiny-clip-{key}.pt"
     if path.exists():
         return str(path)
     data, val = read_objects(root, "train2017"), read_objects(root, "val2017")
-    coloured = lambda name: name.split()[0] in ("red", "green", "blue", "yellow")
+    coloured = lambda name: name.split()[0] in COLOURS
     rng, r = torch.Generator().manual_seed(seed), lambda *shape: torch.rand(*shape, generator=rng)
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random stream as it was
         torch.manual_seed(seed)
@@ -321,14 +342,14 @@ def tiny_clip(root, folder, seed=0, steps=1200, objects=104, scenes=32, device="
         for turn in (lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.transpose(2, 3)):  # names say nothing of left or up
             chosen = r(objects) < 0.5
             pixels[:objects][chosen] = turn(pixels[:objects][chosen])
-        names = [data["names"][i] for i in pick.tolist()]
-        short = [n.split()[-1] if coloured(n) and drop < 0.3 else n for n, drop in zip(names, r(objects).tolist())]
-        texts = ["a photo of a " + n + "." for n in short]
+        what = [data["words"][i] for i in pick.tolist()]
+        said = [(noun, None if drop < 0.4 else colour) for (noun, colour), drop in zip(what, r(objects).tolist())]
+        texts = ["a photo of a " + (f"{colour} " if colour else "") + noun + "." for noun, colour in said]
         texts += [data["captions"][i][int(u * len(data["captions"][i]))] for i, u in zip(scene.tolist(), r(scenes).tolist())]
-        ids = {k: i for i, k in enumerate(dict.fromkeys(names + short + [data["content"][i] for i in scene.tolist()]))}
-        full = torch.tensor([ids[n] for n in names] + [ids[data["content"][i]] for i in scene.tolist()])
-        told = torch.tensor([ids[n] for n in short] + [ids[data["content"][i]] for i in scene.tolist()])
-        same = ((full[:, None] == told) | torch.eye(len(texts), dtype=torch.bool)).float().to(device)
+        ids = {k: i for i, k in enumerate(dict.fromkeys([noun for noun, _ in what] + [data["content"][i] for i in scene.tolist()]))}
+        noun = torch.tensor([ids[n] for n, _ in what] + [ids[data["content"][i]] for i in scene.tolist()])
+        colour, told = (torch.tensor([COLOURS.index(c) if c else -1 for _, c in x] + [-1] * scenes) for x in (what, said))
+        same = ((noun[:, None] == noun) & ((told == -1) | (colour[:, None] == told)) | torch.eye(len(texts), dtype=torch.bool)).float().to(device)
         image = model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
         once = {t: i for i, t in enumerate(dict.fromkeys(texts))}                          # each sentence is encoded once
         tokens = frozen.tokenizer(list(once), context_length=model.context_length).to(device)

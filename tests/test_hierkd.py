@@ -178,7 +178,7 @@ def test_instance_loss_equals_a_loop_over_positives(clip, mean):
     f, boxes = UNIT(2, 341, 64, dtype=torch.float32), torch.rand(2, 341, 4) * 40
     boxes[..., 2:] += 60
     chosen, counts = torch.rand(2, 341) < 0.04, [256, 64, 16, 4, 1]
-    got = learner.instance_loss(batch, torch.zeros(2, 3, 128, 128), f, boxes, boxes, chosen, counts)
+    got = learner.instance_loss(batch, f, boxes, boxes, chosen, counts)
     total, start, means = [], 0, []
     for count in counts:
         mine = []
@@ -202,7 +202,7 @@ def test_instance_gradient_reaches_the_class_tower_but_not_the_box_branch(clip):
 
 def test_iou_threshold_is_inclusive_and_without_positives_the_loss_is_zero_with_gradient(clip, monkeypatch):
     learner, seen = learner_of(clip), []
-    monkeypatch.setattr(learner, "instance_loss", lambda batch, x, f, d, b, chosen, counts: seen.append(chosen) or f.sum() * 0)
+    monkeypatch.setattr(learner, "instance_loss", lambda batch, f, d, b, chosen, counts: seen.append(chosen) or f.sum() * 0)
     monkeypatch.setattr(hierkd, "overlap", lambda a, b: (torch.where(torch.arange(a.shape[1]) % 2 == 0, 0.5, 0.4999).expand(a.shape[:2]).clone(), a.sum(-1) * 0))
     learner(batch_of())
     assert seen[0].sum() > 0 and (seen[0].nonzero()[:, 1] % 2 == 0).all()
@@ -280,7 +280,7 @@ def test_max_pooling_keeps_a_hot_cell_and_average_pooling_dilutes_it():
 
 
 def test_caption_gradient_reaches_every_level_and_the_backbone(clip):
-    learner = learner_of(clip)
+    learner = learner_of(clip, "--gkd-levels", "5")
     maps = learner.model(torch.randn(2, 3, 128, 128))
     for m in maps["embed"]:
         m.retain_grad()

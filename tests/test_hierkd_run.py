@@ -117,3 +117,17 @@ def test_analyses_of_the_paper_write_their_numbers_and_pictures(small, coco_mini
     photo = next((coco_mini / "val2017").iterdir())
     run("--predict", photo, "--weights", tmp_path / "run/best.pt", "--classes", "cat, red panda", "--heat-map", "--out", tmp_path / "heat")
     assert {p.name.split("_heat_")[1] for p in (tmp_path / "heat").glob("*_heat_*")} == {"cat.jpg", "red_panda.jpg"}
+
+
+def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, tmp_path):
+    """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding. All negatives
+    and all crops, because a draw belongs to a process; captions contrasted over all processes."""
+    flags = ["--data", "shapes", "--clip", clip, "--max-iters", 10, "--image-size", 96, "--workers", 0, "--log-every", 1, "--negatives", "1.0", "--gkd-gather",
+             "--ikd-max", 1000, "--ikd-iou", 0.2, "--optimizer", "sgd", "--lr", "0.01"]
+    run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
+    run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 10 and all(one[10][k] > 0 for k in ("cls", "box", "quality", "ikd", "gkd"))
+    for it in one:
+        for k in one[it]:
+            assert two[it][k] == pytest.approx(one[it][k], rel=1e-4, abs=1e-5), (it, k)

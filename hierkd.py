@@ -99,11 +99,10 @@ def parse_args(argv=None):
     flag("--crop-antialias", default=True, help="PIL's antialiased resize, or plain bicubic")
     flag("--gkd", default=True, help="global (caption) distillation, Eqs. 3-5")
     p.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl", help="contrastive, Eq. 5, or positive pairs only")
-    p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.5)")
+    p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.1)")
     p.add_argument("--gkd-patches", type=int, default=3, help="N: each level is cut into N x N patches")
     p.add_argument("--gkd-levels", type=int, choices=range(1, 6), help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
     p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
-    p.add_argument("--gkd-temperature", type=float, help="of the attention in Eq. 3 (default 1; shapes 0.1)")
     flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
     p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
     p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
@@ -113,7 +112,7 @@ def parse_args(argv=None):
     p.add_argument("--shuffle-crops", action="store_true", help="control: each positive gets the crop embedding of another")
     # schedule
     p.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x", help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
-    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 12)")
+    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 8)")
     p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
     p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
@@ -163,7 +162,7 @@ def parse_args(argv=None):
     for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "gkd_patches", "ikd_max"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "tau_c", "tau_m", "crop_scale", "gkd_temperature"):
+    for name in ("lr", "tau_c", "tau_m", "crop_scale"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if sum(map(bool, mode.values())) > 1:
@@ -390,10 +389,10 @@ def pool_patches(embed_maps, n, pool):
     return F.normalize(torch.cat([pooling(x, n).flatten(2) for x in unit], 2).transpose(1, 2), dim=-1, eps=1e-10)
 
 
-def mlca(patches, captions, temperature=1.0):
+def mlca(patches, captions):
     """Eqs. 3 and 4, multi-layer cross attention: (B, P, D) unit patches, (C, D) unit captions -> <I, C> as (C, B) cosines."""
     e = torch.einsum("cd,bpd->cbp", captions, patches)                         # Eq. 3: response of each patch to the caption
-    seen = torch.einsum("cbp,bpd->cbd", (e / temperature).softmax(-1), patches)  # Eq. 3: P_I^C, what the caption sees of the image
+    seen = torch.einsum("cbp,bpd->cbd", e.softmax(-1), patches)                # Eq. 3: P_I^C, what the caption sees of the image
     return (F.normalize(seen, dim=-1, eps=1e-10) * captions[:, None]).sum(-1)  # Eq. 4
 
 
@@ -499,7 +498,7 @@ class Learner(nn.Module):
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
         mine = slice(start, start + len(batch["captions"]))
-        return caption_loss(mlca(patches, captions, a.gkd_temperature), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
+        return caption_loss(mlca(patches, captions), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
 
 
 # ================================================================== data
@@ -553,11 +552,11 @@ def get_clip(args, rank, device):
 def fill_defaults(args):
     """Defaults that depend on the dataset and the schedule."""
     shapes = args.data == "shapes"
-    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, gkd_temperature=1.0, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
+    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
                     epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
     if shapes:
-        defaults.update(backbone="tiny16", init="none", gkd_levels=2, gkd_temperature=0.1, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.5,
-                        ikd_max=64, epochs=12, batch_size=16, optimizer="adamw", lr=0.004)
+        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.1,
+                        ikd_max=64, epochs=8, batch_size=16, optimizer="adamw", lr=0.004)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -382,11 +382,11 @@ def feature_distance(f, v, norm):
     return (f - v).abs().sum(-1) if norm == "l1" else (f - v).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
-def pool_patches(embed_maps, n, pool):
-    """Sec. 3.3: N x N patches of each level's unit embeddings, pooled and normalised. L maps (B, D, H_l, W_l) -> (B, L N^2, D)."""
+def pool_patches(f, level_sizes, n, pool):
+    """Sec. 3.3: N x N patches of each level's unit embeddings, pooled and normalised. f (B, A, D) of L levels (H_l, W_l) -> (B, L N^2, D)."""
     pooling = F.adaptive_max_pool2d if pool == "max" else F.adaptive_avg_pool2d
-    unit = [x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in map(fp32, embed_maps)]
-    return F.normalize(torch.cat([pooling(x, n).flatten(2) for x in unit], 2).transpose(1, 2), dim=-1, eps=1e-10)
+    maps = [x.transpose(1, 2).unflatten(2, size) for x, size in zip(f.split([h * w for h, w in level_sizes], 1), level_sizes)]
+    return F.normalize(torch.cat([pooling(x, n).flatten(2) for x in maps], 2).transpose(1, 2), dim=-1, eps=1e-10)
 
 
 def mlca(patches, captions):
@@ -463,7 +463,7 @@ class Learner(nn.Module):
         if a.ikd:
             losses["ikd"] = a.ikd_weight * self.instance_loss(batch, out["f"], decoded.detach(), boxes, positive & (iou >= a.ikd_iou), counts)
         if a.gkd:
-            losses["gkd"] = a.gkd_weight * self.global_loss(batch, maps["embed"])
+            losses["gkd"] = a.gkd_weight * self.global_loss(batch, out["f"], level_sizes)
         return losses
 
     def instance_loss(self, batch, f, decoded, boxes, chosen, counts):
@@ -486,14 +486,15 @@ class Learner(nn.Module):
         sums, numbers = sums.index_add(0, level, d), numbers.index_add(0, level, torch.ones_like(d))
         return (sums / numbers.clamp(min=1)).mean()
 
-    def global_loss(self, batch, embed_maps):
+    def global_loss(self, batch, f, level_sizes):
         """Eqs. 3-5, GKD: captions against images."""
         a = self.a
         captions = self.clip.encode_text(batch["captions"])
         has = torch.tensor([bool(c) for c in batch["captions"]]).to(captions.device, non_blocking=True)
         if a.shuffle_captions:
             captions, has = captions.roll(1, 0), has.roll(1, 0)
-        patches, start = pool_patches(embed_maps[:a.gkd_levels], a.gkd_patches, a.gkd_pool), 0
+        cells = sum(h * w for h, w in level_sizes[:a.gkd_levels])
+        patches, start = pool_patches(f[:, :cells], level_sizes[:a.gkd_levels], a.gkd_patches, a.gkd_pool), 0
         if a.gkd_gather and dist.is_initialized():
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
@@ -1000,7 +1001,7 @@ def shapes_table(args, rank, world, device):
         run = argparse.Namespace(**{**vars(args), "ikd": on, "gkd": on, "out": str(out), "resume": resume})
         rows.append((name, train(run, rank, world, device), time.time() - since))
     if rank == 0:
-        print("\nshapes, AP50        ZSD novel   base | GZSD base  novel    all   seconds")
+        print(f"\n{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds")
         for name, m, seconds in rows:
             print(f"{name:18s} {m['zsd_AP50']:10.1f} {m['base_AP50']:6.1f} | {m['gzsd_base_AP50']:9.1f} {m['gzsd_novel_AP50']:6.1f} "
                   f"{m['gzsd_all_AP50']:6.1f} {seconds:9.0f}")

@@ -274,9 +274,10 @@ def test_max_pooling_keeps_a_hot_cell_and_average_pooling_dilutes_it():
     x = torch.zeros(1, 2, 9, 9)
     x[:, 1] = 1e-3  # a direction of its own, so that no cell is empty
     x[0, :, 4, 4] = torch.tensor([1.0, 0])
-    hot, mean = (pool_patches([x], 3, pool)[0, 4] for pool in ("max", "avg"))
+    f = F.normalize(x, dim=1).flatten(2).transpose(1, 2)
+    hot, mean = (pool_patches(f, [(9, 9)], 3, pool)[0, 4] for pool in ("max", "avg"))
     assert hot[0].item() == pytest.approx(math.sqrt(0.5), abs=1e-4) and mean[0].item() == pytest.approx(1 / math.sqrt(1 + 64), abs=1e-4)
-    assert pool_patches([torch.randn(2, 8, 2, 1), torch.randn(2, 8, 1, 1)], 3, "max").shape == (2, 18, 8)  # smaller than 3 x 3
+    assert pool_patches(torch.randn(2, 3, 8), [(2, 1), (1, 1)], 3, "max").shape == (2, 18, 8)  # smaller than 3 x 3
 
 
 def test_caption_gradient_reaches_every_level_and_the_backbone(clip):
@@ -284,7 +285,7 @@ def test_caption_gradient_reaches_every_level_and_the_backbone(clip):
     maps = learner.model(torch.randn(2, 3, 128, 128))
     for m in maps["embed"]:
         m.retain_grad()
-    learner.global_loss(batch_of(), maps["embed"]).backward()
+    learner.global_loss(batch_of(), learner.model.flatten(maps)["f"], [tuple(m.shape[-2:]) for m in maps["embed"]]).backward()
     assert all(m.grad.abs().sum() > 0 for m in maps["embed"])
     assert learner.model.body.stages["layer4"][0].conv1.weight.grad.abs().sum() > 0 and learner.model.tau_m.grad != 0
 

@@ -145,7 +145,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     mode = dict(eval=args.eval, predict=args.predict, bound=args.gt_upper_bound, rpn=args.rpn_recall)
     args.out = args.out or "-".join(["runs/hierkd", *[name for name, on in mode.items() if on][:1]])
-    for last, both in ((Path(args.out) / "last.pt", {}), (Path(args.out) / "baseline/last.pt", dict(ikd=True, gkd=True, out=args.out))):
+    for last, both in ((Path(args.out) / "last.pt", {}), (Path(args.out) / "baseline/last.pt", dict(ikd=True, gkd=True, table=True, out=args.out))):
         if args.resume and last.exists():  # the flags of that run, or of the table's runs, then those given now
             p.set_defaults(**load_checkpoint(last)["args"] | both)
             args = p.parse_args(argv)
@@ -198,7 +198,7 @@ def normalise(images, sizes, mean_std=IMAGENET):
 
 def encode_regions(clip, images, sizes, boxes, owner, a, scale):
     """CLIP's embeddings (N, D) of boxes (N, 4) in uint8 images, under the flags --crop-norm and --crop-antialias."""
-    pixels = normalise(images, sizes, IMAGENET if a.crop_norm == "imagenet" else [(255 * v).flatten().tolist() for v in (clip.mean, clip.std)])
+    pixels = normalise(images, sizes, IMAGENET if a.crop_norm == "imagenet" else clip.grey_levels)
     return clip.encode_crops(pixels, boxes, owner, scale, a.crop_antialias)
 
 
@@ -998,7 +998,7 @@ def shapes_table(args, rank, world, device):
     for name, ikd, gkd in (("baseline", False, False), ("IKD", True, False), ("HierKD", True, True)):
         since, out = time.time(), Path(args.out) / name.lower()
         resume = args.resume and (out / "log.jsonl").exists()
-        run = argparse.Namespace(**{**vars(args), "ikd": ikd, "gkd": gkd, "out": str(out), "resume": resume})
+        run = argparse.Namespace(**{**vars(args), "ikd": ikd, "gkd": gkd, "out": str(out), "resume": resume, "table": False})
         rows.append((name, train(run, rank, world, device), time.time() - since))
     if rank == 0:
         print(f"\n{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds")

@@ -144,8 +144,9 @@ class FrozenCLIP:
         size = model.visual.image_size
         self.size = size[0] if isinstance(size, (tuple, list)) else size
         own = open_clip.get_model_preprocess_cfg(model)  # empty for the tiny CLIP
-        self.mean, self.std = (torch.tensor(own.get(k, default), device=device).view(3, 1, 1) for k, default in
-                               (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)))
+        mean_std = own.get("mean", open_clip.OPENAI_DATASET_MEAN), own.get("std", open_clip.OPENAI_DATASET_STD)
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in mean_std)
+        self.grey_levels = [[255 * x for x in v] for v in mean_std]  # plain numbers: reading them back from a GPU would wait for it
 
     @cached_property
     def dim(self):

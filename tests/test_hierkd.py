@@ -408,3 +408,12 @@ def test_released_preset_sets_its_choices_and_a_flag_still_wins():
     a = parse_args(["--preset", "released", "--ikd-norm", "l1"])
     assert (a.ikd_norm, a.ikd_weight, a.ikd_mean, a.cls_weight, a.crop_norm, a.crop_antialias) == ("l1", 0.05, "level", "learn", "imagenet", False)
     assert parse_args([]).ikd_norm == "l1" and isinstance(parse_args([]), argparse.Namespace)
+
+
+def test_resume_takes_the_flags_of_a_run_or_of_the_tables_runs(tmp_path):
+    saved = vars(parse_args(["--data", "shapes", "--seed", "5", "--no-table", "--no-ikd", "--no-gkd", "--out", str(tmp_path / "baseline")]))
+    (tmp_path / "baseline").mkdir()
+    torch.save(dict(args=saved), tmp_path / "baseline/last.pt")
+    whole, one = (parse_args(["--resume", "--out", str(folder)]) for folder in (tmp_path, tmp_path / "baseline"))
+    assert (whole.seed, whole.table, whole.ikd, whole.gkd, whole.out) == (5, True, True, True, str(tmp_path))
+    assert (one.seed, one.table, one.ikd, one.gkd) == (5, False, False, False)

@@ -163,9 +163,9 @@ class FrozenCLIP:
         parts = [F.normalize(self.model.encode_text(part).float(), dim=1) for part in tokens.split(chunk)]
         return torch.cat(parts) if parts else torch.zeros(0, self.dim, device=self.device)
 
-    def class_embeddings(self, names, templates=TEMPLATES, cache=None):
-        """(K, D) unit rows: the mean over templates of each name's sentences. cache: a folder, keyed by model, templates and names."""
-        clean = [" ".join(str(n).replace("_", " ").split()) for n in names]
+    def class_embeddings(self, names, templates=TEMPLATES, cache=None, raw=False):
+        """(K, D) unit rows: the mean over templates of each name's sentences. cache: a folder, keyed by model, templates and names. raw: keep underscores."""
+        clean = [" ".join(str(n).replace("_", "_" if raw else " ").split()) for n in names]
         if not clean or not all(clean):
             raise ClipError(f"class list {list(names)}: holds an empty name" if clean else "class list: is empty")
         twice = sorted({n for n in clean if clean.count(n) > 1})

@@ -8,11 +8,15 @@ import json
 import math
 import os
 import random
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
@@ -30,6 +34,16 @@ def find_coco(root, split):
             raise DataError(f"--data {root}: {path} is missing; COCO 2017 is at https://cocodataset.org/#download "
                             "(--data shapes needs nothing)")
     return images, annotations
+
+
+def find_lvis(root, split, images="data/coco"):
+    """(image folder, json) of LVIS v1: its images are COCO's, which of train2017 and val2017 stands in each image's coco_url."""
+    annotations = Path(root) / "annotations" / f"lvis_v1_{split}.json"
+    if not annotations.exists():
+        raise DataError(f"--data {root}: {annotations} is missing; LVIS v1 is at https://www.lvisdataset.org/dataset (--data shapes needs nothing)")
+    if not Path(images).is_dir():
+        raise DataError(f"--images {images}: no such folder; LVIS uses COCO's images, it should hold train2017 and val2017")
+    return Path(images), annotations
 
 
 def read_json(path):
@@ -74,15 +88,21 @@ class CocoDataset(Dataset):
     classes: keep these names only, in the order of their ids, and only images with a box of one (open-vocabulary splits).
     without: names whose images are left out as a whole. captions: a COCO captions json; an item then has a sentence of its image,
     drawn anew at each visit, or "" where the file has none.
+    canvas: instead of image_size, large-scale jitter (Ghiasi et al. 2021): the long side becomes jitter (low, high) times canvas, then a random
+    window of at most canvas x canvas; in validation the long side becomes canvas. masks: items have `masks`, see window_masks. hidden: names
+    whose boxes go to `hidden` (H, 4), never to boxes: for oracles. originals: items have the file's pixels and the window (6,) that was cut.
+    annotations may be LVIS v1's json. raw: its content, if that is read already.
     """
 
-    def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32, classes=None, without=(), captions=None):
+    def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32, classes=None, without=(), captions=None,
+                 canvas=None, jitter=(0.1, 2.0), masks=False, hidden=(), originals=False, raw=None):
         self.folder, self.train, self.flip = Path(images), train, flip if train else 0.0
         self.sizes = parse_image_size(image_size)
         if not train:
             self.sizes = [max(self.sizes)]
+        self.canvas, self.jitter, self.with_masks, self.originals = canvas, jitter, masks, originals
         self.annotations = Path(annotations)
-        raw = read_json(annotations)
+        raw = raw or read_json(annotations)
         for key in ("images", "annotations", "categories"):
             if key not in raw:
                 raise DataError(f"{annotations}: no '{key}' list; this is not COCO instances json")
@@ -101,10 +121,11 @@ class CocoDataset(Dataset):
         if len(label_of) != len(categories):
             raise DataError(f"{annotations}: a category id occurs twice")
         for i in raw["images"]:
-            if not {"id", "file_name", "width", "height"} <= set(i):
-                raise DataError(f"{annotations}: image {i.get('id')} lacks id, file_name, width or height")
+            if not {"id", "width", "height"} <= set(i) or not {"file_name", "coco_url"} & set(i):
+                raise DataError(f"{annotations}: image {i.get('id')} lacks id, width, height or file_name")
         info = {i["id"]: i for i in raw["images"]}
         boxes, labels, annotated, excluded = {i: [] for i in info}, {i: [] for i in info}, set(), set()
+        outlines, unseen = {i: [] for i in info if masks}, {i: [] for i in info if hidden}
         self.dropped = {"crowd": 0, "tiny or outside": 0, "images": 0}
         for a in raw["annotations"]:
             where = f"{annotations}: annotation {a.get('id')}"
@@ -117,6 +138,9 @@ class CocoDataset(Dataset):
                 raise DataError(f"{where} has bbox {a.get('bbox')}; expected four finite numbers x, y, width, height")
             if known[a["category_id"]] in without:
                 excluded.add(a["image_id"])
+            if known[a["category_id"]] in hidden and not a.get("iscrowd"):
+                x, y, w, h = a["bbox"]
+                unseen[a["image_id"]].append((x, y, x + w, y + h))
             if a["category_id"] not in label_of:
                 continue
             if classes is None:
@@ -133,18 +157,24 @@ class CocoDataset(Dataset):
             annotated.add(a["image_id"])
             boxes[a["image_id"]].append((x, y, x + w, y + h))
             labels[a["image_id"]].append(label_of[a["category_id"]])
-        self.items = []
+            if masks:
+                if not a.get("segmentation"):
+                    raise DataError(f"{where} has no segmentation, which masks need")
+                outline = a["segmentation"]
+                outlines[a["image_id"]].append(outline if isinstance(outline, dict) else [np.array(p, np.float32) for p in outline])
+        self.items, self.outlines, self.hidden = [], outlines, {i: np.array(b, np.float32).reshape(-1, 4) for i, b in unseen.items()}
         for i, image in info.items():
             small = train and min(image["width"], image["height"]) < min_side
             if small or i in excluded or (i not in annotated and (train or classes is not None)):
                 self.dropped["images"] += 1
                 continue
-            self.items.append((i, image["file_name"], image["height"], image["width"],
+            name = image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
+            self.items.append((i, name, image["height"], image["width"],
                                np.array(boxes[i], np.float32).reshape(-1, 4), np.array(labels[i], np.int64)))
         if not self.items:
             raise DataError(f"{annotations}: no usable image" + (" (training needs annotated ones)" if train else ""))
-        on_disk = set(os.listdir(self.folder))  # one listing, not 118,287 look-ups on a network disk
-        missing = [name for _, name, *_ in self.items if name not in on_disk and not (self.folder / name).exists()]
+        listed = {folder: set(os.listdir(self.folder / folder)) if (self.folder / folder).is_dir() else () for folder in {str(Path(name).parent) for _, name, *_ in self.items}}
+        missing = [name for _, name, *_ in self.items if Path(name).name not in listed[str(Path(name).parent)]]  # not 118,287 look-ups on a network disk
         if missing:
             raise DataError(f"{self.folder}: {len(missing)} of {len(self.items)} images are missing, first {missing[0]}")
         self.captions = None
@@ -153,6 +183,7 @@ class CocoDataset(Dataset):
             for c in read_json(captions).get("annotations", []):
                 if c.get("image_id") in self.captions and str(c.get("caption", "")).strip():
                     self.captions[c["image_id"]].append(str(c["caption"]).strip())
+        self.repeats = None  # per image: how often it stands in an epoch
         self.landscape = [w >= h for _, _, h, w, _, _ in self.items]
 
     def __len__(self):
@@ -167,6 +198,8 @@ class CocoDataset(Dataset):
             raise DataError(f"{self.folder / name}: is {image.size[0]}x{image.size[1]}, but {self.annotations.name} "
                             f"says {width}x{height} for image {image_id}")
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if self.canvas:
+            return self.jittered(index, image, rng)
         short = rng.choice(self.sizes) if isinstance(self.sizes, list) else rng.randint(*self.sizes)
         image, (h, w) = resize(image, short, max(self.sizes))
         boxes = torch.from_numpy(boxes) * torch.tensor([w / width, h / height] * 2)  # scaled per axis
@@ -180,6 +213,67 @@ class CocoDataset(Dataset):
         if self.captions is not None:
             item["caption"] = rng.choice(self.captions[image_id] or [""])
         return item
+
+    def jittered(self, index, image, rng):
+        """An item under large-scale jitter. A window without any box is drawn anew; after 20 the whole image is taken, at scale 1."""
+        image_id, _, height, width, boxes, labels = self.items[index]
+        boxes, hidden = torch.from_numpy(boxes), torch.from_numpy(self.hidden.get(image_id, np.zeros((0, 4), np.float32)))
+        for attempt in range(21):
+            factor = rng.uniform(*self.jitter) if self.train and attempt < 20 else 1.0
+            scale = factor * self.canvas / max(height, width)
+            h, w = max(1, round(height * scale)), max(1, round(width * scale))
+            y0, x0 = rng.randint(0, max(0, h - self.canvas)), rng.randint(0, max(0, w - self.canvas))
+            window = min(h - y0, self.canvas), min(w - x0, self.canvas)
+            moved = move_boxes(boxes, (w / width, h / height), (x0, y0), window)
+            keep = ((moved[:, 2:] - moved[:, :2]) > 0.01).all(1)
+            if not self.train or keep.any():
+                break
+        original, flip = image, rng.random() < self.flip
+        if (h, w) != (height, width):
+            image = TF.resize(image, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
+        image = image[:, y0:y0 + window[0], x0:x0 + window[1]]
+        unseen = move_boxes(hidden, (w / width, h / height), (x0, y0), window)
+        unseen = unseen[((unseen[:, 2:] - unseen[:, :2]) > 0.01).all(1)]
+        if flip:
+            image = image.flip(2)
+            moved[:, 0::2], unseen[:, 0::2] = window[1] - moved[:, 0::2].flip(1), window[1] - unseen[:, 0::2].flip(1)
+        item = dict(image=image, size=window, boxes=moved[keep], labels=torch.from_numpy(labels)[keep], image_id=image_id,
+                    original_size=(height, width), hidden=unseen)
+        if self.with_masks and self.train:
+            outlines = [o for o, k in zip(self.outlines[image_id], keep.tolist()) if k]
+            item["masks"] = window_masks(outlines, (height, width), (w / width, h / height), (x0, y0), window, flip)
+        if self.originals:
+            item.update(original=original, window=torch.tensor([w / width, h / height, x0, y0, window[1], flip]))
+        return item
+
+
+def move_boxes(boxes, scale, offset, window):
+    """Boxes (M, 4) of the file, scaled by (x, y), seen from offset (x, y), cut to the window (h, w)."""
+    boxes = boxes * torch.tensor(scale * 2) - torch.tensor(offset * 2)
+    return torch.stack([boxes[:, k].clamp(0, window[1 - k % 2]) for k in range(4)], 1)
+
+
+def window_masks(outlines, size, scale, offset, window, flip):
+    """Outlines of the file (lists of polygons x y x y ..., or RLE dicts) -> (M, ceil(h / 2), ceil(w / 2)) uint8: covered pixels, 0 to 4, of each 2 x 2 block.
+
+    Half the resolution in a quarter of the memory, and exactly the bilinear halving of the full masks. size: (h, w) of the file.
+    """
+    from pycocotools import mask as rle
+    h, w = window
+    masks = np.zeros((len(outlines), h + h % 2, w + w % 2), np.uint8)
+    for m, outline in zip(masks, outlines):
+        if isinstance(outline, dict):
+            code = outline if isinstance(outline["counts"], (bytes, str)) else rle.frPyObjects(outline, *size)
+            full = torch.from_numpy(rle.decode(code))[None]
+            full = TF.resize(full, [round(size[0] * scale[1]), round(size[1] * scale[0])], interpolation=TF.InterpolationMode.NEAREST)[0]
+            m[:h, :w] = full[offset[1]:offset[1] + h, offset[0]:offset[0] + w].numpy()
+        else:
+            moved = [(p.reshape(-1, 2) * scale - offset).ravel().tolist() for p in outline if len(p) >= 6]
+            if moved:
+                m[:h, :w] = rle.decode(rle.merge(rle.frPyObjects(moved, h, w)))
+        if flip:
+            m[:h, :w] = m[:h, :w][:, ::-1].copy()
+    return torch.from_numpy(masks.reshape(len(masks), masks.shape[1] // 2, 2, masks.shape[2] // 2, 2).sum((2, 4), dtype=np.uint8))
 
 
 def parse_image_size(text):
@@ -227,9 +321,18 @@ def collate(items, divisor=32):
         images[b, :, :x["size"][0], :x["size"][1]] = x["image"]
         boxes[b, :len(x["boxes"])] = x["boxes"]
         labels[b, :len(x["labels"])] = x["labels"]
-    return dict(images=images, sizes=torch.tensor([x["size"] for x in items]), boxes=boxes, labels=labels,
+    batch = dict(images=images, sizes=torch.tensor([x["size"] for x in items]), boxes=boxes, labels=labels,
                 image_ids=[x["image_id"] for x in items], original_sizes=[x["original_size"] for x in items],
                 captions=[x.get("caption", "") for x in items])
+    if "masks" in items[0]:
+        batch["masks"] = torch.zeros(len(items), most, height // 2, width // 2, dtype=torch.uint8)
+        for m, x in zip(batch["masks"], items):
+            m[:len(x["masks"]), :x["masks"].shape[1], :x["masks"].shape[2]] = x["masks"]
+    if "hidden" in items[0]:
+        batch["hidden"] = pad_sequence([x["hidden"] for x in items], batch_first=True)
+    if "window" in items[0]:
+        batch.update(originals=[x["original"] for x in items], windows=torch.stack([x["window"] for x in items]))
+    return batch
 
 
 class BatchPlan:
@@ -237,11 +340,12 @@ class BatchPlan:
 
     One plan is made for the global batch (batch_size * world) and each rank takes its slice: N processes
     with batch B train on the same images, step by step, as one process with batch N * B. Landscape and
-    portrait images share no batch, except the last ones of an epoch. Yields lists of (index, seed).
+    portrait images share no batch, except the last ones of an epoch. repeats: how often each image stands in an epoch. Yields lists of (index, seed).
     """
 
-    def __init__(self, landscape, batch_size, rank=0, world=1, seed=0):
+    def __init__(self, landscape, batch_size, rank=0, world=1, seed=0, repeats=None):
         self.landscape, self.batch_size, self.rank, self.world, self.seed = landscape, batch_size, rank, world, seed
+        self.entries = [(i, copy) for i, n in enumerate(repeats or [1] * len(landscape)) for copy in range(n)]
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch, start=0):
@@ -249,15 +353,15 @@ class BatchPlan:
         self.epoch, self.start = epoch, start
 
     def __len__(self):
-        return -(-len(self.landscape) // (self.batch_size * self.world)) - self.start
+        return -(-len(self.entries) // (self.batch_size * self.world)) - self.start
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.landscape), generator=generator).tolist()
+        order = [self.entries[k] for k in torch.randperm(len(self.entries), generator=generator).tolist()]
         total, groups, batches = self.batch_size * self.world, {True: [], False: []}, []
-        for i in order:
-            group = groups[self.landscape[i]]
-            group.append(i)
+        for entry in order:
+            group = groups[self.landscape[entry[0]]]
+            group.append(entry)
             if len(group) == total:
                 batches.append(group.copy())
                 group.clear()
@@ -267,14 +371,25 @@ class BatchPlan:
             batches.append((last + order * total)[:total])  # an epoch's last batch is filled from its start
         for batch in batches[self.start:]:
             mine = batch[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
-            yield [(i, hash((self.seed, self.epoch, i))) for i in mine]
+            yield [(i, hash((self.seed, self.epoch, i, *[copy] * (copy > 0)))) for i, copy in mine]
+
+
+def repeat_factors(dataset, threshold):
+    """Repeat-factor sampling (LVIS, Gupta et al. 2019): how often each image stands in an epoch, an integer >= 1.
+
+    max over its classes of sqrt(threshold / share of the images that hold the class), rounded up, as mmdetection does it.
+    """
+    held = [set(labels.tolist()) for *_, labels in dataset.items]
+    count = Counter(label for labels in held for label in labels)
+    factor = {label: max(1.0, math.sqrt(threshold * len(held) / n)) for label, n in count.items()}
+    return [math.ceil(max([factor[label] for label in labels], default=1)) for labels in held]
 
 
 def train_loader(dataset, batch_size, rank, world, seed, workers, pin):
     """(loader, plan): call plan.set_epoch before each epoch. Workers need no seeds: the keys carry them."""
-    plan = BatchPlan(dataset.landscape, batch_size, rank, world, seed)
+    plan = BatchPlan(dataset.landscape, batch_size, rank, world, seed, dataset.repeats)
     # A generator of its own: a loader draws one number per epoch, which must not shift the model's random stream.
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=collate, pin_memory=pin,
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=partial(collate, divisor=dataset.canvas or 32), pin_memory=pin,
                       persistent_workers=workers > 0, generator=torch.Generator()), plan
 
 
@@ -282,5 +397,42 @@ def eval_loader(dataset, rank, world, workers, pin):
     """Images rank, rank + world, ...: each exactly once, one at a time, so that no image's result depends on
     which others share its batch (padding reaches GroupNorm) or on the number of processes."""
     keys = [[(i, 0)] for i in range(rank, len(dataset), world)]
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=partial(collate, divisor=dataset.canvas or 32), pin_memory=pin,
                       generator=torch.Generator())
+
+
+# ------------------------------------------------------------------ Pascal VOC
+
+VOC_CLASSES = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa,
+train, tvmonitor""".replace("\n", " ").split(", ")
+
+
+def read_voc(root, sets, classes=VOC_CLASSES):
+    """VOC XML of `root`/VOCdevkit as a dict in COCO's format. sets: pairs (year, list) as ("2007", "test").
+
+    Boxes become 0-based and continuous: xmin - 1, ymin - 1, xmax, ymax. `difficult` objects carry iscrowd = 1 and difficult = 1: training drops
+    them, evaluation ignores them. file_name is relative to the devkit.
+    """
+    devkit = Path(root) / "VOCdevkit"
+    images, annotations = [], []
+    for year, name in sets:
+        listing = devkit / f"VOC{year}" / "ImageSets" / "Main" / f"{name}.txt"
+        if not listing.exists():
+            raise DataError(f"--data {root}: {listing} is missing; Pascal VOC is at http://host.robots.ox.ac.uk/pascal/VOC (--data shapes needs nothing)")
+        for stem in listing.read_text().split():
+            path = devkit / f"VOC{year}" / "Annotations" / f"{stem}.xml"
+            try:
+                tree = ElementTree.parse(path).getroot()
+                width, height = (int(tree.find(f"size/{k}").text) for k in ("width", "height"))
+                found = [(o.find("name").text.strip(), [float(o.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax")],
+                          int(o.findtext("difficult") or 0)) for o in tree.iter("object")]
+            except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as e:
+                raise DataError(f"{path}: is no VOC annotation ({e})") from None
+            images.append(dict(id=len(images) + 1, file_name=f"VOC{year}/JPEGImages/{stem}.jpg", width=width, height=height))
+            for label, (x1, y1, x2, y2), difficult in found:
+                if label not in classes:
+                    raise DataError(f"{path}: has class {label}, expected one of {', '.join(classes)}")
+                box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+                annotations.append(dict(id=len(annotations) + 1, image_id=len(images), category_id=classes.index(label) + 1, bbox=box, area=box[2] * box[3],
+                                        iscrowd=difficult, difficult=difficult))
+    return dict(images=images, annotations=annotations, categories=[dict(id=k + 1, name=n) for k, n in enumerate(classes)])

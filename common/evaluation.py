@@ -1,7 +1,8 @@
-"""COCO metrics through pycocotools, gathered over processes. This file needs no other file of `common`."""
+"""COCO, LVIS and VOC metrics, gathered over processes. This file needs no other file of `common`."""
 import contextlib
 import io
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,104 @@ def class_table(stats, columns=3):
     head = " | ".join([f"{'class':22s}    AP  AP50"] * min(columns, len(cells)))
     rows = [" | ".join(cells[i:i + columns]) for i in range(0, len(cells), columns)]
     return "\n".join([head, *rows])
+
+
+# ------------------------------------------------------------------ LVIS
+
+def import_lvis():
+    """The lvis package, whose evaluation says np.float, a name that numpy has dropped: its own np, not numpy, gets the name back."""
+    try:
+        import lvis
+        import lvis.eval
+    except ImportError as e:  # it draws with OpenCV, which needs libraries of the system
+        raise RuntimeError(f"the lvis package cannot be imported ({e}); OpenCV's system libraries are missing? apt install libgl1 libglib2.0-0") from None
+
+    class Numpy:
+        float = float
+        __getattr__ = staticmethod(lambda name: getattr(np, name))
+
+    lvis.eval.np = Numpy()
+    return lvis
+
+
+def lvis_evaluate(annotations, results, kind="bbox"):
+    """LVIS v1's numbers in percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf (300 boxes an image; -1 where undefined), and "classes".
+
+    annotations: path of an LVIS json; results: list of result dicts (may be empty); kind "bbox" or "segm" (compressed RLE).
+    Federated: in an image, classes that are neither annotated nor in neg_category_ids are not scored; the package sees to that.
+    """
+    lvis = import_lvis()
+    logging.getLogger("lvis").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = lvis.LVIS(str(annotations))
+            keys = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
+            # the package asks the first result for its kind, and cannot do without one: a box of score 0 in a corner finds nothing
+            nothing = dict(image_id=truth.dataset["images"][0]["id"], category_id=truth.dataset["categories"][0]["id"], score=0.0)
+            nothing |= dict(bbox=[-2.0, -2.0, 1.0, 1.0]) if kind == "bbox" else dict(segmentation=encode_mask(np.zeros([
+                truth.dataset["images"][0][k] for k in ("height", "width")], np.uint8)))
+            found = lvis.LVISResults(truth, [{k: r[k] for k in keys} for r in results] or [nothing])
+            ev = lvis.LVISEval(truth, found, kind)
+            ev.run()
+    finally:
+        logging.disable(logging.NOTSET)
+    stats = {k: float(v) * 100 if v >= 0 else -1.0 for k, v in ev.get_results().items()}
+    precision = ev.eval["precision"]  # (10 IoUs, 101 recalls, K, areas)
+    mean = lambda p: float(p[p > -1].mean()) * 100 if (p > -1).any() else -1.0
+    stats["classes"] = {truth.cats[c]["name"]: dict(AP=mean(precision[:, :, k, 0]), AP50=mean(precision[0, :, k, 0])) for k, c in enumerate(ev.params.cat_ids)}
+    return stats
+
+
+def encode_mask(mask):
+    """(h, w) of 0 and 1 -> COCO's compressed RLE with a text in it, as json needs."""
+    from pycocotools import mask as rle
+    code = rle.encode(np.asfortranarray(mask, np.uint8))
+    return code | dict(counts=code["counts"].decode())
+
+
+# ------------------------------------------------------------------ Pascal VOC
+
+def voc_evaluate(truth, results, iou=0.5, legacy=False):
+    """Pascal VOC's average precision in percent: {"AP11", "AP" (area), "classes": {name: {both}}}; classes without truth are left out.
+
+    truth: dict of datasets.read_voc; results: list of COCO result dicts. Per class, detections go by falling score; each takes the object of its image that it
+    overlaps most, if by at least `iou`: right the first time, wrong the second time, ignored if the object is difficult. legacy: pixels count
+    as 1 wide, boxes end at xmax - 1 of ours, so that widths are x2 - x1 + 1 again: the devkit's own arithmetic.
+    """
+    names, counts = {c["id"]: c["name"] for c in truth["categories"]}, {}
+    for a in truth["annotations"]:
+        x, y, w, h = a["bbox"]
+        counts.setdefault((a["category_id"], a["image_id"]), []).append((x, y, x + w, y + h, a["difficult"]))
+    objects = {k: np.array(v, float) for k, v in counts.items()}
+    classes, by_class = {}, {}
+    for r in results:
+        by_class.setdefault(r["category_id"], []).append(r)
+    for c, name in names.items():
+        total = sum(int((o[:, 4] == 0).sum()) for (k, _), o in objects.items() if k == c)
+        if total == 0:
+            continue
+        taken, right, wrong = {}, [], []
+        for r in sorted(by_class.get(c, []), key=lambda r: -r["score"]):  # stable: equal scores keep their order
+            here, (x, y, w, h) = objects.get((c, r["image_id"])), r["bbox"]
+            hit = ignored = False
+            if here is not None:
+                one = 1.0 if legacy else 0.0
+                low, high = np.maximum(here[:, :2], (x, y)), np.minimum(here[:, 2:4] - one, (x + w, y + h))
+                inter = np.clip(high - low + one, 0, None).prod(1)
+                union = (here[:, 2:4] - here[:, :2]).prod(1) + (w + one) * (h + one) - inter
+                best = int((inter / union).argmax())
+                if inter[best] / union[best] >= iou:
+                    ignored = bool(here[best, 4])
+                    hit = not ignored and (r["image_id"], best) not in taken
+                    taken[r["image_id"], best] = True
+            if not ignored:
+                right.append(hit), wrong.append(not hit)
+        tp, fp = np.cumsum(right, dtype=float), np.cumsum(wrong, dtype=float)
+        recall, precision = tp / total, tp / np.maximum(tp + fp, 1e-12)
+        eleven = np.mean([precision[recall >= t].max(initial=0) for t in np.linspace(0, 1, 11)])
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        area = float((np.diff(recall, prepend=0) * envelope).sum())
+        classes[name] = dict(AP11=100 * float(eleven), AP=100 * area)
+    mean = lambda key: sum(v[key] for v in classes.values()) / len(classes) if classes else -1.0
+    return dict(AP11=mean("AP11"), AP=mean("AP"), classes=classes)

@@ -1,0 +1,1312 @@
+"""DK-DETR: open-vocabulary Deformable DETR, distilled from CLIP by auxiliary queries (Li et al., ICCV 2023).
+
+Idea. A two-stage Deformable DETR compares the projected feature f of each query with CLIP's text embeddings of the class names (Eqs. 1, 2).
+It is trained on base classes, so it knows no novel name. CLIP's image encoder does: it sees crops of those coarse proposals that match no base
+object but look like objects. To teach f the embeddings of these crops directly would disturb detection, so a second set of queries, the KD
+queries, goes through the SAME decoder from the same boxes; its features are distilled and thrown away after training. Two losses: SKD (Eq. 4),
+a query's feature and the crop of its own box are a pair, those of other boxes are not; RKD (Eq. 5), similarities among the features of an
+image or a batch must equal those among CLIP's. No object feature ever reads a KD feature; what is learnt arrives through shared weights.
+
+Letters: B images, S tokens of all L levels, N queries, D width, T text width, K classes, M objects (padded), k distilled boxes of an image.
+Boxes: cx, cy, w, h in 0..1 of the valid image inside the network, xyxy pixels outside.
+
+What nobody published. The release is inference only; of the distillation there are two pages of paper. Each open choice is a flag (default first):
+  --kd-boxes encoder|decoder|gt   coarse proposals, as the text has it
+  --kd-exclude matched|iou        the text drops matched queries; iou also those that overlap an object by half
+  --kd-attn obj+kd|kd             KD queries may look at object queries: only the other direction is said to be blocked
+  --kd-ref shared|own             KD queries follow the object queries' boxes, which keeps query and crop paired
+  --kd-embed per_rank|shared      one embedding for each rank of objectness, as N embeddings suggest
+  --kd-layers last|all            Fig. 2 draws the output
+  --kd-dedupe 1                   IoU above which a box is dropped as a duplicate of a better one (1: never)
+  --crop-scales 1 --crop-fit warp|pad --crop-source augmented|original   one crop, stretched to the square, of the network's own input
+  --skd-scope image|batch         Eq. 4 counts N targets of one image
+  --rkd-dir teacher|student       KL(teacher || student); as printed, KL(student || teacher) with a minus sign would be maximised
+  --rkd-diag                      the diagonal of the relation maps stays in
+  --rfs 0                         repeat-factor sampling: unknown in the paper; 0.001 is LVIS's own
+  --train-vocab base|all          all is a control: rare names as negatives must hurt
+and: image and batch RKD are added; the batch is that of one process; losses are means over the images that have a target.
+Differs from the paper: "886 base classes" are 866; Eq. 5's sign and swapped R, Sec. 3.3's swapped Q are taken as meant; the release's 1203-wide
+objectness, of which only channel 0 is used, is one channel with a prior of 0.01; a training crop without objects is drawn again from the same image.
+
+    torchrun --nnodes 2 --nproc_per_node 8 ... dkdetr.py --masks                 # the paper's LVIS run, 16 x 8 images, 70 epochs
+    torchrun --nproc_per_node 8 dkdetr.py --dataset ovcoco                       # COCO 48/17
+    python dkdetr.py --data shapes                                              # everything in minutes on a CPU
+    python dkdetr.py --eval runs/dkdetr/last.pt --dataset voc                    # transfer: only the names change
+    python dkdetr.py --predict photo.jpg --weights runs/dkdetr/best.pt --classes "red panda,umbrella"
+
+Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 32.3 (9.0), base 61.1 (61.2). Measured here: LVIS, COCO not run.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import box_convert, roi_align, sigmoid_focal_loss
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from common.boxes import constant, overlap, pairwise_iou
+from common.clip import ClipError, load_clip, tiny_clip
+from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_image, read_json,
+                             read_voc, repeat_factors, train_loader)
+from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, lvis_evaluate, to_coco_results, voc_evaluate
+from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
+                        reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+from common.shapes import BASE, NOVEL, make_shapes
+
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+QUALITIES = "good, bad, bright, dark, low resolution, cropped, close-up, jpeg corrupted, blurry, pixelated, black and white".split(", ")
+TEMPLATES = [f"There is {a} {{}} in the scene." for a in ("a", "the")] + [f"a photo of {a} {{}} in the scene." for a in ("a", "the", "one")]
+TEMPLATES += [f"itap of {a} {{}}." for a in ("a", "my", "the")] + [f"a photo of {a} {{}}." for a in ("a", "my", "the", "one", "many")]
+TEMPLATES += [f"a {q} photo of {a} {{}}." for q in QUALITIES for a in ("a", "the")]
+TEMPLATES += [f"a photo of {a} {q} {{}}." for q in "nice, cool, weird, small, large, clean, dirty, hard to see".split(", ") for a in ("a", "the")]
+TEMPLATES += [f"{a} {q} {{}}." for q in ("plastic", "toy", "plushie", "cartoon") for a in ("a", "the")]
+TEMPLATES += [f"{a} embroidered {{}}." for a in ("an", "the")] + [f"a painting of {a} {{}}." for a in ("a", "the")]  # the 63 of ViLD
+DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects365="data/objects365", voc="data")
+
+
+# ================================================================== flags
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    flag = partial(p.add_argument, action=argparse.BooleanOptionalAction)
+    # data
+    p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc (default lvis)")
+    p.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
+    p.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
+    p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
+    p.add_argument("--image-size", type=int, help="canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it (default 1024; shapes 128)")
+    p.add_argument("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scales of the jitter (default 0.1 2; shapes 0.8 1.25)")
+    p.add_argument("--rfs", type=float, default=0.0, help="repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001")
+    p.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names the classifier is trained with")
+    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
+    # model
+    p.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, trained on demand)")
+    p.add_argument("--templates", choices=("vild", "one"), help="63 prompts a name, or one (default vild; shapes one)")
+    p.add_argument("--name-style", choices=("raw", "clean"), default="clean", help="names as in the file, or without underscores, brackets and joined words")
+    p.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
+    p.add_argument("--init", choices=("imagenet", "none"), help="backbone start (default imagenet; shapes none)")
+    p.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
+    for name, full, small, text in (("dim", 256, 64, "width D"), ("hidden", 1024, 128, "width of the feed-forward layers"), ("levels", 4, 3, "feature levels, from stride 8"),
+                                    ("encoder", 6, 2, "encoder layers"), ("decoder", 6, 3, "decoder layers"), ("queries", 300, 40, "N")):
+        p.add_argument(f"--{name}", type=int, help=f"{text} (default {full}; shapes {small})")
+        p.set_defaults(**{f"default_{name}": (full, small)})
+    p.add_argument("--dropout", type=float, help="(default 0.1; shapes 0)")
+    flag("--masks", default=False, help="SOIT's mask head; data must have outlines")
+    p.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
+    p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2")
+    p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners (with --compile)")
+    flag("--ckpt-msda", default=True, help="compute the encoder's samples again in the backward pass rather than keep them")
+    # method
+    p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3")
+    p.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
+    flag("--aux-queries", default=True, help="KD queries; without, the object queries are distilled, Table 5")
+    p.add_argument("--w-skd", type=float, default=0.1, help="lambda_skd of Eq. 6")
+    p.add_argument("--w-rkd", type=float, default=2.0, help="lambda_rkd of Eq. 6")
+    p.add_argument("--tau-s", type=float, default=0.05, help="temperature of Eq. 4")
+    p.add_argument("--tau-r", type=float, default=0.2, help="temperature of Eq. 5")
+    p.add_argument("--burn-in", type=int, help="epochs without distillation (default 40 of 70, so 4/7 of --epochs)")
+    p.add_argument("--kd-topk", type=int, help="targets of an image (default 20; shapes 8)")
+    p.add_argument("--kd-min-size", type=float, help="smallest side of a target, pixels of the network's input (default 16; shapes 8)")
+    p.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="boxes that are cropped; gt: the hidden novel objects, an oracle")
+    p.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="matched queries, or also boxes that overlap an object by half")
+    p.add_argument("--kd-dedupe", type=float, default=1.0, help="IoU above which a target is dropped for a better one")
+    p.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
+    p.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own refined")
+    p.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
+    p.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled")
+    p.add_argument("--crop-scales", default="1", help="crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD")
+    p.add_argument("--crop-fit", choices=("warp", "pad"), help="crops are stretched to CLIP's square, or padded (default warp; shapes pad, as its CLIP was trained)")
+    p.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="crops are cut from the network's input, or from the file")
+    p.add_argument("--skd-scope", choices=("image", "batch"), default="image", help="targets that are negatives of each other in Eq. 4")
+    p.add_argument("--rkd-dir", choices=("teacher", "student"), default="teacher", help="KL(teacher || student) or the other way round")
+    flag("--rkd-diag", default=True, help="the diagonal of the relation maps takes part")
+    p.add_argument("--shuffle-crops", action="store_true", help="control: each target gets the embedding of another image's crop")
+    # schedule
+    p.add_argument("--epochs", type=int, help="(default 70; shapes 40); the rate falls by 10 at 55/70 of them")
+    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
+    p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
+    p.add_argument("--lr", type=float, help="for a total batch of 128, shapes 16; scaled linearly (default 8e-4; shapes 1e-3)")
+    p.add_argument("--weight-decay", type=float, default=0.05)
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up (default 2000, at most a tenth of the run)")
+    flag("--table", help="train without and with distillation, from one burn-in, and print both (default: on shapes, without --max-iters)")
+    # run
+    p.add_argument("--out", help="run folder (default runs/dkdetr, or runs/dkdetr-eval, -predict)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; matching, boxes, classifier and losses stay fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the detector")
+    p.add_argument("--channels-last", action="store_true", help="NHWC memory format of the backbone")
+    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
+    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
+    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
+    p.add_argument("--start", metavar="WEIGHTS", help="begin as a copy of a run at this last.pt: weights, optimizer, step, random state; flags are today's")
+    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint, ours or the authors' (dkd_r50_70e_lvis)")
+    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
+    p.add_argument("--weights", help="for --predict: a checkpoint")
+    p.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
+    args = p.parse_args(argv)
+    args.out = args.out or "runs/dkdetr" + ("-eval" if args.eval else "-predict" if args.predict else "")
+    if args.resume and (Path(args.out) / "last.pt").exists():
+        p.set_defaults(**load_checkpoint(Path(args.out) / "last.pt")["args"])
+        args = p.parse_args(argv)
+    try:
+        scales = args.crop_scales if isinstance(args.crop_scales, list) else [float(x) for x in args.crop_scales.split(",")]
+        if not all(x > 0 for x in scales):
+            raise ValueError
+    except ValueError:
+        p.error(f"--crop-scales {args.crop_scales}: expected positive numbers as 1 or 1,1.5")
+    args.crop_scales = scales
+    for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "queries", "decoder", "encoder", "kd_topk", "image_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("lr", "tau", "tau_s", "tau_r"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.levels is not None and not 1 <= args.levels <= 4:
+        p.error(f"--levels {args.levels}: 1 to 4")
+    if args.eval and args.predict:
+        p.error("--eval, --predict: one at a time")
+    if args.predict and not args.weights:
+        p.error("--predict needs --weights: a checkpoint")
+    if args.classes is not None and not (args.predict or args.eval):
+        p.error("--classes: belongs to --predict or --eval")
+    if not (args.eval or args.predict) and args.dataset in ("coco", "objects365", "voc"):
+        p.error(f"--dataset {args.dataset}: is for --eval; train on lvis or ovcoco")
+    args.distils = args.skd != "none" or args.rkd != "none"
+    return args
+
+
+def fill_defaults(args):
+    """Defaults that depend on the dataset."""
+    shapes = args.data == "shapes"
+    args.dataset = args.dataset or ("ovcoco" if shapes else "lvis")
+    defaults = dict(data=DATASETS[args.dataset], image_size=1024, jitter=[0.1, 2.0], templates="vild", backbone="r50", init="imagenet", dropout=0.1, kd_topk=20,
+                    kd_min_size=16.0, crop_fit="warp", epochs=70, batch_size=8, lr=8e-4, warmup=2000)
+    if shapes:
+        defaults.update(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tiny16", init="none", dropout=0.0, kd_topk=8, kd_min_size=8.0,
+                        crop_fit="pad", epochs=40, batch_size=16, lr=1e-3, warmup=100)
+    for name in ("dim", "hidden", "levels", "encoder", "decoder", "queries"):
+        defaults[name] = getattr(args, f"default_{name}")[shapes]
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.burn_in = args.epochs * 40 // 70 if args.burn_in is None else args.burn_in
+
+
+# ================================================================== model: multi-scale deformable attention
+
+def fp32(x):
+    """bf16 of autocast -> fp32; fp64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def msda_grid(value, level_sizes, at, weight):
+    """Multi-scale deformable attention (Zhu et al. 2021, Eq. 3) by grid_sample.
+
+    value (B, S, H, d): tokens of all levels, H heads. level_sizes: L pairs (h, w), of S cells together. at (B, Q, H, L, P, 2): x, y in 0..1 of a
+    level's padded map; outside it is zero. weight (B, Q, H, L, P). Returns (B, Q, H * d): the weighted sum of L * P bilinear samples.
+    """
+    b, _, heads, d = value.shape
+    out, grid = 0, 2 * at - 1
+    for level, ((h, w), v) in enumerate(zip(level_sizes, value.split([h * w for h, w in level_sizes], 1))):
+        v = v.permute(0, 2, 3, 1).reshape(b * heads, d, h, w)
+        samples = F.grid_sample(v, grid[:, :, :, level].transpose(1, 2).flatten(0, 1), align_corners=False)  # (B H, d, Q, P)
+        out = out + (samples * weight[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+    return out.view(b, heads * d, -1).transpose(1, 2)
+
+
+def msda_gather(value, level_sizes, at, weight):
+    """The same sum, all levels at once: the four corners of each sample are read as rows of d channels. For torch.compile, which fuses it."""
+    b, s, heads, d = value.shape
+    h, w = (torch.tensor(x, device=value.device).view(-1, 1) for x in zip(*level_sizes))                      # (L, 1)
+    start = F.pad((h * w)[:-1, 0].cumsum(0), (1, 0)).view(-1, 1)
+    x, y = (at[..., k] * n - 0.5 for k, n in enumerate((w, h)))
+    left, top = x.floor(), y.floor()
+    rows, out = value.transpose(1, 2), 0                                                                     # (B, H, S, d)
+    for right, low in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, line = left.long() + right, top.long() + low
+        share = (1 - (x - column).abs()) * (1 - (y - line).abs()) * ((column >= 0) & (column < w) & (line >= 0) & (line < h))
+        index = start + line.clamp(min=0).minimum(h - 1) * w + column.clamp(min=0).minimum(w - 1)
+        index, share = (t.transpose(1, 2).flatten(3) for t in (index, share * weight))                         # (B, H, Q, L P)
+        corner = rows.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, d)).unflatten(2, index.shape[2:])
+        out = out + (corner * share[..., None]).sum(3)
+    return out.transpose(1, 2).flatten(2)
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at P points of each level, around its reference. `core` computes in fp32: bf16 would move a point by a quarter pixel."""
+
+    def __init__(self, dim, heads=8, levels=4, points=4):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj, self.output_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        for m in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        ray = torch.stack([angle.cos(), angle.sin()], -1)
+        ray = ray / ray.abs().amax(-1, keepdim=True)  # head k looks along angle 2 pi k / heads, point p at p + 1 cells
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((ray[:, None, None] * torch.arange(1, points + 1)[:, None]).expand(-1, levels, -1, -1).flatten())
+        for m in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def values(self, tokens, padded):
+        """Tokens (B, S, D) -> (B, S, heads, d), padding zeroed. Apart from forward, so that two sets of queries can share it."""
+        return self.value_proj(tokens).masked_fill(padded[..., None], 0).unflatten(-1, (self.heads, -1))
+
+    def forward(self, query, reference, values, level_sizes, core=msda_grid, save_memory=False):
+        """query (B, Q, D); reference (B, Q, L, 2 or 4): points, or boxes, whose size scales the offsets -> (B, Q, D)."""
+        shape = (*query.shape[:2], self.heads, self.levels, self.points)
+        offsets = fp32(self.sampling_offsets(query)).view(*shape, 2)
+        weight = fp32(self.attention_weights(query)).view(*shape[:3], -1).softmax(-1).view(shape)
+        if reference.shape[-1] == 2:
+            at = reference[:, :, None, :, None] + offsets / offsets.new_tensor([(w, h) for h, w in level_sizes])[:, None]
+        else:
+            at = reference[:, :, None, :, None, :2] + offsets / self.points * reference[:, :, None, :, None, 2:] * 0.5
+        with torch.autocast(query.device.type, enabled=False):
+            arguments = values.to(at.dtype), level_sizes, at, weight.to(at.dtype)
+            out = checkpoint(core, *arguments, use_reentrant=False, preserve_rng_state=False) if save_memory else core(*arguments)
+        return self.output_proj(out)
+
+
+# ================================================================== model: the detector
+
+def inverse_sigmoid(x, eps=1e-5):
+    """logit of x, which is cut to eps .. 1 - eps."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def sine(angle, dim, temperature=10000.0):
+    """(...) radians -> (..., dim): sin and cos in turns, at dim / 2 falling frequencies."""
+    i = torch.arange(dim, device=angle.device)
+    x = angle[..., None] / (temperature ** (2 * (i // 2) / dim)).to(angle)
+    return torch.stack([x[..., 0::2].sin(), x[..., 1::2].cos()], -1).flatten(-2)
+
+
+def mlp(dim, out, layers=3):
+    return nn.Sequential(*[m for i in range(layers) for m in ((nn.Linear(dim, dim), nn.ReLU()) if i < layers - 1 else (nn.Linear(dim, out),))])
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, dim, hidden, dropout):
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
+        for m in self:
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, dim, hidden, dropout, heads=8, levels=4):
+        super().__init__()
+        self.attention, self.ffn = DeformableAttention(dim, heads, levels), FeedForward(dim, hidden, dropout)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), nn.Dropout(dropout)
+
+    def forward(self, x, position, reference, padded, level_sizes, core, save_memory):
+        values = self.attention.values(x, padded)
+        x = self.norms[0](x + self.dropout(self.attention(x + position, reference, values, level_sizes, core, save_memory)))
+        return self.norms[1](x + self.ffn(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, dim, hidden, dropout, heads, levels):
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
+        self.attention, self.ffn = DeformableAttention(dim, heads, levels), FeedForward(dim, hidden, dropout)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3)), nn.Dropout(dropout)
+
+    def forward(self, x, position, reference, values, level_sizes, core, seen=None):
+        """x, position (B, N, D). seen (B, N', D): other queries at the same positions, which x looks at besides itself."""
+        key = x + position if seen is None else torch.cat([seen + position, x + position], 1)
+        value = x if seen is None else torch.cat([seen, x], 1)
+        x = self.norms[0](x + self.dropout(self.self_attention(x + position, key, value, need_weights=False)[0]))
+        x = self.norms[1](x + self.dropout(self.attention(x + position, reference, values, level_sizes, core)))
+        return self.norms[2](x + self.ffn(x))
+
+
+class MaskHead(nn.Module):
+    """SOIT's masks (Yu et al. 2022): each query writes the 441 weights of a small deformable attention, which draws its mask.
+
+    Mask features: level 0 through one more encoder layer, 8 channels. Every cell of an instance looks, with 4 heads of 2 channels, at 4 points
+    of them: offsets 8 -> 32 and attention 8 -> 16 come from feature + position relative to the box centre; then ReLU and 8 -> 1.
+    """
+    SPLIT = (8 * 32, 32, 8 * 16, 16, 8, 1)
+
+    def __init__(self, dim, hidden, dropout):
+        super().__init__()
+        self.encoder = EncoderLayer(dim, hidden, dropout, heads=1, levels=1)
+        self.trans, self.norm, self.weights = nn.Linear(dim, 8), nn.LayerNorm(8), mlp(dim, sum(self.SPLIT))
+
+    def features(self, memory, position, reference, padded, level_sizes, core, save_memory):
+        """Level 0 of the memory (B, S0, D) -> (B, S0, 8)."""
+        return self.norm(self.trans(self.encoder(memory, position, reference, padded, level_sizes, core, save_memory)))
+
+    def forward(self, query, center, image, features, padded, size, valid, core=msda_grid):
+        """query (n, D); center (n, 2) x, y of its box; image (n,) which of the B it belongs to; features (B, S0, 8), padded (B, S0); size (h, w) of
+        level 0; valid (B, 2) its valid share of x, y -> mask logits (n, 4 h, 4 w), all instances at once."""
+        (h, w), n = size, len(query)
+        parts = fp32(self.weights(query)).split(self.SPLIT, 1)
+        features = fp32(features)
+        row, column = ((torch.arange(k, device=query.device) + 1) / k for k in (h, w))
+        y, x = row / valid[image, 1:] - center[:, 1:], column / valid[image, :1] - center[:, :1]                # (n, h), (n, w)
+        y, x = (sine(t * (2 * math.pi), 4) for t in (y, x))
+        where = torch.cat([y[:, :, None].expand(-1, -1, w, -1), x[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)   # (n, S0, 8) y, x
+        q, value = features[image] + where, features.masked_fill(padded[..., None], 0)[image]
+        linear = lambda x, weight, bias: torch.einsum("nsc,noc->nso", x, weight.view(n, -1, 8)) + bias[:, None]
+        offsets, weight = linear(q, *parts[0:2]).view(n, -1, 4, 1, 4, 2), linear(q, *parts[2:4]).view(n, -1, 4, 1, 4).softmax(-1)
+        cell = torch.stack(torch.meshgrid((torch.arange(w).to(q) + 0.5) / w, (torch.arange(h).to(q) + 0.5) / h, indexing="xy"), -1).flatten(0, 1)
+        at = cell[:, None, None, None] + offsets / offsets.new_tensor([w, h])
+        logit = linear(core(value.unflatten(-1, (4, 2)), [size], at, weight).relu(), *parts[4:6])[..., 0]
+        return aligned_bilinear(logit.view(n, 1, h, w), 4)[:, 0]
+
+
+def aligned_bilinear(x, factor):
+    """Upsampling that keeps cell centres where a stride of `factor` puts them: (n, 1, h, w) -> (n, 1, factor h, factor w)."""
+    h, w = x.shape[-2:]
+    x = F.interpolate(F.pad(x, (0, 1, 0, 1), mode="replicate"), (factor * h + 1, factor * w + 1), mode="bilinear", align_corners=True)
+    return F.pad(x, (factor // 2, 0, factor // 2, 0), mode="replicate")[..., :factor * h, :factor * w]
+
+
+def normalise(images, sizes, mean_std=IMAGENET):
+    """uint8 RGB (B, 3, H, W), sizes (B, 2) h, w -> float; the padding is zeroed AFTER that, so it is the mean pixel."""
+    mean, std = (constant(v, images.device, torch.float32).view(3, 1, 1) for v in mean_std)
+    rows = torch.arange(images.shape[2], device=images.device) < sizes[:, :1]
+    cols = torch.arange(images.shape[3], device=images.device) < sizes[:, 1:]
+    return (images - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])
+
+
+class NarrowResNet(torchvision.models.ResNet):
+    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
+
+    def __init__(self, width):
+        norm = lambda c: nn.GroupNorm(c // 8, c)
+        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
+        self.inplanes = width
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
+        for level in range(4):
+            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
+            setattr(self, f"layer{level + 1}", layer)
+
+
+class Body(nn.Module):
+    """A torchvision ResNet up to C5; returns [C3, C4, C5]. pretrained: stem and layer1 do not learn, their BatchNorm uses its running statistics.
+
+    bn "sync": the other BatchNorms learn and use the statistics of the batch, over all GPUs; "frozen": running statistics, few images a GPU.
+    """
+
+    def __init__(self, net, pretrained, bn="sync"):
+        super().__init__()
+        self.stages = nn.ModuleDict({n: getattr(net, n) for n in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")})
+        still = ("conv1", "bn1", "layer1") if pretrained else ()
+        for name in still:
+            self.stages[name].requires_grad_(False)
+        self.running = [m for name, stage in self.stages.items() if name in still or bn == "frozen" for m in stage.modules()
+                        if isinstance(m, nn.BatchNorm2d)]
+
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.running:
+            m.eval()
+        return self
+
+    def forward(self, x):
+        maps = []
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name in ("layer2", "layer3", "layer4"):
+                maps.append(x)
+        return maps
+
+
+def make_body(name, init, bn):
+    """(Body, channels of C3, C4, C5) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+    if re.fullmatch("tiny(8|16|24|32|48|64)", name):
+        if init == "imagenet":
+            raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
+        width = int(name[4:])
+        return Body(NarrowResNet(width), False, bn), [2 * width, 4 * width, 8 * width]
+    if name not in ("r50", "r101"):
+        raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
+    net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
+    if init == "imagenet":
+        url = torchvision.models.get_model_weights("resnet" + name[1:]).IMAGENET1K_V1.url
+        net.load_state_dict(load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1])))
+    return Body(net, init == "imagenet", bn), [512, 1024, 2048]
+
+
+class DKDETR(nn.Module):
+    """Two-stage Deformable DETR with box refinement whose classifier is a text matrix.
+
+    The list it returns has no thresholds in it; see forward. text width T None: a linear classifier of `classes` outputs instead, as in the
+    closed-vocabulary Deformable DETR (to load and check published weights).
+    """
+
+    def __init__(self, backbone="r50", text_dim=512, dim=256, heads=8, hidden=1024, levels=4, encoder=6, decoder=6, queries=300, dropout=0.1,
+                 masks=False, init="none", bn="sync", kd_embed="per_rank", classes=None):
+        super().__init__()
+        self.arch = dict(backbone=backbone, text_dim=text_dim, dim=dim, heads=heads, hidden=hidden, levels=levels, encoder=encoder, decoder=decoder,
+                         queries=queries, masks=masks, kd_embed=kd_embed, classes=classes)
+        self.queries, self.core, self.save_memory = queries, msda_grid, False
+        self.body, widths = make_body(backbone, init, bn)
+        conv = lambda c, k, s: nn.Sequential(nn.Conv2d(c, dim, k, s, k // 2, bias=False), nn.GroupNorm(32, dim))
+        self.neck = nn.ModuleList([conv(c, 1, 1) for c in widths[:levels]] + [conv(widths[-1], 3, 2)] * (levels > 3))
+        for m in self.neck.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.xavier_uniform_(m.weight)
+        self.level_embed = nn.Parameter(torch.randn(levels, dim))
+        self.encoder = nn.ModuleList(EncoderLayer(dim, hidden, dropout, heads, levels) for _ in range(encoder))
+        self.memory_trans, self.memory_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.query_trans, self.query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
+        self.decoder = nn.ModuleList(DecoderLayer(dim, hidden, dropout, heads, levels) for _ in range(decoder))
+        self.objectness, self.refine = nn.Linear(dim, 1), nn.ModuleList(mlp(dim, 4) for _ in range(decoder + 1))  # the last: of the encoder
+        self.project = nn.ModuleList(nn.Linear(dim, text_dim or classes) for _ in range(decoder))
+        nn.init.constant_(self.objectness.bias, -math.log(99))
+        for head in self.refine:
+            nn.init.zeros_(head[-1].weight)
+            nn.init.zeros_(head[-1].bias)
+        nn.init.constant_(self.refine[-1][-1].bias, 0.0)
+        self.kd_queries = nn.Parameter(torch.randn(queries if kd_embed == "per_rank" else 1, dim))
+        self.mask_head = MaskHead(dim, hidden, dropout) if masks else None
+
+    def forward(self, images, sizes):
+        """(B, 3, H, W) normalised, sizes (B, 2) valid h, w -> dict:
+
+        objectness (B, S) logits and coarse (B, S, 4) of all tokens; boxes (layers, B, N, 4) and features (layers, B, N, T) of the decoder;
+        proposals (B, N, 4), the coarse boxes the queries came from, best first, and usable (B, N): they are no padding; `state` for distil.
+        """
+        maps = self.body(images)
+        maps = [fp32(block(x)) for block, x in zip(self.neck, maps + maps[-1:])]
+        level_sizes = [tuple(m.shape[-2:]) for m in maps]
+        (b, d), (height, width) = maps[0].shape[:2], images.shape[-2:]
+        tokens, positions, padded, anchors, ratios = [], [], [], [], []
+        for level, (x, (h, w)) in enumerate(zip(maps, level_sizes)):
+            row, column = (torch.arange(n, device=x.device) for n in (h, w))
+            count_y = (row * height // h < sizes[:, :1]).sum(1, keepdim=True)   # valid cells: (B, 1)
+            count_x = (column * width // w < sizes[:, 1:]).sum(1, keepdim=True)
+            y, x_ = (row + 0.5) / count_y, (column + 0.5) / count_x                                           # 0..1 of the valid image
+            outside = ((row >= count_y)[:, :, None] | (column >= count_x)[:, None]).flatten(1)
+            grid = torch.stack([y[:, :, None].expand(-1, -1, w), x_[:, None].expand(-1, h, -1)], -1).flatten(1, 2).to(x)  # (B, h w, 2) y, x
+            tokens.append(x.flatten(2).transpose(1, 2))
+            positions.append(sine(grid * (2 * math.pi), d // 2).flatten(2) + self.level_embed[level])
+            padded.append(outside)
+            anchors.append(torch.cat([grid.flip(-1), torch.full_like(grid, 0.05 * 2**level)], -1))
+            ratios.append(torch.cat([count_x / w, count_y / h], 1))
+        x, position, padded, anchors = (torch.cat(t, 1) for t in (tokens, positions, padded, anchors))
+        ratio = torch.stack(ratios, 1).to(x)                                                                  # (B, L, 2): valid share of x, y
+        reference = anchors[:, :, None, :2] * ratio[:, None]
+        for layer in self.encoder:
+            x = layer(x, position, reference, padded, level_sizes, self.core, self.save_memory and self.training)
+        memory, cells = fp32(x), level_sizes[0][0] * level_sizes[0][1]
+        masks = self.mask_head and self.mask_head.features(memory[:, :cells], position[:, :cells], reference[:, :cells, :1], padded[:, :cells], level_sizes[:1],
+                                                          self.core, self.save_memory and self.training)
+
+        # Two-stage: the best N coarse boxes start the decoder.
+        usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padded
+        z = self.memory_norm(self.memory_trans(memory.masked_fill(~usable[..., None], 0)))
+        objectness = fp32(self.objectness(z))[..., 0]
+        start = (anchors / (1 - anchors)).log().masked_fill(~usable[..., None], math.inf)
+        coarse = fp32(self.refine[-1](z)) + start
+        best = objectness.topk(min(self.queries, objectness.shape[1]), 1).indices                            # sorted: rank is identity
+        pick = lambda t: t.gather(1, best[..., None].expand(-1, -1, t.shape[-1]))
+        proposals = pick(coarse.detach()).sigmoid()
+        # the queries know the boxes only
+        angle = sine(proposals * (2 * math.pi), d // 2).flatten(2)                                             # (B, N, 2 D) of cx, cy, w, h
+        where, content = self.query_norm(self.query_trans(angle)).chunk(2, -1)
+        values = [layer.attention.values(memory, padded) for layer in self.decoder]
+        state = dict(where=where, values=values, level_sizes=level_sizes, ratio=torch.cat([ratio, ratio], -1)[:, None])
+        out = self.decode(content, [proposals] * (len(self.decoder) + 1), state, own=True)
+        state.update(inputs=out["inputs"], references=out["references"])
+        return dict(objectness=objectness, coarse=coarse.sigmoid(), proposals=proposals, usable=usable.gather(1, best), boxes=out["boxes"],
+                    features=out["features"], hidden=out["hidden"], state=state,
+                    masks=dict(features=masks, padded=padded[:, :cells], size=level_sizes[0], valid=ratio[:, 0]))
+
+    def decode(self, x, references, state, own, seen=None):
+        """The decoder over queries x (B, N, D). own: refine the references; otherwise take those given, one per layer.
+
+        seen: what each layer's self-attention sees besides the queries: the inputs of the layers of another pass.
+        """
+        inputs, hidden, boxes, features, used = [], [], [], [], []
+        reference = references[0]
+        for number, (layer, refine, project) in enumerate(zip(self.decoder, self.refine, self.project)):
+            reference = reference if own else references[number]
+            inputs.append(x)
+            used.append(reference)
+            x = layer(x, state["where"], reference[:, :, None] * state["ratio"], state["values"][number], state["level_sizes"], self.core,
+                      seen[number] if seen else None)
+            h = fp32(x)
+            with torch.autocast(h.device.type, enabled=False):
+                box = (refine(h) + inverse_sigmoid(reference)).sigmoid()
+                features.append(project(h))
+            boxes.append(box)
+            hidden.append(h)
+            reference = box.detach()
+        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), boxes=torch.stack(boxes), features=torch.stack(features))
+
+    def distil(self, out, reference="shared", see_objects=True):
+        """KD queries through the same decoder, after the object queries, which therefore cannot depend on them: features (layers, B, N, T)."""
+        state, (b, n) = out["state"], out["proposals"].shape[:2]
+        queries = self.kd_queries[:n] if len(self.kd_queries) > 1 else self.kd_queries.expand(n, -1)
+        seen = state["inputs"] if see_objects else None
+        return self.decode(queries.expand(b, -1, -1), state["references"], state, reference == "own", seen)["features"]
+
+
+def classify(features, text, tau=0.05):
+    """Eqs. 1 and 2 before the sigmoid: cosine / tau. (..., T), (K, T) -> (..., K) logits in -1/tau .. 1/tau. text None: features are logits."""
+    return features if text is None else F.normalize(fp32(features), dim=-1) @ F.normalize(text, dim=-1).to(fp32(features)).T / tau
+
+
+
+
+# ================================================================== loss: matching and detection
+
+def focal_cost(logits, alpha=0.25, gamma=2.0):
+    """What it costs to call a query with this logit a positive rather than a negative (Deformable DETR): elementwise."""
+    p, log_p, log_q = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
+    return -alpha * (1 - p) ** gamma * log_p + (1 - alpha) * p ** gamma * log_q
+
+
+@torch.no_grad()
+def match_cost(logits, boxes, gt_boxes, scale):
+    """(..., N, M) cost of query n for object m: 2 focal + 5 L1 + 2 GIoU, as the losses weigh them.
+
+    logits (..., N, M): of the class of each object. boxes (..., N, 4), gt_boxes (..., M, 4) in 0..1; scale (..., 1, 4): w, h, w, h in pixels.
+    """
+    xyxy = lambda b: box_convert(b, "cxcywh", "xyxy") * scale
+    giou = overlap(xyxy(boxes)[..., :, None, :], xyxy(gt_boxes)[..., None, :, :])[1]
+    l1 = (boxes[..., :, None, :] - gt_boxes[..., None, :, :]).abs().sum(-1)
+    return 2 * focal_cost(logits) + 5 * l1 - 2 * giou
+
+
+def match(costs, counts):
+    """Hungarian matching of a whole step. costs: list of (layers, B, N, M) tensors; counts: objects of each image.
+
+    Returns one (4, n) long tensor a list entry, on its device: layer, image, query and object of each match. The costs cross to the host together, and the
+    matches return together: two transfers a step, not one per image and layer.
+    """
+    device = costs[0].device
+    flat, found = torch.cat([c.flatten() for c in costs]).cpu(), []
+    flat = flat.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)  # the solver refuses anything else
+    for c, part in zip(costs, flat.split([c.numel() for c in costs])):
+        part, rows = part.view(c.shape).numpy(), []
+        for layer in range(len(part)):
+            for image, count in enumerate(counts):
+                query, obj = linear_sum_assignment(part[layer, image, :, :count])
+                rows += [(layer, image, q, o) for q, o in zip(query.tolist(), obj.tolist())]
+        found.append(torch.tensor(rows, dtype=torch.long).view(-1, 4))
+    together = torch.cat(found).T.contiguous().to(device, non_blocking=True)
+    return together.split([len(f) for f in found], 1)
+
+
+def box_losses(boxes, gt_boxes, scale):
+    """L1 (weight 5) and GIoU (weight 2), summed over matches (n, 4) in 0..1; scale (n, 4) pixels."""
+    xyxy = lambda b: box_convert(b, "cxcywh", "xyxy") * scale
+    return 5 * (boxes - gt_boxes).abs().sum(), 2 * (1 - overlap(xyxy(boxes), xyxy(gt_boxes))[1]).sum()
+
+
+def mask_losses(logits, target, valid):
+    """Dice (weight 8) and BCE per valid pixel (weight 2), summed over instances (n, h, w). target in 0..1, valid bool."""
+    p, target = (logits.sigmoid() * valid).flatten(1), (target * valid).flatten(1)
+    dice = 1 - 2 * (p * target).sum(1) / (p.square().sum(1) + target.square().sum(1) + 1e-5)
+    bce = F.binary_cross_entropy_with_logits(logits.flatten(1), target, reduction="none") * valid.flatten(1)
+    return 8 * dice.sum(), 2 * (bce.sum(1) / valid.flatten(1).sum(1).clamp(min=1)).sum()
+
+
+# ================================================================== loss: distillation
+
+def choose_targets(usable, matched, boxes, k, least):
+    """Sec. 4.2: the k best proposals of each image that match no object -> (index (B, k), there (B, k) bool: this row is one).
+
+    usable, matched (B, N) bool, best proposal first; boxes (B, N, 4) xyxy pixels; those with a side under `least` are left out.
+    """
+    big = (boxes[..., 2:] - boxes[..., :2]).amin(-1) >= least
+    good = usable & ~matched & big
+    index = (~good).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]  # good ones first, in their order
+    return index, good.gather(1, index)
+
+
+def duplicates(boxes, good, iou):
+    """(B, N) bool: boxes that overlap a better good one by `iou`; those that are duplicates themselves count as well."""
+    over = (pairwise_iou(boxes, boxes) >= iou) & good[:, None]  # (B, N, N)
+    return over.tril(-1).any(-1)
+
+
+def semantic_loss(f, v, there, tau=0.05):
+    """Eq. 4, SKD: the feature of box i and the crop of box i are a pair, all others are none. f, v (G, n, T), there (G, n) bool.
+
+    Mean over the groups (images) that hold a target. Without any, 0 with a gradient.
+    """
+    s = F.normalize(f, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau                                    # (G, n, n)
+    pair = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
+    terms = torch.where(pair, F.softplus(-s), F.softplus(s)) * (there[:, :, None] & there[:, None])              # Eq. 4
+    return group_mean(terms.sum((1, 2)), there)
+
+
+def direct_loss(f, v, there):
+    """Eq. 3: L1 distance of unit features."""
+    return group_mean(((F.normalize(f, dim=-1) - F.normalize(v, dim=-1)).abs().sum(-1) * there).sum(1), there)
+
+
+def relational_loss(f, v, there, tau=0.2, direction="teacher", diagonal=True):
+    """Eq. 5, RKD: rows of similarities among f must be distributed as those among v. Shapes as in semantic_loss."""
+    both = there[:, :, None] & there[:, None]
+    if not diagonal:
+        both = both & ~torch.eye(both.shape[1], dtype=torch.bool, device=f.device)
+    logp, logq = ((x @ x.transpose(1, 2) / tau).masked_fill(~both, -1e4).log_softmax(-1) for x in (F.normalize(v, dim=-1), F.normalize(f, dim=-1)))
+    if direction == "student":
+        logp, logq = logq, logp
+    return group_mean(((logp.exp() * (logp - logq)) * both).sum((1, 2)), there)
+
+
+def group_mean(total, there):
+    """Sum over targets (G,) -> mean per target of each group, mean over the groups of all processes that hold one."""
+    n = there.sum(1)
+    return (total / n.clamp(min=1)).sum() / reduce_mean((n > 0).sum().float(), 1.0)
+
+
+class Learner(nn.Module):
+    """The detector with its text matrix and, outside the module tree, CLIP: forward(batch) -> {name: loss}; their sum is Eq. 6.
+
+    `distilling` is set by the training loop: burn-in is over.
+    """
+
+    def __init__(self, model, text, clip, a):
+        super().__init__()
+        self.model, self.a, self.clip, self.distilling = model, a, clip, False  # FrozenCLIP is no nn.Module
+        self.register_buffer("text", text, persistent=False)
+
+    def forward(self, batch):
+        a, labels, sizes = self.a, batch["labels"], batch["sizes"]
+        x = normalise(batch["images"], sizes)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+            out = self.model(x.to(memory_format=torch.channels_last) if a.channels_last else x, sizes)
+        scale = sizes.flip(1).repeat(1, 2)[:, None].to(x.dtype)                                                 # (B, 1, 4) w, h, w, h
+        gt_boxes = box_convert(batch["boxes"], "xyxy", "cxcywh") / scale
+        logits = classify(out["features"], self.text, a.tau)                                                   # (layers, B, N, K)
+        layers, b, n, _ = logits.shape
+        column = labels.clamp(min=0)[None, :, None].expand(layers, -1, n, -1)
+        costs = [match_cost(logits.gather(3, column), out["boxes"], gt_boxes, scale),
+                 match_cost(out["objectness"][..., None].expand(-1, -1, labels.shape[1]), out["coarse"], gt_boxes, scale)[None]]
+        decoder, encoder = match(costs, batch["counts"])
+        positives = reduce_mean(constant(float(sum(min(c, n) for c in batch["counts"])), x.device, x.dtype), 1.0)
+
+        layer, image, query, obj = decoder
+        target = torch.zeros_like(logits)
+        target[layer, image, query, labels[image, obj]] = 1
+        losses = dict(cls=2 * sigmoid_focal_loss(logits, target, 0.25, 2, "sum"))
+        losses["l1"], losses["giou"] = box_losses(out["boxes"][layer, image, query], gt_boxes[image, obj], scale[image, 0])
+        target = torch.zeros_like(out["objectness"])
+        target[encoder[1], encoder[2]] = 1  # the encoder tells objects from background only
+        losses["enc_cls"] = 2 * sigmoid_focal_loss(out["objectness"], target, 0.25, 2, "sum")
+        l1, giou = box_losses(out["coarse"][encoder[1], encoder[2]], gt_boxes[encoder[1], encoder[3]], scale[encoder[1], 0])
+        losses["enc_box"] = l1 + giou
+        if a.masks:
+            keep = slice(None) if a.mask_layers == "all" else layer == layers - 1
+            losses["dice"], losses["mask"] = self.mask_loss(out, batch, *(t[keep] for t in decoder))
+        losses = {name: value / positives for name, value in losses.items()}
+        if self.distilling:
+            last = layer == layers - 1
+            matched = torch.zeros_like(out["usable"])
+            matched[image[last], query[last]] = True
+            losses.update(self.distillation(out, batch, matched, scale))
+        return losses
+
+    def mask_loss(self, out, batch, layer, image, query, obj):
+        center = out["boxes"][layer, image, query, :2].detach()
+        logits = self.model.mask_head(out["hidden"][layer, image, query], center, image, **out["masks"], core=self.model.core)
+        target, (h, w) = batch["masks"][image, obj].float() / 4, logits.shape[-2:]                              # sums of 2 x 2 pixels
+        inside = lambda size, k: torch.arange(k, device=size.device) * 2 < size[image, None]
+        valid = inside(batch["sizes"][:, 0], h)[:, :, None] & inside(batch["sizes"][:, 1], w)[:, None]
+        return mask_losses(logits, target, valid)
+
+    def distillation(self, out, batch, matched, scale):
+        """SKD and RKD of the KD queries of the chosen boxes against CLIP's embeddings of their crops."""
+        a = self.a
+        xyxy = lambda boxes: box_convert(boxes, "cxcywh", "xyxy") * scale
+        boxes = xyxy(out["boxes"][-1].detach() if a.kd_boxes == "decoder" else out["proposals"])                # (B, N, 4) pixels
+        if a.kd_boxes == "gt":  # oracle: the hidden novel objects, and the query nearest to each
+            crops, there = batch["hidden"], batch["hidden"][..., 2] > 0
+            best, index = pairwise_iou(crops, boxes).max(2)
+            there = there & (best > 0.1)
+        else:
+            if a.kd_exclude == "iou":
+                near = pairwise_iou(boxes, batch["boxes"]) >= 0.5                                              # (B, N, M)
+                matched = matched | (near & (batch["labels"] >= 0)[:, None]).any(-1)
+            if a.kd_dedupe < 1:
+                matched = matched | duplicates(boxes, out["usable"] & ~matched, a.kd_dedupe)
+            index, there = choose_targets(out["usable"], matched, boxes, a.kd_topk, a.kd_min_size)
+            crops = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        image, slot = there.nonzero(as_tuple=True)  # here a step waits for the device: CLIP must know how many crops
+        v = self.crop_embeddings(batch, crops[image, slot], image)
+        if a.shuffle_crops and len(v) > 1:
+            v = v.roll(len(v) // 2, 0)
+        v = v.new_zeros(*there.shape, v.shape[1]).index_put((image, slot), v)
+        if a.aux_queries:
+            with torch.autocast(v.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+                features = self.model.distil(out, a.kd_ref, a.kd_attn == "obj+kd")
+        else:
+            features = out["features"]
+        features = features if a.kd_layers == "all" else features[-1:]
+        losses = dict(skd=v.new_zeros(()), rkd=v.new_zeros(()))
+        whole = lambda t: t.reshape(1, -1, *t.shape[2:])  # the batch as one group
+        for f in features:
+            f = fp32(f).gather(1, index[..., None].expand(-1, -1, f.shape[-1]))                                  # (B, k, T)
+            grouped = (f, v, there) if a.skd_scope == "image" else (whole(f), whole(v), whole(there))
+            if a.skd != "none":
+                losses["skd"] = losses["skd"] + a.w_skd * (semantic_loss(*grouped, a.tau_s) if a.skd == "bce" else direct_loss(f, v, there))
+            options = a.tau_r, a.rkd_dir, a.rkd_diag
+            if a.rkd in ("image", "both"):
+                losses["rkd"] = losses["rkd"] + a.w_rkd * relational_loss(f, v, there, *options)
+            if a.rkd in ("batch", "both"):
+                losses["rkd"] = losses["rkd"] + a.w_rkd * relational_loss(whole(f), whole(v), whole(there), *options)
+        return {k: value / len(features) + 0 * features.sum() for k, value in losses.items() if getattr(a, k) != "none"}
+
+    @torch.no_grad()
+    def crop_embeddings(self, batch, boxes, image):
+        """CLIP's unit embeddings (n, T) of boxes (n, 4) xyxy pixels of the network's input, all in one batch."""
+        a, total = self.a, 0
+        size = batch["sizes"].flip(1).repeat(1, 2)[image]
+        for factor in a.crop_scales:
+            center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
+            region = torch.cat([center - half, center + half], 1).clamp(min=0).minimum(size)
+            if a.crop_source == "original":
+                region = to_original(region, batch["windows"][image])
+            pixels = [normalise(batch["images"], batch["sizes"], self.clip.grey_levels)] if a.crop_source == "augmented" else [
+                normalise(x[None], size.new_tensor([x.shape[1:]]), self.clip.grey_levels) for x in batch["originals"]]
+            with torch.autocast(boxes.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+                if len(pixels) == 1:
+                    v = self.encode(pixels[0], region, image if a.crop_source == "augmented" else torch.zeros_like(image))
+                else:
+                    parts = [(image == i).nonzero()[:, 0] for i in range(len(pixels))]
+                    v = torch.cat([self.encode(x, region[i], torch.zeros_like(i)) for x, i in zip(pixels, parts)])[torch.cat(parts).argsort()]
+            total = total + v
+        return F.normalize(total, dim=-1)
+
+    def encode(self, pixels, boxes, owner):
+        if self.a.crop_fit == "pad":
+            return self.clip.encode_crops(pixels, boxes, owner)
+        rois = torch.cat([owner[:, None].to(boxes), boxes], 1)
+        return self.clip.encode_images(roi_align(pixels, rois, self.clip.size, aligned=True))  # adaptive sampling: a box filter where it shrinks
+
+
+def to_original(boxes, window):
+    """Boxes of the augmented image -> of the file. window (n, 6): scale x, y; crop offset x, y; width of the crop; flipped."""
+    flipped = torch.stack([window[:, 4] - boxes[:, 2], boxes[:, 1], window[:, 4] - boxes[:, 0], boxes[:, 3]], 1)
+    boxes = torch.where(window[:, 5:] > 0, flipped, boxes)
+    return (boxes + window[:, 2:4].repeat(1, 2)) / window[:, :2].repeat(1, 2)
+
+
+# ================================================================== data
+
+def class_split(args, names, frequency):
+    """(names to train, novel names) of a training set: `names` in the order of its ids, frequency {name: r|c|f} of LVIS."""
+    novel = NOVEL if args.data == "shapes" else NOVEL_17 if args.dataset == "ovcoco" else [n for n in names if frequency.get(n) == "r"]
+    base = BASE if args.data == "shapes" else BASE_48 if args.dataset == "ovcoco" else [n for n in names if frequency.get(n) != "r"]
+    return base, novel
+
+
+def make_data(args, split):
+    """(CocoDataset, base names, novel names, truth): truth is a path (lvis) or a COCO dict to evaluate against. Training sees base boxes only."""
+    train = split == "train"
+    options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks, originals=args.crop_source == "original")
+    if args.dataset == "voc":
+        truth = read_voc(args.data, [("2007", "test")])
+        return CocoDataset(Path(args.data) / "VOCdevkit", Path(args.data) / "VOCdevkit", False, raw=truth, **options | dict(masks=False)), VOC_CLASSES, [], truth
+    try:
+        root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
+    except FileExistsError as e:
+        raise UserError(e) from None
+    if args.dataset == "lvis":
+        images, annotations = find_lvis(root, split, args.images)
+    elif args.dataset == "objects365":
+        images, annotations = Path(root) / "val", Path(root) / "annotations" / "zhiyuan_objv2_val.json"
+        if not annotations.exists():
+            raise DataError(f"--data {root}: {annotations} is missing; Objects365 v2 is at https://www.objects365.org")
+    else:
+        images, annotations = find_coco(root, split)
+    raw = read_json(annotations)
+    if args.dataset == "objects365":
+        for image in raw["images"]:  # "images/v2/patch16/objects365_v2_00908726.jpg": published as patch16/...
+            image["file_name"] = "/".join(Path(image["file_name"]).parts[-2:])
+    categories = sorted(raw["categories"], key=lambda c: c["id"])
+    names = [c["name"] for c in categories]
+    base, novel = class_split(args, names, {c["name"]: c.get("frequency") for c in categories})
+    if args.dataset in ("coco", "objects365"):
+        base, novel = names, []
+    if train:
+        data = CocoDataset(images, annotations, True, raw=raw, classes=base, hidden=novel if args.kd_boxes == "gt" else (), **options)
+        data.repeats = repeat_factors(data, args.rfs) if args.rfs else None
+        return data, base, novel, annotations
+    data = CocoDataset(images, annotations, False, raw=raw, classes=None if args.dataset == "lvis" else [n for n in names if n in {*base, *novel}], **options | dict(masks=False))
+    if args.dataset == "lvis":
+        return data, base, novel, annotations
+    ids, used = set(data.category_ids), {image_id for image_id, *_ in data.items}
+    truth = dict(images=[i for i in raw["images"] if i["id"] in used], categories=[c for c in raw["categories"] if c["id"] in ids],
+                 annotations=[a for a in raw["annotations"] if a["category_id"] in ids and a["image_id"] in used])
+    return data, base, novel, truth
+
+
+def prompt_name(name, style):
+    """A dataset's class name as a person would say it."""
+    if style == "raw":
+        return name
+    joined = dict(diningtable="dining table", pottedplant="potted plant", tvmonitor="tv monitor", Bakset="basket")
+    name = joined.get(name, name).replace("_", " ").replace("/", " or ").replace("Moniter", "monitor")
+    return " ".join(re.sub(r"\((.*?)\)", r" \1", name).split())
+
+
+def text_matrix(clip, names, args):
+    """(K, T) unit rows of dataset names. Cached on disk: 1203 names times 63 prompts take a minute on a GPU, an hour on a laptop."""
+    cache = None if args.data == "shapes" else Path(torch.hub.get_dir()) / "text"
+    prompts = [prompt_name(n, args.name_style) for n in names]
+    return clip.class_embeddings(prompts, TEMPLATES if args.templates == "vild" else ("a photo of a {}.",), cache, raw=args.name_style == "raw")
+
+
+def to_device(batch, device):
+    """The batch on the device, with the number of objects of each image, which stays on the host."""
+    counts = (batch["labels"] >= 0).sum(1).tolist()
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else [x.to(device, non_blocking=True) for x in v] if k == "originals" else v
+             for k, v in batch.items()}
+    return batch | dict(counts=counts)
+
+
+def get_clip(args, rank, device):
+    """(FrozenCLIP, its --clip): the one asked for, or the tiny CLIP of shapes, which rank 0 trains the first time."""
+    spec = args.clip
+    if spec is None and args.data == "shapes":
+        root = make_shapes(seed=args.data_seed)
+        train = lambda: tiny_clip(root, root.parent / "clip", args.data_seed, device=device)
+        if rank == 0:
+            spec = train()
+        barrier()
+        spec = spec or train()
+    return load_clip(spec or "ViT-B-32-quickgelu/openai", device), spec
+
+
+# ================================================================== train
+
+def train(args, rank, world, device):
+    """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
+    fill_defaults(args)
+    (data, base, novel, _), val = make_data(args, "train"), make_data(args, "val")
+    clip, spec = get_clip(args, rank, device)
+    out = open_run(args, rank, args.resume)
+    seed_all(args.seed)
+    names = data.classes if args.train_vocab == "base" else data.classes + novel
+    model = DKDETR(args.backbone, clip.dim, args.dim, args.dim // 32 if args.dim < 256 else 8, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
+                   args.dropout, args.masks, args.init, args.bn, args.kd_embed)
+    model.arch.update(image_size=args.image_size, clip=str(Path(spec).resolve()) if spec and Path(spec).is_file() else spec or "", data=args.data,
+                      dataset=args.dataset, data_seed=args.data_seed, tau=args.tau, templates=args.templates, name_style=args.name_style)
+    if rank == 0:
+        print(f"CLIP {clip.name} | SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, from epoch {args.burn_in + 1} | {len(data.classes)} base and {len(novel)} "
+              f"novel classes")
+    learner = Learner(model.to(device), text_matrix(clip, names, args), clip, args)
+    return fit(learner, data, val, clip, out, args, rank, world, device)
+
+
+def parameter_groups(model, lr, decay):
+    """As the release has it: x 0.1 for the backbone and the sampling offsets; no decay on norms outside the backbone, and none on the KD queries, which would
+    shrink while they wait for the burn-in to end."""
+    norms = {id(p) for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
+    groups = {}
+    for name, p in model.named_parameters():
+        slow = name.startswith("body.") or "sampling_offsets" in name
+        plain = name == "kd_queries" or (id(p) in norms and not name.startswith("body."))
+        groups.setdefault((0.1 if slow else 1.0, 0.0 if plain else decay), []).append(p)
+    return [dict(params=[p for p in ps if p.requires_grad], lr=lr * factor, base_lr=lr * factor, weight_decay=d) for (factor, d), ps in groups.items()]
+
+
+def fit(learner, data, val, clip, out, args, rank, world, device):
+    """The training loop: minimises Eq. 6. Returns the metrics of the last evaluation (rank 0)."""
+    model, plain = learner.model, learner
+    model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
+    if world > 1 and device.type == "cuda" and args.bn == "sync":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.channels_last:
+        model.body.to(memory_format=torch.channels_last)
+    learner.train()
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    total_batch, paper_batch = args.batch_size * world * args.accumulate, 16 if args.data == "shapes" else 128
+    lr = args.lr * total_batch / paper_batch
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, args.weight_decay))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps_per_epoch = -(-len(plan) // args.accumulate)
+    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
+    warmup = min(args.warmup, args.epochs * steps_per_epoch // 10)
+    it, best = 0, -2.0  # a score is -1 where val holds no box
+    start = out / "last.pt" if args.resume else Path(args.start) if args.start else None
+    if args.resume and not start.exists():
+        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
+    elif start:
+        state, flag = load_checkpoint(start), f"--{'resume' if args.resume else 'start'} {start}"
+        load_strict(model, state["model"], flag)
+        if "optimizer" not in state:
+            raise UserError(f"{flag}: holds weights only; give a last.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        if state["total_batch"] != total_batch:
+            raise UserError(f"{flag}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
+        it, best = state["it"], state["best"] if args.resume else -2.0
+        set_rng_state(state["rng"])
+    if rank == 0:
+        n = sum(p.numel() for p in model.parameters())
+        print(f"DK-DETR {args.backbone}: {n:,} parameters, {sum(p.numel() for p in parameters):,} trained | {len(data)} images, dropped {data.dropped} | "
+              f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
+              f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
+    if args.compile:
+        model.compile()
+
+    def save_last():
+        if rank == 0:
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=rng_state(),
+                                 total_batch=total_batch, args=vars(args)), out / "last.pt")
+
+    def validate():
+        nonlocal best
+        metrics = evaluate(model, val, clip, rank, world, device, args, out if it >= total else None)
+        model.train()
+        if rank == 0:
+            numbers = {k: v for k, v in metrics.items() if k not in ("classes", "line")}
+            log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval " + metrics["line"])
+            if metrics["score"] > best:
+                best = metrics["score"]
+                save_checkpoint(weights_of(model), out / "best.pt")
+        log.restart_clock()
+        return metrics
+
+    log, wrapped = Log(out, rank, total, it, args.log_every), None
+    metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    while it < total:
+        epoch, done = divmod(it, steps_per_epoch)
+        distilling = args.distils and epoch >= args.burn_in
+        if distilling != wrapped:  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
+            log.flush(it, epoch + 1, lr)  # the loss terms change
+            plain.distilling = wrapped = distilling
+            model.kd_queries.requires_grad_(distilling and args.aux_queries)
+            learner = nn.parallel.DistributedDataParallel(plain, [device.index] if device.type == "cuda" else None) if world > 1 else plain
+        plan.set_epoch(epoch, done * args.accumulate)
+        batches, left = iter(loader), len(plan)
+        while left and it < total:
+            factor = warmup_multistep(it, steps_per_epoch, [args.epochs * 55 // 70], warmup)
+            for g in optimizer.param_groups:
+                g["lr"] = g["base_lr"] * factor
+            waited, losses = 0.0, {}
+            count = min(args.accumulate, left)
+            for micro in range(count):
+                since = time.time()
+                batch = to_device(next(batches), device)
+                waited += time.time() - since
+                hold = learner.no_sync() if world > 1 and micro < count - 1 else nullcontext()
+                with hold:
+                    terms = learner(batch)
+                    (sum(terms.values()) / count).backward()  # Eq. 6
+                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
+            left -= count
+            nn.utils.clip_grad_norm_(parameters, 0.1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            it += 1
+            log.step(it, epoch + 1, losses, lr * factor, waited)
+            if it % args.save_every == 0 and left and it < total:
+                log.flush(it, epoch + 1, lr * factor)
+                save_last()
+        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
+        if args.table and epoch + 1 == args.burn_in and rank == 0:  # where the distilled run of the table starts
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=rng_state(), total_batch=total_batch,
+                                 args=vars(args)), out.parent / "burn-in.pt")
+        if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 14)) == 0:
+            save_last()  # before anything of the evaluation can fail
+            metrics, evaluated = validate(), True
+            save_last()
+    log.bar.close()
+    if not evaluated:  # --resume of a finished run
+        metrics = validate()
+    if rank == 0:
+        plot_curves(out / "log.jsonl", out / "curves.png")
+        print(f"best {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
+    barrier()
+    return metrics
+
+
+def weights_of(model):
+    """What a detector is, as plain values and tensors. No CLIP tensor, no class list: names are chosen when it is used."""
+    return dict(arch=model.arch, model=model.state_dict())
+
+
+# ================================================================== checkpoints of others
+
+RENAMED = [  # mmdetection 3's Deformable DETR and the authors' release (mmdetection 2) -> ours, the first rule that fits
+    (r"^backbone\.(conv1|bn1|layer\d)\.", r"body.stages.\1."),
+    (r"^neck\.convs\.(\d)\.conv\.", r"neck.\1.0."), (r"^neck\.convs\.(\d)\.gn\.", r"neck.\1.1."),
+    (r"^neck\.extra_convs\.0\.conv\.", r"neck.3.0."), (r"^neck\.extra_convs\.0\.gn\.", r"neck.3.1."),
+    (r"^(bbox_head\.transformer\.)?level_embeds?$", "level_embed"),
+    (r"^(memory_trans_fc|bbox_head\.transformer\.enc_output)\.", "memory_trans."), (r"^(memory_trans_norm|bbox_head\.transformer\.enc_output_norm)\.", "memory_norm."),
+    (r"^(pos_trans_fc|bbox_head\.transformer\.pos_trans)\.", "query_trans."), (r"^(pos_trans_norm|bbox_head\.transformer\.pos_trans_norm)\.", "query_norm."),
+    (r"^bbox_head\.reg_branches\.", "refine."), (r"^bbox_head\.cls_branches\.6\.", "objectness."), (r"^bbox_head\.cls_branches\.", "project."),
+    (r"^bbox_head\.transformer\.seg_encoder\.layers\.0\.attentions\.0\.", "mask_head.encoder.attention."),
+    (r"^bbox_head\.transformer\.seg_encoder\.layers\.0\.", "mask_head.encoder."),
+    (r"^bbox_head\.transformer\.mask_trans\.", "mask_head.trans."), (r"^bbox_head\.transformer\.mask_trans_norm\.", "mask_head.norm."),
+    (r"^bbox_head\.seg_branches\.0\.", "mask_head.weights."), (r"^bbox_head\.seg_branches\.\d\.", None),  # six names of one module
+    (r"^bbox_head\.transformer\.(encoder|decoder)\.", r"\1."), (r"^text_encoder\.", None),
+]
+INNER = [(r"(encoder\.layers\.\d)\.attentions\.0\.", r"\1.attention."), (r"(decoder\.layers\.\d)\.attentions\.0\.attn\.", r"\1.self_attention."),
+         (r"(decoder\.layers\.\d)\.attentions\.1\.", r"\1.attention."), (r"(encoder\.layers\.\d)\.self_attn\.", r"\1.attention."),
+         (r"(decoder\.layers\.\d)\.self_attn\.attn\.", r"\1.self_attention."), (r"\.cross_attn\.", ".attention."),
+         (r"\.ffns?(\.0)?\.layers\.0\.0\.", ".ffn.0."), (r"\.ffns?(\.0)?\.layers\.1\.", ".ffn.3."), (r"coder\.layers\.", "coder.")]
+
+
+def convert_mmdet(state):
+    """State dict of mmdetection's two-stage, box-refining Deformable DETR or of the authors' DK-DETR -> (ours, keys that have no place here).
+
+    Of the objectness layer only channel 0 is used, there too. The vocabulary that was saved along is dropped.
+    """
+    ours, unknown = {}, []
+    for key, value in state.items():
+        new = key
+        for pattern, name in RENAMED:
+            if re.search(pattern, key):
+                new = name and re.sub(pattern, name, key)
+                break
+        if new is None or key.endswith("num_batches_tracked"):
+            continue
+        for pattern, name in INNER:
+            new = re.sub(pattern, name, new)
+        if new.startswith("objectness."):
+            value = value[:1]
+        if new == key and new != "level_embed":
+            unknown.append(key)
+        ours[new] = value
+    return ours, unknown
+
+
+def load_detector(path, flag="--weights"):
+    """DKDETR in eval mode from a checkpoint of ours, or of the authors (its keys are renamed, what has no place is named)."""
+    checkpoint = load_checkpoint(path)
+    if isinstance(checkpoint, dict) and "dim" in checkpoint.get("arch", {}) and "queries" in checkpoint["arch"]:
+        arch = checkpoint["arch"]
+        extra = ("image_size", "clip", "data", "dataset", "data_seed", "tau", "templates", "name_style")
+        model = DKDETR(**{k: v for k, v in arch.items() if k not in extra}, dropout=0.0)
+        model.arch = arch
+        state = {k: v for k, v in checkpoint["model"].items() if k != "kd_queries"}
+    else:
+        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
+        if "neck.convs.0.conv.weight" not in state:
+            raise UserError(f"{flag} {path}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of mmdetection's key names")
+        state, unknown = convert_mmdet(state)
+        if unknown:
+            print(f"{flag} {path}: {len(unknown)} keys have no place here, first {unknown[0]}")
+            state = {k: v for k, v in state.items() if k not in unknown}
+        width = len(state["project.0.weight"])
+        text = width == 512  # a closed-vocabulary model has as many outputs as classes
+        model = DKDETR(text_dim=512 if text else None, classes=None if text else width, masks="mask_head.trans.weight" in state, dropout=0.0)
+        model.arch.update(image_size=1024, clip="", data="data/lvis", dataset="lvis", data_seed=0, tau=0.05, templates="vild", name_style="raw")
+    missing = model.load_state_dict(state, strict=False) if set(state) <= set(model.state_dict()) else None
+    if missing is None or set(missing.missing_keys) - {"kd_queries"} - {k for k in model.state_dict() if k.endswith("num_batches_tracked")}:
+        load_strict(model, state | dict(kd_queries=model.kd_queries), f"{flag} {path}")
+    return model.eval()
+
+
+# ================================================================== evaluate, predict
+
+@torch.no_grad()
+def detect(out, text, sizes, tau, count=300):
+    """The best `count` (query, class) pairs of each image: list of (boxes (n, 4) xyxy network pixels, scores, labels, queries). No NMS, no threshold."""
+    scores = classify(out["features"][-1], text, tau).sigmoid()                                                 # (B, N, K), Eq. 2
+    score, pair = scores.flatten(1).topk(min(count, scores[0].numel()), 1)
+    query, label = pair // scores.shape[2], pair % scores.shape[2]
+    scale = sizes.flip(1).repeat(1, 2)[:, None].to(score)
+    boxes = box_convert(out["boxes"][-1].gather(1, query[..., None].expand(-1, -1, 4)), "cxcywh", "xyxy") * scale
+    return [tuple(t[i] for t in (boxes.clamp(min=0).minimum(scale), score, label, query)) for i in range(len(score))]
+
+
+@torch.no_grad()
+def detect_masks(model, out, image, queries, size, original_size, chunk=32):
+    """Masks of some queries of one image: iterates over bool (h, w) of the file, in order. size: (h, w) valid in the network's input."""
+    (h, w), (height, width) = size, original_size
+    for part in queries.split(chunk):
+        logits = model.mask_head(out["hidden"][-1, image, part], out["boxes"][-1, image, part, :2], torch.full_like(part, image), **out["masks"], core=model.core)
+        masks = F.interpolate(logits.sigmoid()[:, None], scale_factor=2, mode="bilinear")[..., :h, :w]
+        yield from F.interpolate(masks, (height, width), mode="bilinear")[:, 0] > 0.5
+
+
+def run_detector(model, batch, device, args, text, count=300, masks=False):
+    """One collated image -> (boxes in original pixels, scores, labels, masks or None: a list of RLE)."""
+    batch = to_device(batch, device)
+    x = normalise(batch["images"], batch["sizes"])
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        out = model(x, batch["sizes"])
+    boxes, scores, labels, queries = detect(out, text, batch["sizes"], model.arch["tau"], count)[0]
+    (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
+    codes = None
+    if masks:
+        once, inverse = queries.unique(return_inverse=True)  # several classes may share a query
+        drawn = [encode_mask(m.cpu().numpy()) for m in detect_masks(model, out, 0, once, (h, w), (height, width))]
+        codes = [drawn[i] for i in inverse.tolist()]
+    return boxes * torch.tensor([width / w, height / h] * 2, device=device), scores, labels, codes
+
+
+def evaluate(model, val, clip, rank, world, device, args, out=None):
+    """Metrics of the dataset on rank 0, None elsewhere. val: what make_data gave. Novel and base names compete, as in the paper's tables."""
+    data, base, novel, truth = val
+    model.eval()
+    since, names = time.time(), data.classes
+    if args.classes:
+        chosen = [n.strip() for n in args.classes.split(",")]
+        unknown = sorted(set(chosen) - set(names))
+        if unknown:
+            raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names are {', '.join(names[:5])}, ...")
+        names = [n for n in names if n in chosen]
+    ids, text = [data.category_ids[data.classes.index(n)] for n in names], text_matrix(clip, names, args)
+    results, masks = [], model.mask_head is not None and args.dataset in ("lvis", "ovcoco", "coco")
+    for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
+        boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=masks)
+        found = to_coco_results(batch["image_ids"][0], boxes, scores, labels, ids)
+        results += [r | dict(segmentation=m) for r, m in zip(found, codes)] if masks else found
+    results = gather(results)
+    if rank != 0:
+        return None
+    metrics = dict(images=len(data))
+    for kind in ("bbox", "segm")[:1 + masks]:
+        prefix = "" if kind == "bbox" else "mask_"
+        if args.dataset == "lvis":
+            stats = lvis_evaluate(truth, results, kind)
+            keys = ("AP", "APr", "APc", "APf", "AP50", "AP75")
+        elif args.dataset == "voc":
+            every = {iou: voc_evaluate(truth, results, iou, legacy=True) for iou in (0.5, 0.75)}
+            stats = dict(AP50=every[0.5]["AP11"], AP75=every[0.75]["AP11"], AP50_area=every[0.5]["AP"], AP75_area=every[0.75]["AP"], classes=every[0.5]["classes"])
+            keys = ("AP50", "AP75", "AP50_area", "AP75_area")
+        else:
+            stats = coco_evaluate(truth, results, kind)
+            keys = ("AP", "AP50", "AP75")
+            if novel:
+                stats |= {f"{group}_{key}": class_mean(stats, members, key) for group, members in (("novel", novel), ("base", base)) for key in ("AP50", "AR50")}
+                keys = ("novel_AP50", "base_AP50", "AP50", "AP")
+        metrics |= {prefix + k: v for k, v in stats.items()}
+        metrics["line"] = metrics.get("line", f"{len(data)} images") + (" | boxes " if not prefix else " | masks ") + " ".join(f"{k} {stats[k]:.1f}" for k in keys)
+    metrics.update(seconds=time.time() - since, score=metrics["AP50" if args.dataset in ("ovcoco", "voc") else "AP"])
+    metrics["line"] += f" | {metrics['seconds']:.0f}s"
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "detections.json").write_text(json.dumps(results))
+        (out / "results.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "line"}, indent=1))
+        save_samples(data, results, out / "samples.jpg")
+    return metrics
+
+
+def follow(args, arch):
+    """Dataset, prompts, seed of shapes and image size are those that a checkpoint was trained with, where the command names no other."""
+    if args.data == "shapes" and arch["data"] != "shapes":
+        raise UserError("--data shapes: the checkpoint was trained on real classes")
+    if arch["data"] == "shapes":
+        args.data, args.data_seed = "shapes", arch["data_seed"]
+    args.dataset = args.dataset or arch["dataset"]
+    for name in ("image_size", "templates"):
+        if getattr(args, name) is None:
+            setattr(args, name, arch[name])
+    fill_defaults(args)
+    args.masks = False
+
+
+def clip_of(model, args, rank, device):
+    """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
+    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
+    if clip.dim != model.arch["text_dim"]:
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['text_dim']}-d")
+    return clip
+
+
+def predict(args, device):
+    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image into --out."""
+    model = load_detector(args.weights).to(device)
+    follow(args, model.arch)
+    clip = clip_of(model, args, 0, device)
+    if args.classes is None:
+        _, base, novel, _ = make_data(args, "val")
+        classes = base + novel
+    else:
+        classes = [n.strip() for n in args.classes.split(",")]
+    text = text_matrix(clip, classes, args)
+    out, answer = Path(args.out), {}
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
+             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
+    if not paths:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
+    for number, path in enumerate(tqdm(paths, desc="predict")):
+        original = TF.pil_to_tensor(read_image(path))
+        height, width = original.shape[1:]
+        scale = args.image_size / max(height, width)
+        h, w = max(1, round(height * scale)), max(1, round(width * scale))
+        image = TF.resize(original, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=(height, width))
+        boxes, scores, labels, codes = run_detector(model, collate([item], args.image_size), device, args, text, masks=model.mask_head is not None)
+        keep = (scores > args.score).nonzero()[:, 0].tolist()
+        answer[str(path)] = [dict(box=[round(v, 1) for v in boxes[i].tolist()], score=round(scores[i].item(), 4), label=classes[labels[i]],
+                                  **(dict(mask=codes[i]) if codes else {})) for i in keep]
+        picture = draw_boxes(original, boxes[keep].cpu(), labels[keep].cpu(), classes, scores[keep].cpu())
+        torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
+    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+
+
+# ================================================================== the embedded dataset: without and with distillation
+
+def shapes_table(args, rank, world, device):
+    """The detector without distillation and DK-DETR, both from one burn-in."""
+    rows, root = [], Path(args.out)
+    for name, method in (("without KD", dict(distils=False)), ("DK-DETR", dict(start=str(root / "burn-in.pt")))):
+        since, out = time.time(), root / name.lower().replace(" ", "-")
+        resume = args.resume and (out / "log.jsonl").exists()
+        run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": name == "without KD"})
+        rows.append((name, train(run, rank, world, device), time.time() - since))
+    if rank == 0:
+        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds")
+        for name, m, seconds in rows:
+            print(f"{name:14s} {m['novel_AP50']:5.1f} {m['base_AP50']:5.1f} {m['AP50']:5.1f} {seconds:9.0f}")
+
+
+def main():
+    try:
+        args = parse_args()
+        rank, world, device = init_ddp()
+        if args.eval:
+            model = load_detector(args.eval, "--eval").to(device)
+            follow(args, model.arch)
+            clip = clip_of(model, args, rank, device)
+            metrics = evaluate(model, make_data(args, "val"), clip, rank, world, device, args, Path(args.out))
+            if rank == 0:
+                print(metrics["line"])
+        elif args.predict:
+            if rank == 0:
+                predict(args, device)
+        elif args.table if args.table is not None else args.data == "shapes" and args.distils and args.max_iters is None and not args.start:
+            shapes_table(args, rank, world, device)
+        else:
+            train(args, rank, world, device)
+    except (UserError, DataError, ClipError) as e:
+        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
+        sys.exit("\ndkdetr.py: " + re.sub(r"^[\w.]+Error: ", "", line))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -226,7 +226,7 @@ def msda_grid(value, level_sizes, at, weight):
         v = v.permute(0, 2, 3, 1).reshape(b * heads, d, h, w)
         samples = F.grid_sample(v, grid[:, :, :, level].transpose(1, 2).flatten(0, 1), align_corners=False)  # (B H, d, Q, P)
         out = out + (samples * weight[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
-    return out.view(b, heads * d, -1).transpose(1, 2)
+    return out.view(b, heads * d, at.shape[1]).transpose(1, 2)
 
 
 def msda_gather(value, level_sizes, at, weight):
@@ -366,13 +366,13 @@ class MaskHead(nn.Module):
         (h, w), n = size, len(query)
         parts = fp32(self.weights(query)).split(self.SPLIT, 1)
         features = fp32(features)
-        row, column = ((torch.arange(k, device=query.device) + 1) / k for k in (h, w))
+        row, column = ((torch.arange(k, device=query.device).to(features) + 1) / k for k in (h, w))  # as in the release, the far side of each cell
         y, x = row / valid[image, 1:] - center[:, 1:], column / valid[image, :1] - center[:, :1]                # (n, h), (n, w)
         y, x = (sine(t * (2 * math.pi), 4) for t in (y, x))
         where = torch.cat([y[:, :, None].expand(-1, -1, w, -1), x[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)   # (n, S0, 8) y, x
         q, value = features[image] + where, features.masked_fill(padded[..., None], 0)[image]
-        linear = lambda x, weight, bias: torch.einsum("nsc,noc->nso", x, weight.view(n, -1, 8)) + bias[:, None]
-        offsets, weight = linear(q, *parts[0:2]).view(n, -1, 4, 1, 4, 2), linear(q, *parts[2:4]).view(n, -1, 4, 1, 4).softmax(-1)
+        linear = lambda x, weight, bias: torch.einsum("nsc,noc->nso", x, weight.unflatten(1, (weight.shape[1] // 8, 8))) + bias[:, None]
+        offsets, weight = linear(q, *parts[0:2]).view(n, h * w, 4, 1, 4, 2), linear(q, *parts[2:4]).view(n, h * w, 4, 1, 4).softmax(-1)
         cell = torch.stack(torch.meshgrid((torch.arange(w).to(q) + 0.5) / w, (torch.arange(h).to(q) + 0.5) / h, indexing="xy"), -1).flatten(0, 1)
         at = cell[:, None, None, None] + offsets / offsets.new_tensor([w, h])
         logit = linear(core(value.unflatten(-1, (4, 2)), [size], at, weight).relu(), *parts[4:6])[..., 0]

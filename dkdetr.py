@@ -1167,7 +1167,7 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     data, base, novel, truth = val
     model.eval()
     since, names = time.time(), data.classes
-    if args.classes:
+    if args.classes is not None:
         chosen = [n.strip() for n in args.classes.split(",")]
         unknown = sorted(set(chosen) - set(names))
         if unknown:

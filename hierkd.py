@@ -99,7 +99,7 @@ def parse_args(argv=None):
     flag("--crop-antialias", default=True, help="PIL's antialiased resize, or plain bicubic")
     flag("--gkd", default=True, help="global (caption) distillation, Eqs. 3-5")
     p.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl", help="contrastive, Eq. 5, or positive pairs only")
-    p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.1)")
+    p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.2)")
     p.add_argument("--gkd-patches", type=int, default=3, help="N: each level is cut into N x N patches")
     p.add_argument("--gkd-levels", type=int, choices=range(1, 6), help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
     p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
@@ -112,7 +112,7 @@ def parse_args(argv=None):
     p.add_argument("--shuffle-crops", action="store_true", help="control: each positive gets the crop embedding of another")
     # schedule
     p.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x", help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
-    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 8)")
+    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 16)")
     p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
     p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
@@ -556,8 +556,8 @@ def fill_defaults(args):
     defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
                     epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
     if shapes:
-        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.1,
-                        ikd_max=64, epochs=8, batch_size=16, optimizer="adamw", lr=0.004)
+        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.2,
+                        ikd_max=64, epochs=16, batch_size=16, optimizer="adamw", lr=0.004)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -192,7 +192,7 @@ def voc_evaluate(truth, results, iou=0.5, legacy=False):
                 right.append(hit), wrong.append(not hit)
         tp, fp = np.cumsum(right, dtype=float), np.cumsum(wrong, dtype=float)
         recall, precision = tp / total, tp / np.maximum(tp + fp, 1e-12)
-        eleven = np.mean([precision[recall >= t].max(initial=0) for t in np.linspace(0, 1, 11)])
+        eleven = np.mean([precision[recall >= t - 1e-9].max(initial=0) for t in np.linspace(0, 1, 11)])
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
         area = float((np.diff(recall, prepend=0) * envelope).sum())
         classes[name] = dict(AP11=100 * float(eleven), AP=100 * area)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.datasets import (BatchPlan, CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_image, resize,
-                             train_loader)
+from common.datasets import (BatchPlan, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, parse_image_size, read_image, read_voc, repeat_factors,
+                             resize, train_loader)
 
 
 @pytest.fixture(autouse=True)
@@ -532,3 +532,83 @@ def test_data_errors_are_one_line_without_python_words(tiny):
     """The text is shown to a person as it is: no exception class name, no traceback."""
     change(tiny, lambda d: d["annotations"][0].update(category_id=99))
     assert not re.search(r"Error|Traceback", error_of(lambda: dataset(tiny)))
+
+
+# ------------------------------------------------------------------ large-scale jitter, LVIS, VOC, repeats
+
+def test_jitter_stays_on_the_canvas_keeps_a_box_and_moves_boxes_with_the_pixels(tmp_path):
+    picture = np.zeros((90, 160, 3), np.uint8)
+    picture[30:60, 100:140] = 255
+    (tmp_path / "i").mkdir()
+    Image.fromarray(picture).save(tmp_path / "i/1.png")
+    raw = dict(images=[dict(id=1, file_name="1.png", width=160, height=90)], categories=[dict(id=1, name="box"), dict(id=2, name="other")],
+               annotations=[dict(id=1, image_id=1, category_id=1, bbox=[100.0, 30, 40, 30], area=1200.0), dict(id=2, image_id=1, category_id=2, bbox=[5.0, 5, 10, 10], area=100.0)])
+    data = CocoDataset(tmp_path / "i", "x.json", True, raw=raw, classes=["box"], canvas=128, jitter=(0.2, 3.0), hidden=["other"])
+    sizes, flipped = set(), 0
+    for seed in range(60):
+        item = data[0, seed]
+        (h, w), (x1, y1, x2, y2) = item["size"], item["boxes"][0].tolist()
+        assert item["image"].shape == (3, h, w) and h <= 128 and w <= 128 and 0 <= x1 < x2 <= w and 0 <= y1 < y2 <= h
+        bright = item["image"][0].float() / 255
+        if (x2 - x1) > 8 and (y2 - y1) > 8:
+            inner = bright[int(y1) + 3:int(y2) - 3, int(x1) + 3:int(x2) - 3]
+            assert inner.min() > 0.9 and abs(bright.sum().item() - (x2 - x1) * (y2 - y1)) < 0.35 * (x2 - x1) * (y2 - y1) + 8
+        sizes.add((h, w))
+        assert (item["hidden"].shape[1:] == (4,)) and len(item["hidden"]) <= 1
+    assert len(sizes) > 10 and min(w for _, w in sizes) < 60 and (72, 128) not in sizes - {(72, 128)}
+    plain = CocoDataset(tmp_path / "i", "x.json", False, raw=raw, canvas=128)[0, 0]
+    assert plain["size"] == (72, 128) and plain["boxes"][0].tolist() == [80, 24, 112, 48]
+    batch = collate([plain, plain], 128)
+    assert batch["images"].shape == (2, 3, 128, 128)
+
+
+def test_lvis_files_name_their_images_by_url(tmp_path):
+    (tmp_path / "coco/val2017").mkdir(parents=True)
+    photo(tmp_path / "coco/val2017/000000000007.jpg", 64, 48)
+    (tmp_path / "lvis/annotations").mkdir(parents=True)
+    raw = dict(images=[dict(id=7, width=64, height=48, coco_url="http://images.cocodataset.org/val2017/000000000007.jpg")],
+               categories=[dict(id=1, name="a_b", frequency="r"), dict(id=2, name="c", frequency="f")],
+               annotations=[dict(id=1, image_id=7, category_id=2, bbox=[1.0, 2, 30, 20], area=600.0, segmentation=[[1, 2, 31, 2, 31, 22, 1, 22]])])
+    (tmp_path / "lvis/annotations/lvis_v1_train.json").write_text(json.dumps(raw))
+    data = CocoDataset(*find_lvis(tmp_path / "lvis", "train", tmp_path / "coco"), True, canvas=64, masks=True, jitter=(1.0, 1.0), flip=0)
+    batch = collate([data[0, 0]], 64)
+    assert data.classes == ["a_b", "c"] and batch["masks"].shape == (1, 1, 32, 32) and abs(int(batch["masks"].sum()) - 600) < 60
+    with pytest.raises(DataError, match="lvis_v1_val.json is missing"):
+        find_lvis(tmp_path / "lvis", "val", tmp_path / "coco")
+    with pytest.raises(DataError, match="--images"):
+        find_lvis(tmp_path / "lvis", "train", tmp_path / "nothing")
+    (tmp_path / "coco/val2017/000000000007.jpg").unlink()
+    with pytest.raises(DataError, match="1 of 1 images are missing"):
+        CocoDataset(*find_lvis(tmp_path / "lvis", "train", tmp_path / "coco"), True, canvas=64)
+
+
+def test_repeat_factors_by_hand_and_in_an_epoch(tmp_path):
+    many = [(i, 3, (2, 3, 20, 15), {}) for i in range(1, 9)] + [(8, 7, (2, 3, 20, 15), {})]
+    data = dataset(make_coco(tmp_path, {i: (64, 48) for i in range(1, 9)}, many), train=True)
+    # class 3 in every image: factor 1; class 7 in 1 of 8 with threshold 1/2: sqrt(4) = 2
+    assert repeat_factors(data, 0.5) == [1] * 7 + [2] and repeat_factors(data, 0.9) == [1] * 7 + [3] and repeat_factors(data, 0.01) == [1] * 8
+    plan = BatchPlan(data.landscape, 3, repeats=repeat_factors(data, 0.5))
+    keys = [key for batch in plan for key in batch]
+    assert len(plan) == 3 and Counter(i for i, _ in keys) == {**{i: 1 for i in range(7)}, 7: 2} and len(set(keys)) == 9
+
+
+def test_voc_xml_becomes_coco(tmp_path):
+    root = tmp_path / "VOCdevkit/VOC2007"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    photo(root / "JPEGImages/000001.jpg", 64, 48)
+    xml = """<annotation><size><width>64</width><height>48</height></size><object><name>dog</name><difficult>1</difficult>
+             <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax></bndbox></object><object><name>cat</name>
+             <bndbox><xmin>5</xmin><ymin>5</ymin><xmax>8</xmax><ymax>8</ymax></bndbox></object></annotation>"""
+    (root / "Annotations/000001.xml").write_text(xml)
+    (root / "ImageSets/Main/test.txt").write_text("000001\n")
+    raw = read_voc(tmp_path, [("2007", "test")])
+    assert [a["bbox"] for a in raw["annotations"]] == [[0, 1, 10, 19], [4, 4, 4, 4]] and [a["difficult"] for a in raw["annotations"]] == [1, 0]
+    data = CocoDataset(tmp_path / "VOCdevkit", "voc", True, raw=raw, image_size="48")
+    assert data.items[0][4].tolist() == [[4, 4, 8, 8]] and data.classes[7] == "cat" and len(data.classes) == 20
+    with pytest.raises(DataError, match="train.txt is missing"):
+        read_voc(tmp_path, [("2007", "train")])
+    for broken, words in ((xml.replace("<name>dog", "<name>unicorn"), "class unicorn"), ("<annotation>", "no VOC annotation"), (xml.replace("<xmin>1</xmin>", ""), "no VOC annotation")):
+        (root / "Annotations/000001.xml").write_text(broken)
+        with pytest.raises(DataError, match=words):
+            read_voc(tmp_path, [("2007", "test")])

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from common.evaluation import class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, gather, to_coco_results
+from common.evaluation import (class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate,
+                               to_coco_results, voc_evaluate)
 from conftest import ROOT, SHARED
 
 
@@ -259,3 +260,130 @@ def test_class_agnostic_recall_by_hand():
     assert class_agnostic_recall(truth, results, (1, 2, 100), (0.5, 0.75)) == pytest.approx(
         {(0.5, 1): 25.0, (0.5, 2): 50.0, (0.5, 100): 75.0, (0.75, 1): 25.0, (0.75, 2): 25.0, (0.75, 100): 50.0})
     assert class_agnostic_recall(truth, [], (100,), (0.5,)) == {(0.5, 100): 0.0}
+
+
+# ------------------------------------------------------------------ LVIS
+
+@pytest.fixture(scope="module")
+def lvis_mini():
+    path = SHARED / "data" / "lvis_mini" / "annotations"
+    if not path.exists():
+        pytest.skip(f"LVIS samples are not here: {path}")
+    return path
+
+
+def truth_as_results(path):
+    return [dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], segmentation=a["segmentation"], score=1.0)
+            for a in json.loads(path.read_text())["annotations"]]
+
+
+def test_lvis_truth_scores_100_and_numpy_is_left_alone(lvis_mini):
+    import numpy as np
+    path = lvis_mini / "lvis_v1_style_val_9.json"
+    stats = lvis_evaluate(path, truth_as_results(path))
+    assert stats["AP"] == pytest.approx(100) and stats["APr"] == -1 and stats["APc"] == pytest.approx(100) and stats["APf"] == pytest.approx(100)
+    assert len(stats["classes"]) == 1203 and not hasattr(np, "float") and import_lvis().eval.np.mean is np.mean
+    assert lvis_evaluate(path, [])["AP"] == pytest.approx(0) and lvis_evaluate(path, [], "segm")["AP"] == pytest.approx(0)
+
+
+def test_lvis_ignores_classes_that_an_image_was_not_searched_for(lvis_mini):
+    path = lvis_mini / "lvis_v1_style_val_9.json"
+    raw, results = json.loads(path.read_text()), truth_as_results(path)
+    image = raw["images"][0]
+    known = {a["category_id"] for a in raw["annotations"] if a["image_id"] == image["id"]} | set(image["neg_category_ids"]) | set(image["not_exhaustive_category_ids"])
+    used = {a["category_id"] for a in raw["annotations"]}
+    unknown, wrong = sorted(used - known), sorted(used & set(image["neg_category_ids"]))
+    false = lambda c: results + [dict(image_id=image["id"], category_id=c, bbox=[1.0, 1, 9, 9], segmentation=None, score=1.0)] * 3
+    assert lvis_evaluate(path, false(unknown[0]))["AP"] == pytest.approx(100)
+    if wrong:
+        assert lvis_evaluate(path, false(wrong[0]))["AP"] < 99.9
+
+
+def test_lvis_masks(lvis_mini):
+    import numpy as np
+    path = lvis_mini / "lvis_v1_style_val_9.json"
+    raw = json.loads(path.read_text())
+    sizes = {i["id"]: (i["height"], i["width"]) for i in raw["images"]}
+    from pycocotools import mask as rle
+    results = []
+    for a in raw["annotations"]:
+        m = rle.decode(rle.merge(rle.frPyObjects(a["segmentation"], *sizes[a["image_id"]])))
+        results.append(dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], segmentation=encode_mask(m), score=1.0))
+    assert lvis_evaluate(path, results, "segm")["AP"] == pytest.approx(100)
+    assert isinstance(json.dumps(results[0]), str)
+    for r in results:
+        r["segmentation"] = encode_mask(np.zeros(r["segmentation"]["size"], np.uint8))
+    assert lvis_evaluate(path, results, "segm")["AP"] < 1
+
+
+# ------------------------------------------------------------------ Pascal VOC
+
+def voc(boxes, **kwargs):
+    """boxes: (image, class, xywh, difficult)."""
+    return dict(categories=[dict(id=1, name="cat"), dict(id=2, name="dog")],
+                annotations=[dict(image_id=i, category_id=c, bbox=list(b), difficult=d) for i, c, b, d in boxes])
+
+
+def test_voc_by_hand():
+    truth = voc([(1, 1, (0, 0, 10, 10), 0), (2, 1, (0, 0, 10, 10), 0), (2, 1, (50, 50, 10, 10), 1)])
+    right, second, hard, miss = found(1, 1, (0, 0, 10, 10), 0.9), found(1, 1, (0, 0, 10, 10), 0.8), found(2, 1, (50, 50, 10, 10), 0.7), found(2, 1, (0, 0, 10, 4), 0.6)
+    stats = voc_evaluate(truth, [miss, right, second, hard])
+    # right; twice the same object: wrong; difficult: not counted; too small: wrong. Recall 1/2 at precision 1
+    assert stats["classes"] == {"cat": dict(AP11=pytest.approx(100 * 6 / 11), AP=pytest.approx(50))}
+    both = voc_evaluate(truth, [right, second, found(2, 1, (0, 0, 10, 10), 0.5)])
+    assert both["AP"] == pytest.approx(100 * (0.5 + 0.5 * 2 / 3)) and both["AP11"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+    assert voc_evaluate(truth, [])["AP"] == 0 and voc_evaluate(voc([]), [])["AP"] == -1
+
+
+def test_voc_counts_pixels_as_the_devkit_does():
+    truth = voc([(1, 1, (0, 0, 10, 10), 0)])
+    half = [found(1, 1, (0, 0, 9, 4.2), 0.9)]  # devkit: 10 x 5.2 of 100 pixels; continuous: 9 x 4.2
+    assert voc_evaluate(truth, half, legacy=True)["AP"] == pytest.approx(100) and voc_evaluate(truth, half)["AP"] == 0
+    assert voc_evaluate(truth, [found(1, 1, (0, 0, 9, 9), 0.9)], iou=0.999, legacy=True)["AP"] == pytest.approx(100)
+
+
+def brute_voc(truth, results, c, iou):
+    """Average precision from its definition: at every rank, count from scratch."""
+    objects = [(a["image_id"], a["bbox"], a["difficult"]) for a in truth["annotations"] if a["category_id"] == c]
+    mine = sorted([r for r in results if r["category_id"] == c], key=lambda r: -r["score"])
+    curve = []
+    for n in range(1, len(mine) + 1):
+        used, tp, fp = set(), 0, 0
+        for r in mine[:n]:
+            best, k = 0, None
+            for j, (image, (x, y, w, h), _) in enumerate(objects):
+                if image == r["image_id"]:
+                    u, v, s, t = r["bbox"]
+                    inter = max(0, min(x + w, u + s) - max(x, u)) * max(0, min(y + h, v + t) - max(y, v))
+                    o = inter / (w * h + s * t - inter)
+                    if o > best:
+                        best, k = o, j
+            if best >= iou and objects[k][2]:
+                continue
+            if best >= iou and k not in used:
+                used.add(k)
+                tp += 1
+            else:
+                fp += 1
+        curve.append((tp, fp))
+    total = sum(not d for *_, d in objects)
+    recall, precision = [tp / total for tp, _ in curve], [tp / max(tp + fp, 1) for tp, fp in curve]
+    eleven = sum(max([p for r, p in zip(recall, precision) if r >= t / 10 - 1e-12], default=0) for t in range(11)) / 11
+    levels = sorted({0.0, *recall})
+    area = sum((b - a) * max([p for r, p in zip(recall, precision) if r >= b - 1e-12], default=0) for a, b in zip(levels, levels[1:]))
+    return 100 * eleven, 100 * area
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_voc_equals_brute_force(seed):
+    rng = random.Random(seed)
+    box = lambda: (rng.randint(0, 40), rng.randint(0, 40), rng.randint(5, 40), rng.randint(5, 40))
+    truth = voc([(rng.randint(1, 4), rng.randint(1, 2), box(), int(rng.random() < 0.2)) for _ in range(25)])
+    results = []
+    for a in truth["annotations"] * 2:
+        x, y, w, h = a["bbox"]
+        results.append(found(a["image_id"], rng.choice([a["category_id"], 1, 2]), (x + rng.randint(-4, 4), y + rng.randint(-4, 4), w, h), rng.random()))
+    stats = voc_evaluate(truth, results)
+    for c, name in ((1, "cat"), (2, "dog")):
+        eleven, area = brute_voc(truth, results, c, 0.5)
+        assert stats["classes"][name]["AP11"] == pytest.approx(eleven, abs=1e-6) and stats["classes"][name]["AP"] == pytest.approx(area, abs=1e-6)

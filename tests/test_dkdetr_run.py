@@ -1,0 +1,230 @@
+"""dkdetr.py from its command line: COCO, LVIS with masks and VOC photographs, two processes, burn-in, kill and resume, prediction, bad input."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.clip import tiny_clip
+from common.shapes import make_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*flags, procs=1, fail=False):
+    port = socket.socket()
+    port.bind(("127.0.0.1", 0))
+    launch = [sys.executable] if procs == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs),
+                                                  "--master_port", str(port.getsockname()[1])]
+    port.close()
+    r = subprocess.run([*launch, "dkdetr.py", *map(str, flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                       capture_output=True, text=True, timeout=300)
+    assert (r.returncode != 0) == fail, r.stdout[-2000:] + r.stderr[-3000:]
+    return r
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A tiny CLIP: what it knows does not matter here."""
+    folder = tmp_path_factory.mktemp("clip")
+    return tiny_clip(make_shapes(folder, train=24, val=12), folder, steps=1, objects=4, scenes=2)
+
+
+@pytest.fixture
+def small(clip):
+    return ["--clip", clip, "--templates", "one", "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--jitter", "0.5", "1.5", "--dim", "32", "--hidden", "32",
+            "--levels", "3", "--encoder", "1", "--decoder", "2", "--queries", "30", "--workers", "0", "--batch-size", "4", "--log-every", "2", "--kd-min-size", "4"]
+
+
+@pytest.fixture
+def lvis(coco_mini, tmp_path):
+    """coco_mini's objects in the layout of LVIS v1."""
+    source = coco_mini.parent / "lvis_mini" / "annotations"
+    (tmp_path / "lvis/annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        os.symlink(source / f"coco_mini_as_lvis_v1_{split}.json", tmp_path / f"lvis/annotations/lvis_v1_{split}.json")
+    return ["--dataset", "lvis", "--data", tmp_path / "lvis", "--images", coco_mini]
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
+
+
+def test_two_processes_train_across_the_burn_in_evaluate_and_predict(small, coco_mini, tmp_path):
+    out = tmp_path / "run"
+    data = ["--dataset", "ovcoco", "--data", coco_mini]
+    r = run(*data, *small, "--epochs", 2, "--burn-in", 1, "--out", out, procs=2)
+    assert "48 base and 17 novel classes" in r.stdout and "novel_AP50" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout
+    rows = losses(out)
+    steps = max(rows)
+    assert "skd" not in rows[2] and {"skd", "rkd"} <= set(rows[steps])
+    assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["classes"]) == 65
+    found = json.loads((out / "detections.json").read_text())
+    assert len(found) == 300 * results["images"]
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert not any("clip" in k or "text" in k for k in state["model"])
+    run("--eval", out / "last.pt", *data, "--workers", 0, "--out", tmp_path / "eval")  # image size and prompts come with the weights
+    again = json.loads((tmp_path / "eval/results.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
+    photo = next((coco_mini / "val2017").iterdir())
+    run("--predict", photo, "--weights", out / "best.pt", "--classes", "red panda, umbrella", "--score", 0, "--out", tmp_path / "p")
+    (name, boxes), = json.loads((tmp_path / "p/predictions.json").read_text()).items()
+    assert {b["label"] for b in boxes} <= {"red panda", "umbrella"} and len(boxes) == 60 and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
+    r = run("--eval", out / "last.pt", *data, "--dataset", "coco", "--workers", 0, "--classes", "dog,person", "--out", tmp_path / "eval2")
+    assert len({d["category_id"] for d in json.loads((tmp_path / "eval2/detections.json").read_text())}) == 2
+    for flags, words in ((["--classes", "unicorn"], "unicorn is no class"), (["--clip", "ViT-B-32-quickgelu/nothing"], "cannot be loaded"), (["--classes", ""], "is no class")):
+        r = run("--eval", out / "last.pt", *data, "--workers", 0, "--out", tmp_path / "e3", *flags, fail=True)
+        assert words in r.stderr and "Traceback" not in r.stderr
+    r = run("--predict", photo, "--weights", out / "best.pt", "--classes", " , ", "--out", tmp_path / "p2", fail=True)
+    assert "empty" in r.stderr and "Traceback" not in r.stderr
+
+
+def test_lvis_with_masks_trains_is_killed_resumed_and_evaluated(small, lvis, tmp_path):
+    flags = [*lvis, *small, "--masks", "--rfs", "0.1", "--epochs", 1, "--burn-in", 0, "--save-every", 4]
+    run(*flags, "--out", tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, "dkdetr.py", *map(str, flags), "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed/log.jsonl"
+    for _ in range(1200):
+        if log.exists() and len(log.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "killed/last.pt").exists() and not (tmp_path / "killed/results.json").exists()
+    run("--resume", "--out", tmp_path / "killed")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and torch.equal(a["rng"]["torch"], b["rng"]["torch"])
+    results = json.loads((tmp_path / "whole/results.json").read_text())
+    assert {"AP", "APr", "APc", "APf", "mask_AP", "mask_APf"} <= set(results) and results["APr"] == -1 and len(results["classes"]) == 1203
+    found = json.loads((tmp_path / "whole/detections.json").read_text())
+    assert found[0]["segmentation"]["size"] == [found[0]["segmentation"]["size"][0], found[0]["segmentation"]["size"][1]] and isinstance(found[0]["segmentation"]["counts"], str)
+    assert {"dice", "mask"} <= set(losses(tmp_path / "whole")[2])
+
+
+def test_resume_across_the_burn_in(small, coco_mini, tmp_path):
+    flags = ["--dataset", "ovcoco", "--data", coco_mini, *small, "--batch-size", 16, "--epochs", 3, "--burn-in", 1]
+    run(*flags, "--out", tmp_path / "whole", "--max-iters", 12)
+    run(*flags, "--out", tmp_path / "cut", "--max-iters", 3)  # within the burn-in
+    for upto in (6, 12):
+        run("--resume", "--out", tmp_path / "cut", "--max-iters", upto)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    assert a["it"] == b["it"] == 12 and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+
+
+def test_voc_evaluation_with_the_names_swapped(small, coco_mini, tmp_path):
+    voc = coco_mini.parent / "voc_mini" / "VOCdevkit" / "VOC2012"
+    target = tmp_path / "data/VOCdevkit/VOC2007"
+    (target / "ImageSets/Main").mkdir(parents=True)
+    for name in ("JPEGImages", "Annotations"):
+        os.symlink(voc / name, target / name)
+    shutil.copy(voc / "ImageSets/Main/val.txt", target / "ImageSets/Main/test.txt")
+    run("--dataset", "ovcoco", "--data", coco_mini, *small, "--max-iters", 2, "--out", tmp_path / "run")
+    r = run("--eval", tmp_path / "run/last.pt", "--dataset", "voc", "--data", tmp_path / "data", "--workers", 0, "--out", tmp_path / "voc")
+    results = json.loads((tmp_path / "voc/results.json").read_text())
+    assert "AP50_area" in r.stdout and {"AP50", "AP75", "AP50_area", "AP75_area"} <= set(results) and results["images"] == 20
+
+
+def test_objects365_evaluation(small, coco_mini, tmp_path):
+    root = tmp_path / "o365"
+    (root / "annotations").mkdir(parents=True)
+    (root / "val/patch16").mkdir(parents=True)
+    raw = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    raw["images"] = raw["images"][:5]
+    for image in raw["images"]:
+        os.symlink(coco_mini / "val2017" / image["file_name"], root / "val/patch16" / image["file_name"])
+        image["file_name"] = "images/v2/patch16/" + image["file_name"]
+    kept = {i["id"] for i in raw["images"]}
+    raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in kept]
+    (root / "annotations/zhiyuan_objv2_val.json").write_text(json.dumps(raw))
+    run("--dataset", "ovcoco", "--data", coco_mini, *small, "--max-iters", 2, "--out", tmp_path / "run")
+    r = run("--eval", tmp_path / "run/last.pt", "--dataset", "objects365", "--data", root, "--workers", 0, "--out", tmp_path / "e")
+    assert "AP75" in r.stdout and len(json.loads((tmp_path / "e/results.json").read_text())["classes"]) == 80
+
+
+TWO = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, os.getcwd())
+sys.argv = sys.argv[:1]
+import dkdetr
+from common.clip import load_clip
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if world > 1:
+    dist.init_process_group("gloo")
+a = dkdetr.parse_args(["--data", "shapes", "--kd-min-size", "1", "--rkd", "image"])
+dkdetr.fill_defaults(a)
+clip = load_clip(os.environ["TINY"])
+torch.manual_seed(0)
+model = dkdetr.DKDETR("tiny8", 64, 32, 4, 32, 3, 1, 2, 12, 0.0)
+learner = dkdetr.Learner(model, clip.class_embeddings(["circle", "square", "cross"]), clip, a)
+learner.distilling = True
+g = torch.Generator().manual_seed(5)
+batch = dict(images=torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=g), sizes=torch.tensor([[96, 96], [80, 96]]),
+             boxes=torch.tensor([[[10.0, 10, 50, 50], [40, 30, 90, 80]], [[20.0, 5, 60, 70], [0, 0, 0, 0]]]), labels=torch.tensor([[0, 2], [1, -1]]))
+if world > 1:
+    batch = {k: v[rank:rank + 1] for k, v in batch.items()}
+    learner = torch.nn.parallel.DistributedDataParallel(learner)
+terms = learner(dkdetr.to_device(batch, torch.device("cpu")))
+sum(terms.values()).backward()
+values = torch.stack([terms[k].detach() for k in sorted(terms)])
+if world > 1:
+    dist.all_reduce(values)
+    values /= world
+if rank == 0:
+    torch.save(dict(values=values, grads=torch.cat([p.grad.flatten() for p in model.parameters()])), os.environ["OUT"])
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(clip, tmp_path):
+    """Same losses and gradients, with unequal numbers of objects on the ranks."""
+    (tmp_path / "two.py").write_text(TWO)
+    for procs in (1, 2):
+        port = socket.socket()
+        port.bind(("127.0.0.1", 0))
+        address = str(port.getsockname()[1])
+        port.close()
+        workers = [subprocess.Popen([sys.executable, tmp_path / "two.py"], cwd=ROOT, env={**os.environ, "TINY": clip, "OUT": str(tmp_path / f"{procs}.pt"), "RANK": str(r),
+                                    "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": address, "OMP_NUM_THREADS": "1"}) for r in range(procs)]
+        assert all(w.wait(200) == 0 for w in workers)
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert torch.allclose(one["values"], two["values"], rtol=1e-4, atol=1e-5)
+    assert (one["grads"] - two["grads"]).abs().max() < 1e-3 * one["grads"].abs().max()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "nowhere"], "lvis_v1_train.json is missing"), (["--dataset", "ovcoco", "--data", "nowhere"], "instances_train2017.json is missing"),
+    (["--predict", "x.jpg"], "--predict needs --weights"), (["--eval", "README.md"], "README.md"), (["--crop-scales", "1,x"], "--crop-scales 1,x"),
+    (["--queries", "0"], "--queries 0"), (["--dataset", "voc"], "is for --eval"), (["--levels", "7"], "--levels 7"), (["--backbone", "r7", "--data", "shapes"], "--backbone r7"),
+    (["--predict", "x.jpg", "--weights", "nowhere.pt"], "nowhere.pt"), (["--tau", "-1"], "--tau -1")])
+def test_bad_flags_give_one_line(flags, words):
+    r = run(*flags, *(["--no-table", "--max-iters", "1", "--clip", "x"] if "shapes" in flags else []), fail=True) if "r7" not in flags else None
+    if r is not None:
+        assert words in r.stderr and "Traceback" not in r.stderr
+
+
+def test_unknown_backbone_is_named():
+    import dkdetr
+    from common.run import UserError
+    with pytest.raises(UserError, match="--backbone r7"):
+        dkdetr.make_body("r7", "none", "sync")
+
+
+def test_mask_training_without_outlines_names_the_annotation(small, lvis, coco_mini, tmp_path):
+    raw = json.loads((tmp_path / "lvis/annotations/lvis_v1_train.json").read_text())
+    del raw["annotations"][0]["segmentation"]
+    (tmp_path / "lvis/annotations/lvis_v1_train.json").unlink()
+    (tmp_path / "lvis/annotations/lvis_v1_train.json").write_text(json.dumps(raw))
+    r = run(*lvis, *small, "--masks", "--max-iters", 1, "--out", tmp_path / "x", fail=True)
+    assert "has no segmentation" in r.stderr and "Traceback" not in r.stderr

@@ -108,7 +108,7 @@ def parse_args(argv=None):
     p.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
     p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2")
     p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners (with --compile)")
-    flag("--ckpt-msda", default=True, help="compute the encoder's samples again in the backward pass rather than keep them")
+    flag("--ckpt-msda", help="compute the encoder's samples again in the backward pass rather than keep them (default yes; shapes no)")
     # method
     p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3")
     p.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
@@ -140,6 +140,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
     p.add_argument("--lr", type=float, help="for a total batch of 128, shapes 16; scaled linearly (default 8e-4; shapes 1e-3)")
+    p.add_argument("--backbone-lr", type=float, help="share of --lr for the backbone (default 0.1; shapes 1: it starts from nothing)")
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (default 2000, at most a tenth of the run)")
     flag("--table", help="train without and with distillation, from one burn-in, and print both (default: on shapes, without --max-iters)")
@@ -195,10 +196,10 @@ def fill_defaults(args):
     shapes = args.data == "shapes"
     args.dataset = args.dataset or ("ovcoco" if shapes else "lvis")
     defaults = dict(data=DATASETS[args.dataset], image_size=1024, jitter=[0.1, 2.0], templates="vild", backbone="r50", init="imagenet", dropout=0.1, kd_topk=20,
-                    kd_min_size=16.0, crop_fit="warp", epochs=70, batch_size=8, lr=8e-4, warmup=2000)
+                    kd_min_size=16.0, crop_fit="warp", epochs=70, batch_size=8, lr=8e-4, backbone_lr=0.1, warmup=2000, ckpt_msda=True)
     if shapes:
         defaults.update(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tiny16", init="none", dropout=0.0, kd_topk=8, kd_min_size=8.0,
-                        crop_fit="pad", epochs=40, batch_size=16, lr=1e-3, warmup=100)
+                        crop_fit="pad", epochs=40, batch_size=16, lr=1e-3, backbone_lr=1.0, warmup=100, ckpt_msda=False)
     for name in ("dim", "hidden", "levels", "encoder", "decoder", "queries"):
         defaults[name] = getattr(args, f"default_{name}")[shapes]
     for name, value in defaults.items():
@@ -224,8 +225,9 @@ def msda_grid(value, level_sizes, at, weight):
     out, grid = 0, 2 * at - 1
     for level, ((h, w), v) in enumerate(zip(level_sizes, value.split([h * w for h, w in level_sizes], 1))):
         v = v.permute(0, 2, 3, 1).reshape(b * heads, d, h, w)
-        samples = F.grid_sample(v, grid[:, :, :, level].transpose(1, 2).flatten(0, 1), align_corners=False)  # (B H, d, Q, P)
-        out = out + (samples * weight[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+        points, share = (t[:, :, :, level].permute(0, 2, 3, 1, *range(4, t.ndim - 1)).flatten(0, 1) for t in (grid, weight))  # (B H, P, Q[, 2])
+        samples = F.grid_sample(v, points, align_corners=False)                                               # (B H, d, P, Q)
+        out = out + (samples * share[:, None]).sum(2)  # P is not the last dimension: the backward would crawl through rows of four
     return out.view(b, heads * d, at.shape[1]).transpose(1, 2)
 
 
@@ -922,15 +924,15 @@ def train(args, rank, world, device):
     return fit(learner, data, val, clip, out, args, rank, world, device)
 
 
-def parameter_groups(model, lr, decay):
-    """As the release has it: x 0.1 for the backbone and the sampling offsets; no decay on norms outside the backbone, and none on the KD queries, which would
+def parameter_groups(model, lr, decay, backbone=0.1):
+    """As the release has it: x 0.1 (`backbone`) for the backbone and x 0.1 for the sampling offsets; no decay on norms outside the backbone, and none on the KD queries, which would
     shrink while they wait for the burn-in to end."""
     norms = {id(p) for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     groups = {}
     for name, p in model.named_parameters():
-        slow = name.startswith("body.") or "sampling_offsets" in name
+        slow = backbone if name.startswith("body.") else 0.1 if "sampling_offsets" in name else 1.0
         plain = name == "kd_queries" or (id(p) in norms and not name.startswith("body."))
-        groups.setdefault((0.1 if slow else 1.0, 0.0 if plain else decay), []).append(p)
+        groups.setdefault((slow, 0.0 if plain else decay), []).append(p)
     return [dict(params=[p for p in ps if p.requires_grad], lr=lr * factor, base_lr=lr * factor, weight_decay=d) for (factor, d), ps in groups.items()]
 
 
@@ -946,7 +948,7 @@ def fit(learner, data, val, clip, out, args, rank, world, device):
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch, paper_batch = args.batch_size * world * args.accumulate, 16 if args.data == "shapes" else 128
     lr = args.lr * total_batch / paper_batch
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, args.weight_decay))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, args.weight_decay, args.backbone_lr))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps_per_epoch = -(-len(plan) // args.accumulate)
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)

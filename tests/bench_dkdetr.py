@@ -1,0 +1,151 @@
+"""Speed of dkdetr.py, all from one run on this machine: python tests/bench_dkdetr.py [--size 512] [--quick]
+
+(a) deformable attention alone, one encoder layer at 1024 x 1024: grid and gather, kept or computed again, time and memory saved for the backward pass
+(b) a training step without and with distillation, CLIP's forward counted apart, and the peak memory of each   (c) crops a second.
+With a GPU also: images/s and memory at 1024 x 1024, fp32, bf16, compiled. Random weights: they take as long. Medians of interleaved repetitions.
+"""
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import dkdetr  # noqa: E402
+from common.clip import FrozenCLIP, crop_and_resize  # noqa: E402
+from common.run import init_ddp  # noqa: E402
+
+
+def seconds(f):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    since = time.perf_counter()
+    f()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - since
+
+
+def interleaved(functions, repeats):
+    times = [[seconds(f) for f in functions] for _ in range(repeats + 1)][1:]  # the first round warms up
+    return [sorted(t)[len(t) // 2] for t in zip(*times)]
+
+
+def bench_attention(device, repeats):
+    sizes = [(128, 128), (64, 64), (32, 32), (16, 16)]
+    tokens = sum(h * w for h, w in sizes)
+    g = torch.Generator().manual_seed(0)
+    value, at = torch.randn(1, tokens, 8, 32, generator=g).to(device).requires_grad_(), torch.rand(1, tokens, 8, 4, 4, 2, generator=g).to(device).requires_grad_()
+    weight = torch.rand(1, tokens, 8, 4, 4, generator=g).to(device).requires_grad_()
+    for name, core in (("grid", dkdetr.msda_grid), ("gather", dkdetr.msda_gather)):
+        for again in (False, True):
+            run = (lambda: checkpoint(core, value, sizes, at, weight, use_reentrant=False)) if again else (lambda: core(value, sizes, at, weight))
+            saved = {}
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+                out = run()
+            kept = sum(saved.values()) / 2**20
+            del out
+            forward, both = interleaved([run, lambda: run().sum().backward()], repeats)
+            print(f"attention, {tokens} tokens, {name:6s} {'computed again' if again else 'kept          '}: forward {forward:.3f} s, with backward {both:.3f} s, "
+                  f"saved {kept:.0f} MiB", flush=True)
+
+
+def learner_of(device, size, distil, amp="none", msda="grid", compiled=False, small=False):
+    clip = FrozenCLIP(open_clip.create_model("ViT-B-32-quickgelu"), open_clip.get_tokenizer("ViT-B-32-quickgelu"), "random", device)
+    a = dkdetr.parse_args(["--amp", amp, "--msda", msda, "--kd-min-size", "0"])
+    dkdetr.fill_defaults(a)
+    torch.manual_seed(0)
+    model = dkdetr.DKDETR("r50", clip.dim).to(device)
+    model.core, model.save_memory = dict(grid=dkdetr.msda_grid, gather=dkdetr.msda_gather)[msda], True
+    if compiled:
+        model.compile()
+    learner = dkdetr.Learner(model, torch.nn.functional.normalize(torch.randn(866, clip.dim), dim=1).to(device), clip, a).train()
+    learner.distilling = distil
+    return learner
+
+
+def batch_of(device, size, count):
+    g = torch.Generator().manual_seed(0)
+    corner, side = torch.rand(count, 10, 2, generator=g) * size * 0.6, size * (0.05 + 0.3 * torch.rand(count, 10, 2, generator=g))
+    return dkdetr.to_device(dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
+                                 boxes=torch.cat([corner, corner + side], -1), labels=torch.randint(0, 866, (count, 10), generator=g)), device)
+
+
+def step(learner, batch, optimizer):
+    sum(learner(batch).values()).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def bench_step(device, size, count, repeats):
+    batch, steps, spent = batch_of(device, size, count), [], [0.0, 0]
+    for distil in (False, True):
+        learner = learner_of(device, size, distil)
+        optimizer = torch.optim.SGD(learner.model.parameters(), 1e-9)
+        steps.append(lambda l=learner, o=optimizer: step(l, batch, o))
+    encode = learner.clip.encode_images
+
+    def timed(pixels):
+        result = []
+        spent[0] += seconds(lambda: result.append(encode(pixels)))
+        spent[1] += len(pixels)
+        return result[0]
+    learner.clip.encode_images = timed
+    plain, distilled = interleaved(steps, repeats)
+    clip = spent[0] / (repeats + 1)
+    print(f"step, {count} x {size} px: without KD {plain:.2f} s, with {distilled:.2f} s, of which CLIP {clip:.2f} s for {spent[1] / (repeats + 1):.0f} crops; "
+          f"ratio without CLIP's forward {(distilled - clip) / plain:.3f} (aim 1.35)", flush=True)
+    crops = torch.rand(160, 4, device=device).sort(1).values * size
+    boxes, owner = torch.cat([crops[:, :2] * 0.5, crops[:, 2:]], 1), torch.arange(160, device=device) % count
+    pixels = dkdetr.normalise(batch["images"], batch["sizes"], learner.clip.grey_levels)
+    for fit in ("warp", "pad"):
+        cut = (lambda: dkdetr.roi_align(pixels, torch.cat([owner[:, None].to(boxes), boxes], 1), 224, aligned=True)) if fit == "warp" else (
+            lambda: crop_and_resize(pixels, boxes, owner, 224))
+        print(f"crops of one batch to 224, --crop-fit {fit}: {160 / interleaved([cut], repeats)[0]:.0f} a second", flush=True)
+
+
+def memory(size, count, distil, msda):
+    """Peak of a process that does one step, in GB."""
+    code = (f"import sys, torch; sys.path[:0] = ['{ROOT}', '{ROOT}/tests']; import bench_dkdetr as b, resource; from common.run import keep_memory\n"
+            f"d = torch.device('cpu'); l = b.learner_of(d, {size}, {distil}, msda='{msda}'); b.step(l, b.batch_of(d, {size}, {count}), torch.optim.SGD(l.model.parameters(), 0.1))\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)")
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(r.stdout.split()[-1]) if r.returncode == 0 else float("nan")
+
+
+def bench_gpu(device):
+    for amp, msda, compiled in (("none", "grid", False), ("bf16", "grid", False), ("bf16", "gather", False), ("bf16", "grid", True), ("bf16", "gather", True)):
+        count = 8
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            learner, batch = learner_of(device, 1024, True, amp, msda, compiled), batch_of(device, 1024, count)
+            optimizer = torch.optim.SGD(learner.model.parameters(), 1e-9)
+            t, = interleaved([lambda: step(learner, batch, optimizer)], 5)
+            print(f"GPU, 1024 px, batch {count}, {amp}, {msda}, compile {compiled}: {count / t:.1f} images/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GB", flush=True)
+        except Exception as e:  # out of memory, or a compiler that cannot
+            print(f"GPU, {amp}, {msda}, compile {compiled}: {type(e).__name__} {str(e)[:120]}", flush=True)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--size", type=int, default=512)
+    p.add_argument("--batch-size", type=int, default=2)
+    p.add_argument("--quick", action="store_true", help="one repetition")
+    a = p.parse_args()
+    _, _, device = init_ddp()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}")
+    repeats = 1 if a.quick else 5
+    bench_attention(device, repeats)
+    bench_step(device, a.size, a.batch_size, repeats)
+    if device.type == "cuda":
+        bench_gpu(device)
+    else:
+        for msda in ("grid", "gather"):
+            print(f"peak memory of a step, {a.batch_size} x {a.size} px, {msda}: without KD {memory(a.size, a.batch_size, False, msda):.2f} GB, "
+                  f"with {memory(a.size, a.batch_size, True, msda):.2f} GB (libraries and CLIP included)", flush=True)

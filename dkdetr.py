@@ -300,7 +300,7 @@ def inverse_sigmoid(x, eps=1e-5):
 def sine(angle, dim, temperature=10000.0):
     """(...) radians -> (..., dim): sin and cos in turns, at dim / 2 falling frequencies."""
     i = torch.arange(dim, device=angle.device)
-    x = angle[..., None] / (temperature ** (2 * (i // 2) / dim)).to(angle)
+    x = angle[..., None] / temperature ** (2 * (i // 2).to(angle) / dim)
     return torch.stack([x[..., 0::2].sin(), x[..., 1::2].cos()], -1).flatten(-2)
 
 
@@ -504,16 +504,17 @@ class DKDETR(nn.Module):
             row, column = (torch.arange(n, device=x.device) for n in (h, w))
             count_y = (row * height // h < sizes[:, :1]).sum(1, keepdim=True)   # valid cells: (B, 1)
             count_x = (column * width // w < sizes[:, 1:]).sum(1, keepdim=True)
-            y, x_ = (row + 0.5) / count_y, (column + 0.5) / count_x                                           # 0..1 of the valid image
+            y, x_ = (row.to(x) + 0.5) / count_y, (column.to(x) + 0.5) / count_x                               # 0..1 of the valid image
             outside = ((row >= count_y)[:, :, None] | (column >= count_x)[:, None]).flatten(1)
-            grid = torch.stack([y[:, :, None].expand(-1, -1, w), x_[:, None].expand(-1, h, -1)], -1).flatten(1, 2).to(x)  # (B, h w, 2) y, x
+            grid = torch.stack([y[:, :, None].expand(-1, -1, w), x_[:, None].expand(-1, h, -1)], -1).flatten(1, 2)  # (B, h w, 2) y, x
             tokens.append(x.flatten(2).transpose(1, 2))
-            positions.append(sine(grid * (2 * math.pi), d // 2).flatten(2) + self.level_embed[level])
+            count = torch.stack([count_y, count_x], -1).to(x)                                                 # (B, 1, 2)
+            positions.append(sine(grid * (count / (count + 1e-6)) * (2 * math.pi), d // 2).flatten(2) + self.level_embed[level])  # 1e-6: mmdetection's
             padded.append(outside)
             anchors.append(torch.cat([grid.flip(-1), torch.full_like(grid, 0.05 * 2**level)], -1))
-            ratios.append(torch.cat([count_x / w, count_y / h], 1))
+            ratios.append(torch.cat([count_x.to(x) / w, count_y.to(x) / h], 1))
         x, position, padded, anchors = (torch.cat(t, 1) for t in (tokens, positions, padded, anchors))
-        ratio = torch.stack(ratios, 1).to(x)                                                                  # (B, L, 2): valid share of x, y
+        ratio = torch.stack(ratios, 1)                                                                        # (B, L, 2): valid share of x, y
         reference = anchors[:, :, None, :2] * ratio[:, None]
         for layer in self.encoder:
             x = layer(x, position, reference, padded, level_sizes, self.core, self.save_memory and self.training)

@@ -24,9 +24,12 @@ What nobody published. The release is inference only; of the distillation there 
   --rkd-diag                      the diagonal of the relation maps stays in
   --rfs 0                         repeat-factor sampling: unknown in the paper; 0.001 is LVIS's own
   --train-vocab base|all          all is a control: rare names as negatives must hurt
-and: image and batch RKD are added; the batch is that of one process; losses are means over the images that have a target.
+  --name-style clean|raw          names without underscores and brackets; the release feeds raw ones
+and: image and batch RKD are added; the batch is that of one process; losses are means over the images that have a target; Eq. 3 is taken on unit
+features, with lambda_skd (its weight was not published).
 Differs from the paper: "886 base classes" are 866; Eq. 5's sign and swapped R, Sec. 3.3's swapped Q are taken as meant; the release's 1203-wide
-objectness, of which only channel 0 is used, is one channel with a prior of 0.01; a training crop without objects is drawn again from the same image.
+objectness, of which only channel 0 is used, is one channel with a prior of 0.01; a training crop without objects is drawn again from the same image;
+mask targets are means of 2 x 2 pixels, and padding counts in neither mask loss; --accumulate normalises each micro-batch by its own objects.
 
     torchrun --nnodes 2 --nproc_per_node 8 ... dkdetr.py --masks                 # the paper's LVIS run, 16 x 8 images, 70 epochs
     torchrun --nproc_per_node 8 dkdetr.py --dataset ovcoco                       # COCO 48/17
@@ -61,7 +64,7 @@ from common.boxes import constant, overlap, pairwise_iou
 from common.clip import ClipError, load_clip, tiny_clip
 from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_image, read_json,
                              read_voc, repeat_factors, train_loader)
-from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, lvis_evaluate, to_coco_results, voc_evaluate
+from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
 from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
                         reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, make_shapes
@@ -75,6 +78,11 @@ TEMPLATES += [f"a photo of {a} {q} {{}}." for q in "nice, cool, weird, small, la
 TEMPLATES += [f"{a} {q} {{}}." for q in ("plastic", "toy", "plushie", "cartoon") for a in ("a", "the")]
 TEMPLATES += [f"{a} embroidered {{}}." for a in ("an", "the")] + [f"a painting of {a} {{}}." for a in ("a", "the")]  # the 63 of ViLD
 DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects365="data/objects365", voc="data")
+DEFAULTS = dict(  # flag: (the paper's, that of the embedded dataset)
+    image_size=(1024, 128), jitter=([0.1, 2.0], [0.8, 1.25]), templates=("vild", "one"), name_style=("clean", "clean"),
+    backbone=("r50", "tiny16"), init=("imagenet", "none"), dim=(256, 64), hidden=(1024, 128), levels=(4, 3), encoder=(6, 2), decoder=(6, 3), queries=(300, 40),
+    dropout=(0.1, 0.0), ckpt_msda=(True, False), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
+    epochs=(70, 24), batch_size=(8, 16), lr=(8e-4, 1e-3), backbone_lr=(0.1, 1.0), warmup=(2000, 100))
 
 
 # ================================================================== flags
@@ -82,35 +90,39 @@ DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects3
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     flag = partial(p.add_argument, action=argparse.BooleanOptionalAction)
+
+    def sized(name, text, **options):  # a flag of DEFAULTS
+        full, small = DEFAULTS[name.replace("-", "_")]
+        p.add_argument(f"--{name}", help=f"{text} (default {full}" + (f"; shapes {small})" if small != full else ")"), **options)
+
     # data
     p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc (default lvis)")
     p.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
     p.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
     p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
-    p.add_argument("--image-size", type=int, help="canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it (default 1024; shapes 128)")
-    p.add_argument("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scales of the jitter (default 0.1 2; shapes 0.8 1.25)")
+    sized("image-size", "canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it", type=int)
+    sized("jitter", "scales of the jitter", type=float, nargs=2, metavar=("LOW", "HIGH"))
     p.add_argument("--rfs", type=float, default=0.0, help="repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001")
-    p.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names the classifier is trained with")
+    p.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names the classifier is trained with; all: a control, with the novel ones as negatives")
     p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
     # model
     p.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, trained on demand)")
-    p.add_argument("--templates", choices=("vild", "one"), help="63 prompts a name, or one (default vild; shapes one)")
-    p.add_argument("--name-style", choices=("raw", "clean"), default="clean", help="names as in the file, or without underscores, brackets and joined words")
-    p.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
-    p.add_argument("--init", choices=("imagenet", "none"), help="backbone start (default imagenet; shapes none)")
+    sized("templates", "63 prompts a name, or one", choices=("vild", "one"))
+    sized("name-style", "names as in the file, or without underscores, brackets and joined words", choices=("raw", "clean"))
+    sized("backbone", "r50 or r101")
+    sized("init", "backbone start", choices=("imagenet", "none"))
     p.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
-    for name, full, small, text in (("dim", 256, 64, "width D"), ("hidden", 1024, 128, "width of the feed-forward layers"), ("levels", 4, 3, "feature levels, from stride 8"),
-                                    ("encoder", 6, 2, "encoder layers"), ("decoder", 6, 3, "decoder layers"), ("queries", 300, 40, "N")):
-        p.add_argument(f"--{name}", type=int, help=f"{text} (default {full}; shapes {small})")
-        p.set_defaults(**{f"default_{name}": (full, small)})
-    p.add_argument("--dropout", type=float, help="(default 0.1; shapes 0)")
+    for name, text in (("dim", "width D, a multiple of 32"), ("hidden", "width of the feed-forward layers"), ("levels", "feature levels, from stride 8"),
+                       ("encoder", "encoder layers"), ("decoder", "decoder layers"), ("queries", "N")):
+        sized(name, text, type=int)
+    sized("dropout", "of the transformer", type=float)
     flag("--masks", default=False, help="SOIT's mask head; data must have outlines")
     p.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
-    p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2")
+    p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2; evaluation uses the checkpoint's")
     p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners (with --compile)")
     flag("--ckpt-msda", help="compute the encoder's samples again in the backward pass rather than keep them (default yes; shapes no)")
     # method
-    p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3")
+    p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features, within the image")
     p.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
     flag("--aux-queries", default=True, help="KD queries; without, the object queries are distilled, Table 5")
     p.add_argument("--w-skd", type=float, default=0.1, help="lambda_skd of Eq. 6")
@@ -118,37 +130,37 @@ def parse_args(argv=None):
     p.add_argument("--tau-s", type=float, default=0.05, help="temperature of Eq. 4")
     p.add_argument("--tau-r", type=float, default=0.2, help="temperature of Eq. 5")
     p.add_argument("--burn-in", type=int, help="epochs without distillation (default 40 of 70, so 4/7 of --epochs)")
-    p.add_argument("--kd-topk", type=int, help="targets of an image (default 20; shapes 8)")
-    p.add_argument("--kd-min-size", type=float, help="smallest side of a target, pixels of the network's input (default 16; shapes 8)")
+    sized("kd-topk", "targets of an image", type=int)
+    sized("kd-min-size", "smallest side of a target, pixels of the network's input", type=float)
     p.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="boxes that are cropped; gt: the hidden novel objects, an oracle")
     p.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="matched queries, or also boxes that overlap an object by half")
     p.add_argument("--kd-dedupe", type=float, default=1.0, help="IoU above which a target is dropped for a better one")
     p.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
     p.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own refined")
     p.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
-    p.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled")
+    p.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled; all: the mean of their losses")
     p.add_argument("--crop-scales", default="1", help="crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD")
-    p.add_argument("--crop-fit", choices=("warp", "pad"), help="crops are stretched to CLIP's square, or padded (default warp; shapes pad, as its CLIP was trained)")
+    sized("crop-fit", "crops are stretched to CLIP's square, or padded", choices=("warp", "pad"))
     p.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="crops are cut from the network's input, or from the file")
     p.add_argument("--skd-scope", choices=("image", "batch"), default="image", help="targets that are negatives of each other in Eq. 4")
     p.add_argument("--rkd-dir", choices=("teacher", "student"), default="teacher", help="KL(teacher || student) or the other way round")
     flag("--rkd-diag", default=True, help="the diagonal of the relation maps takes part")
     p.add_argument("--shuffle-crops", action="store_true", help="control: each target gets the embedding of another image's crop")
     # schedule
-    p.add_argument("--epochs", type=int, help="(default 70; shapes 40); the rate falls by 10 at 55/70 of them")
+    sized("epochs", "the rate falls by 10 at 55/70 of them", type=int)
     p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
-    p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
+    sized("batch-size", "images per process and step", type=int)
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
-    p.add_argument("--lr", type=float, help="for a total batch of 128, shapes 16; scaled linearly (default 8e-4; shapes 1e-3)")
-    p.add_argument("--backbone-lr", type=float, help="share of --lr for the backbone (default 0.1; shapes 1: it starts from nothing)")
+    sized("lr", "for a total batch of 128, shapes 16; scaled linearly", type=float)
+    sized("backbone-lr", "share of --lr for the backbone", type=float)
     p.add_argument("--weight-decay", type=float, default=0.05)
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up (default 2000, at most a tenth of the run)")
-    flag("--table", help="train without and with distillation, from one burn-in, and print both (default: on shapes, without --max-iters)")
+    sized("warmup", "steps of linear warm-up, at most a tenth of the run", type=int)
+    flag("--table", help="train without and with distillation, from one burn-in, and print both; ovcoco or shapes (default: on shapes, without --max-iters)")
     # run
     p.add_argument("--out", help="run folder (default runs/dkdetr, or runs/dkdetr-eval, -predict)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; matching, boxes, classifier and losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the detector")
+    p.add_argument("--compile", action="store_true", help="torch.compile the detector; the pass of the KD queries is not")
     p.add_argument("--channels-last", action="store_true", help="NHWC memory format of the backbone")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
@@ -159,11 +171,13 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="for --predict: a checkpoint")
     p.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
     p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
+    p.set_defaults(burn_in_to=None)  # set for the first run of --table
     args = p.parse_args(argv)
     args.out = args.out or "runs/dkdetr" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    if args.resume and (Path(args.out) / "last.pt").exists():
-        p.set_defaults(**load_checkpoint(Path(args.out) / "last.pt")["args"])
-        args = p.parse_args(argv)
+    for last, both in ((Path(args.out) / "last.pt", {}), (Path(args.out) / "without-kd/last.pt", dict(skd=None, rkd=None, table=True, out=args.out))):
+        if args.resume and last.exists():  # the flags of that run, or of the table's runs, then those given now
+            p.set_defaults(**{k: v for k, v in (load_checkpoint(last).get("args", {}) | both).items() if v is not None})
+            args = p.parse_args(argv)
     try:
         scales = args.crop_scales if isinstance(args.crop_scales, list) else [float(x) for x in args.crop_scales.split(",")]
         if not all(x > 0 for x in scales):
@@ -177,6 +191,11 @@ def parse_args(argv=None):
     for name in ("lr", "tau", "tau_s", "tau_r"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    for name, low, high in (("rfs", 0, math.inf), ("dropout", 0, 0.99), ("workers", 0, math.inf), ("weight_decay", 0, math.inf), ("kd_dedupe", 0, math.inf)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low} to {high}")
+    if args.dim is not None and (args.dim < 32 or args.dim % 32):
+        p.error(f"--dim {args.dim}: must be a multiple of 32")
     if args.levels is not None and not 1 <= args.levels <= 4:
         p.error(f"--levels {args.levels}: 1 to 4")
     if args.eval and args.predict:
@@ -187,7 +206,6 @@ def parse_args(argv=None):
         p.error("--classes: belongs to --predict or --eval")
     if not (args.eval or args.predict) and args.dataset in ("coco", "objects365", "voc"):
         p.error(f"--dataset {args.dataset}: is for --eval; train on lvis or ovcoco")
-    args.distils = args.skd != "none" or args.rkd != "none"
     return args
 
 
@@ -195,17 +213,13 @@ def fill_defaults(args):
     """Defaults that depend on the dataset."""
     shapes = args.data == "shapes"
     args.dataset = args.dataset or ("ovcoco" if shapes else "lvis")
-    defaults = dict(data=DATASETS[args.dataset], image_size=1024, jitter=[0.1, 2.0], templates="vild", backbone="r50", init="imagenet", dropout=0.1, kd_topk=20,
-                    kd_min_size=16.0, crop_fit="warp", epochs=70, batch_size=8, lr=8e-4, backbone_lr=0.1, warmup=2000, ckpt_msda=True)
-    if shapes:
-        defaults.update(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tiny16", init="none", dropout=0.0, kd_topk=8, kd_min_size=8.0,
-                        crop_fit="pad", epochs=40, batch_size=16, lr=1e-3, backbone_lr=1.0, warmup=100, ckpt_msda=False)
-    for name in ("dim", "hidden", "levels", "encoder", "decoder", "queries"):
-        defaults[name] = getattr(args, f"default_{name}")[shapes]
-    for name, value in defaults.items():
+    args.data = args.data or DATASETS[args.dataset]
+    for name, both in DEFAULTS.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
+            setattr(args, name, both[shapes])
     args.burn_in = args.epochs * 40 // 70 if args.burn_in is None else args.burn_in
+    if args.masks and args.image_size % 32:
+        raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
 
 
 # ================================================================== model: multi-scale deformable attention
@@ -418,16 +432,17 @@ class Body(nn.Module):
     def __init__(self, net, pretrained, bn="sync"):
         super().__init__()
         self.stages = nn.ModuleDict({n: getattr(net, n) for n in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")})
-        still = ("conv1", "bn1", "layer1") if pretrained else ()
-        for name in still:
+        frozen = ("conv1", "bn1", "layer1") if pretrained else ()
+        for name in frozen:
             self.stages[name].requires_grad_(False)
-        self.running = [m for name, stage in self.stages.items() if name in still or bn == "frozen" for m in stage.modules()
-                        if isinstance(m, nn.BatchNorm2d)]
+        self.running = list(self.stages) if bn == "frozen" else frozen
 
     def train(self, mode=True):
         super().train(mode)
-        for m in self.running:
-            m.eval()
+        for name in self.running:
+            for m in self.stages[name].modules():  # looked up anew: SyncBatchNorm takes the place of the modules of the start
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
         return self
 
     def forward(self, x):
@@ -485,7 +500,6 @@ class DKDETR(nn.Module):
         for head in self.refine:
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
-        nn.init.constant_(self.refine[-1][-1].bias, 0.0)
         self.kd_queries = nn.Parameter(torch.randn(queries if kd_embed == "per_rank" else 1, dim))
         self.mask_head = MaskHead(dim, hidden, dropout) if masks else None
 
@@ -504,9 +518,9 @@ class DKDETR(nn.Module):
             row, column = (torch.arange(n, device=x.device) for n in (h, w))
             count_y = (row * height // h < sizes[:, :1]).sum(1, keepdim=True)   # valid cells: (B, 1)
             count_x = (column * width // w < sizes[:, 1:]).sum(1, keepdim=True)
-            y, x_ = (row.to(x) + 0.5) / count_y, (column.to(x) + 0.5) / count_x                               # 0..1 of the valid image
+            at_y, at_x = (row.to(x) + 0.5) / count_y, (column.to(x) + 0.5) / count_x                              # 0..1 of the valid image
             outside = ((row >= count_y)[:, :, None] | (column >= count_x)[:, None]).flatten(1)
-            grid = torch.stack([y[:, :, None].expand(-1, -1, w), x_[:, None].expand(-1, h, -1)], -1).flatten(1, 2)  # (B, h w, 2) y, x
+            grid = torch.stack([at_y[:, :, None].expand(-1, -1, w), at_x[:, None].expand(-1, h, -1)], -1).flatten(1, 2)  # (B, h w, 2) y, x
             tokens.append(x.flatten(2).transpose(1, 2))
             count = torch.stack([count_y, count_x], -1).to(x)                                                 # (B, 1, 2)
             positions.append(sine(grid * (count / (count + 1e-6)) * (2 * math.pi), d // 2).flatten(2) + self.level_embed[level])  # 1e-6: mmdetection's
@@ -524,10 +538,11 @@ class DKDETR(nn.Module):
 
         # Two-stage: the best N coarse boxes start the decoder.
         usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padded
-        z = self.memory_norm(self.memory_trans(memory.masked_fill(~usable[..., None], 0)))
-        objectness = fp32(self.objectness(z))[..., 0]
-        start = (anchors / (1 - anchors)).log().masked_fill(~usable[..., None], math.inf)
-        coarse = fp32(self.refine[-1](z)) + start
+        with torch.autocast(memory.device.type, enabled=False):  # ranks are the identity of KD queries: bf16 scores would tie
+            z = self.memory_norm(self.memory_trans(memory.masked_fill(~usable[..., None], 0)))
+            objectness = self.objectness(z)[..., 0]
+            start = (anchors / (1 - anchors)).log().masked_fill(~usable[..., None], math.inf)
+            coarse = self.refine[-1](z) + start
         best = objectness.topk(min(self.queries, objectness.shape[1]), 1).indices                            # sorted: rank is identity
         pick = lambda t: t.gather(1, best[..., None].expand(-1, -1, t.shape[-1]))
         proposals = pick(coarse.detach()).sigmoid()
@@ -707,7 +722,8 @@ class Learner(nn.Module):
         layers, b, n, _ = logits.shape
         column = labels.clamp(min=0)[None, :, None].expand(layers, -1, n, -1)
         costs = [match_cost(logits.gather(3, column), out["boxes"], gt_boxes, scale),
-                 match_cost(out["objectness"][..., None].expand(-1, -1, labels.shape[1]), out["coarse"], gt_boxes, scale)[None]]
+                 torch.cat([match_cost(score[:, None].expand(-1, labels.shape[1]), coarse, gt, s) for score, coarse, gt, s in  # 21,760 x M: an image at a time
+                            zip(out["objectness"], out["coarse"], gt_boxes, scale)]).view(1, b, -1, labels.shape[1])]
         decoder, encoder = match(costs, batch["counts"])
         positives = reduce_mean(constant(float(sum(min(c, n) for c in batch["counts"])), x.device, x.dtype), 1.0)
 
@@ -733,12 +749,16 @@ class Learner(nn.Module):
         return losses
 
     def mask_loss(self, out, batch, layer, image, query, obj):
-        center = out["boxes"][layer, image, query, :2].detach()
-        logits = self.model.mask_head(out["hidden"][layer, image, query], center, image, **out["masks"], core=self.model.core)
-        target, (h, w) = batch["masks"][image, obj].float() / 4, logits.shape[-2:]                              # sums of 2 x 2 pixels
-        inside = lambda size, k: torch.arange(k, device=size.device) * 2 < size[image, None]
-        valid = inside(batch["sizes"][:, 0], h)[:, :, None] & inside(batch["sizes"][:, 1], w)[:, None]
-        return mask_losses(logits, target, valid)
+        def part(hidden, center, image, obj):
+            logits = self.model.mask_head(hidden, center, image, **out["masks"], core=self.model.core)
+            target, (h, w) = batch["masks"][image, obj].float() / 4, logits.shape[-2:]                          # sums of 2 x 2 pixels
+            inside = lambda size, k: torch.arange(k, device=size.device) * 2 < size[image, None]
+            valid = inside(batch["sizes"][:, 0], h)[:, :, None] & inside(batch["sizes"][:, 1], w)[:, None]
+            return torch.stack(mask_losses(logits, target, valid))
+
+        arguments = out["hidden"][layer, image, query], out["boxes"][layer, image, query, :2].detach(), image, obj
+        chunks = zip(*(t.split(64) for t in arguments))  # 8 MB an instance at 1024 px: kept for one chunk at a time
+        return sum(checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks)
 
     def distillation(self, out, batch, matched, scale):
         """SKD and RKD of the KD queries of the chosen boxes against CLIP's embeddings of their crops."""
@@ -759,9 +779,10 @@ class Learner(nn.Module):
             crops = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         image, slot = there.nonzero(as_tuple=True)  # here a step waits for the device: CLIP must know how many crops
         v = self.crop_embeddings(batch, crops[image, slot], image)
-        if a.shuffle_crops and len(v) > 1:
-            v = v.roll(len(v) // 2, 0)
         v = v.new_zeros(*there.shape, v.shape[1]).index_put((image, slot), v)
+        if a.shuffle_crops:  # another image's; in a batch of one, another box's
+            turn = 0 if len(v) > 1 else 1
+            v, there = v.roll(1, turn), there & there.roll(1, turn)
         if a.aux_queries:
             with torch.autocast(v.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
                 features = self.model.distil(out, a.kd_ref, a.kd_attn == "obj+kd")
@@ -784,26 +805,28 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def crop_embeddings(self, batch, boxes, image):
-        """CLIP's unit embeddings (n, T) of boxes (n, 4) xyxy pixels of the network's input, all in one batch."""
-        a, total = self.a, 0
-        size = batch["sizes"].flip(1).repeat(1, 2)[image]
+        """CLIP's unit embeddings (n, T) of boxes (n, 4) xyxy pixels of the network's input, all in one batch; image (n,) is their owner."""
+        a, total, levels = self.a, 0, self.clip.grey_levels
+        if a.crop_source == "original":
+            boxes = to_original(boxes, batch["windows"][image])
+            sizes = torch.tensor([x.shape[1:] for x in batch["originals"]], device=boxes.device)
+            pixels = [normalise(x[None], size[None], levels) for x, size in zip(batch["originals"], sizes)]
+        else:
+            sizes, pixels = batch["sizes"], [normalise(batch["images"], batch["sizes"], levels)]
+        center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
         for factor in a.crop_scales:
-            center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
-            region = torch.cat([center - half, center + half], 1).clamp(min=0).minimum(size)
-            if a.crop_source == "original":
-                region = to_original(region, batch["windows"][image])
-            pixels = [normalise(batch["images"], batch["sizes"], self.clip.grey_levels)] if a.crop_source == "augmented" else [
-                normalise(x[None], size.new_tensor([x.shape[1:]]), self.clip.grey_levels) for x in batch["originals"]]
+            regions = torch.cat([center - half * factor, center + half * factor], 1).clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[image])
             with torch.autocast(boxes.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
-                if len(pixels) == 1:
-                    v = self.encode(pixels[0], region, image if a.crop_source == "augmented" else torch.zeros_like(image))
-                else:
+                if a.crop_source == "augmented":
+                    total = total + self.encode(pixels[0], regions, image)
+                else:  # files differ in size
                     parts = [(image == i).nonzero()[:, 0] for i in range(len(pixels))]
-                    v = torch.cat([self.encode(x, region[i], torch.zeros_like(i)) for x, i in zip(pixels, parts)])[torch.cat(parts).argsort()]
-            total = total + v
+                    v = torch.cat([self.encode(x, regions[i], torch.zeros_like(i)) for x, i in zip(pixels, parts)])
+                    total = total + v[torch.cat(parts).argsort()]
         return F.normalize(total, dim=-1)
 
     def encode(self, pixels, boxes, owner):
+        """Crops of normalised images (B, 3, H, W), boxes (n, 4), owner (n,) -> (n, T)."""
         if self.a.crop_fit == "pad":
             return self.clip.encode_crops(pixels, boxes, owner)
         rois = torch.cat([owner[:, None].to(boxes), boxes], 1)
@@ -821,9 +844,11 @@ def to_original(boxes, window):
 
 def class_split(args, names, frequency):
     """(names to train, novel names) of a training set: `names` in the order of its ids, frequency {name: r|c|f} of LVIS."""
-    novel = NOVEL if args.data == "shapes" else NOVEL_17 if args.dataset == "ovcoco" else [n for n in names if frequency.get(n) == "r"]
-    base = BASE if args.data == "shapes" else BASE_48 if args.dataset == "ovcoco" else [n for n in names if frequency.get(n) != "r"]
-    return base, novel
+    if args.dataset == "lvis":
+        return [n for n in names if frequency.get(n) != "r"], [n for n in names if frequency.get(n) == "r"]
+    if args.dataset == "ovcoco":
+        return (BASE, NOVEL) if args.data == "shapes" else (BASE_48, NOVEL_17)
+    return names, []
 
 
 def make_data(args, split):
@@ -838,7 +863,11 @@ def make_data(args, split):
     except FileExistsError as e:
         raise UserError(e) from None
     if args.dataset == "lvis":
-        images, annotations = find_lvis(root, split, args.images)
+        images, annotations = find_lvis(root, split, root if args.data == "shapes" else args.images)
+        try:
+            import_lvis()
+        except RuntimeError as e:
+            raise UserError(e) from None
     elif args.dataset == "objects365":
         images, annotations = Path(root) / "val", Path(root) / "annotations" / "zhiyuan_objv2_val.json"
         if not annotations.exists():
@@ -852,13 +881,12 @@ def make_data(args, split):
     categories = sorted(raw["categories"], key=lambda c: c["id"])
     names = [c["name"] for c in categories]
     base, novel = class_split(args, names, {c["name"]: c.get("frequency") for c in categories})
-    if args.dataset in ("coco", "objects365"):
-        base, novel = names, []
     if train:
         data = CocoDataset(images, annotations, True, raw=raw, classes=base, hidden=novel if args.kd_boxes == "gt" else (), **options)
         data.repeats = repeat_factors(data, args.rfs) if args.rfs else None
         return data, base, novel, annotations
-    data = CocoDataset(images, annotations, False, raw=raw, classes=None if args.dataset == "lvis" else [n for n in names if n in {*base, *novel}], **options | dict(masks=False))
+    split_names = [n for n in names if n in {*base, *novel}] if args.dataset == "ovcoco" else None  # elsewhere images without objects count, too
+    data = CocoDataset(images, annotations, False, raw=raw, classes=split_names, **options | dict(masks=False))
     if args.dataset == "lvis":
         return data, base, novel, annotations
     ids, used = set(data.category_ids), {image_id for image_id, *_ in data.items}
@@ -913,16 +941,19 @@ def train(args, rank, world, device):
     clip, spec = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
     seed_all(args.seed)
+    distils = args.skd != "none" or args.rkd != "none"
     names = data.classes if args.train_vocab == "base" else data.classes + novel
     model = DKDETR(args.backbone, clip.dim, args.dim, args.dim // 32 if args.dim < 256 else 8, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
                    args.dropout, args.masks, args.init, args.bn, args.kd_embed)
-    model.arch.update(image_size=args.image_size, clip=str(Path(spec).resolve()) if spec and Path(spec).is_file() else spec or "", data=args.data,
+    own = args.clip and (str(Path(spec).resolve()) if Path(spec).is_file() else spec)
+    model.arch.update(image_size=args.image_size, clip=own or "", data=args.data,
                       dataset=args.dataset, data_seed=args.data_seed, tau=args.tau, templates=args.templates, name_style=args.name_style)
+    seed_all(args.seed + rank)  # dropout differs from process to process
     if rank == 0:
         print(f"CLIP {clip.name} | SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, from epoch {args.burn_in + 1} | {len(data.classes)} base and {len(novel)} "
               f"novel classes")
     learner = Learner(model.to(device), text_matrix(clip, names, args), clip, args)
-    return fit(learner, data, val, clip, out, args, rank, world, device)
+    return fit(learner, data, val, clip, out, distils, args, rank, world, device)
 
 
 def parameter_groups(model, lr, decay, backbone=0.1):
@@ -937,9 +968,9 @@ def parameter_groups(model, lr, decay, backbone=0.1):
     return [dict(params=[p for p in ps if p.requires_grad], lr=lr * factor, base_lr=lr * factor, weight_decay=d) for (factor, d), ps in groups.items()]
 
 
-def fit(learner, data, val, clip, out, args, rank, world, device):
-    """The training loop: minimises Eq. 6. Returns the metrics of the last evaluation (rank 0)."""
-    model, plain = learner.model, learner
+def fit(learner, data, val, clip, out, distils, args, rank, world, device):
+    """The training loop: minimises Eq. 6. distils: after the burn-in. Returns the metrics of the last evaluation (rank 0)."""
+    model, ddp = learner.model, learner
     model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
     if world > 1 and device.type == "cuda" and args.bn == "sync":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -955,19 +986,21 @@ def fit(learner, data, val, clip, out, args, rank, world, device):
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     warmup = min(args.warmup, args.epochs * steps_per_epoch // 10)
     it, best = 0, -2.0  # a score is -1 where val holds no box
-    start = out / "last.pt" if args.resume else Path(args.start) if args.start else None
-    if args.resume and not start.exists():
+    resumed = args.resume and (out / "last.pt").exists()
+    if args.resume and not resumed:
         print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
-    elif start:
-        state, flag = load_checkpoint(start), f"--{'resume' if args.resume else 'start'} {start}"
+    if resumed or args.start:
+        flag = f"--resume {out / 'last.pt'}" if resumed else f"--start {args.start}"
+        state = load_checkpoint(out / "last.pt" if resumed else args.start)
+        if not isinstance(state, dict) or not {"model", "optimizer", "it", "rng"} <= set(state):
+            raise UserError(f"{flag}: holds no training state; give a last.pt of dkdetr.py")
         load_strict(model, state["model"], flag)
-        if "optimizer" not in state:
-            raise UserError(f"{flag}: holds weights only; give a last.pt")
         optimizer.load_state_dict(state["optimizer"])
         if state["total_batch"] != total_batch:
             raise UserError(f"{flag}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        it, best = state["it"], state["best"] if args.resume else -2.0
-        set_rng_state(state["rng"])
+        it, best = state["it"], state["best"] if resumed else -2.0
+        if rank < len(state["rng"]):
+            set_rng_state(state["rng"][rank])
     if rank == 0:
         n = sum(p.numel() for p in model.parameters())
         print(f"DK-DETR {args.backbone}: {n:,} parameters, {sum(p.numel() for p in parameters):,} trained | {len(data)} images, dropped {data.dropped} | "
@@ -976,17 +1009,18 @@ def fit(learner, data, val, clip, out, args, rank, world, device):
     if args.compile:
         model.compile()
 
-    def save_last():
+    def save_last(path=out / "last.pt"):
+        states = gather([rng_state()])  # of every process
         if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=rng_state(),
-                                 total_batch=total_batch, args=vars(args)), out / "last.pt")
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=states,
+                                 total_batch=total_batch, args=vars(args)), path)
 
     def validate():
         nonlocal best
         metrics = evaluate(model, val, clip, rank, world, device, args, out if it >= total else None)
         model.train()
         if rank == 0:
-            numbers = {k: v for k, v in metrics.items() if k not in ("classes", "line")}
+            numbers = {k: v for k, v in metrics.items() if not k.endswith("classes") and k != "line"}
             log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval " + metrics["line"])
             if metrics["score"] > best:
                 best = metrics["score"]
@@ -994,16 +1028,15 @@ def fit(learner, data, val, clip, out, args, rank, world, device):
         log.restart_clock()
         return metrics
 
-    log, wrapped = Log(out, rank, total, it, args.log_every), None
+    log, distilling = Log(out, rank, total, it, args.log_every), None
     metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
-        distilling = args.distils and epoch >= args.burn_in
-        if distilling != wrapped:  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
-            log.flush(it, epoch + 1, lr)  # the loss terms change
-            plain.distilling = wrapped = distilling
+        if distilling != (distils and epoch >= args.burn_in):  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
+            distilling = learner.distilling = distils and epoch >= args.burn_in
             model.kd_queries.requires_grad_(distilling and args.aux_queries)
-            learner = nn.parallel.DistributedDataParallel(plain, [device.index] if device.type == "cuda" else None) if world > 1 else plain
+            if world > 1:
+                ddp = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
         plan.set_epoch(epoch, done * args.accumulate)
         batches, left = iter(loader), len(plan)
         while left and it < total:
@@ -1016,9 +1049,9 @@ def fit(learner, data, val, clip, out, args, rank, world, device):
                 since = time.time()
                 batch = to_device(next(batches), device)
                 waited += time.time() - since
-                hold = learner.no_sync() if world > 1 and micro < count - 1 else nullcontext()
+                hold = ddp.no_sync() if world > 1 and micro < count - 1 else nullcontext()
                 with hold:
-                    terms = learner(batch)
+                    terms = ddp(batch)
                     (sum(terms.values()) / count).backward()  # Eq. 6
                 losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
             left -= count
@@ -1031,9 +1064,8 @@ def fit(learner, data, val, clip, out, args, rank, world, device):
                 log.flush(it, epoch + 1, lr * factor)
                 save_last()
         log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        if args.table and epoch + 1 == args.burn_in and rank == 0:  # where the distilled run of the table starts
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=rng_state(), total_batch=total_batch,
-                                 args=vars(args)), out.parent / "burn-in.pt")
+        if args.burn_in_to and epoch + 1 == args.burn_in:
+            save_last(Path(args.burn_in_to))  # where the distilled run of the table starts
         if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 14)) == 0:
             save_last()  # before anything of the evaluation can fail
             metrics, evaluated = validate(), True
@@ -1116,13 +1148,13 @@ def load_detector(path, flag="--weights"):
         if unknown:
             print(f"{flag} {path}: {len(unknown)} keys have no place here, first {unknown[0]}")
             state = {k: v for k, v in state.items() if k not in unknown}
-        width = len(state["project.0.weight"])
+        width = len(state.get("project.0.weight", ()))
+        if not width or "objectness.weight" not in state:
+            raise UserError(f"{flag} {path}: is no two-stage, box-refining Deformable DETR")
         text = width == 512  # a closed-vocabulary model has as many outputs as classes
         model = DKDETR(text_dim=512 if text else None, classes=None if text else width, masks="mask_head.trans.weight" in state, dropout=0.0)
         model.arch.update(image_size=1024, clip="", data="data/lvis", dataset="lvis", data_seed=0, tau=0.05, templates="vild", name_style="raw")
-    missing = model.load_state_dict(state, strict=False) if set(state) <= set(model.state_dict()) else None
-    if missing is None or set(missing.missing_keys) - {"kd_queries"} - {k for k in model.state_dict() if k.endswith("num_batches_tracked")}:
-        load_strict(model, state | dict(kd_queries=model.kd_queries), f"{flag} {path}")
+    load_strict(model, state | dict(kd_queries=model.kd_queries.detach()), f"{flag} {path}")  # they are of no use any more
     return model.eval()
 
 
@@ -1145,8 +1177,8 @@ def detect_masks(model, out, image, queries, size, original_size, chunk=32):
     (h, w), (height, width) = size, original_size
     for part in queries.split(chunk):
         logits = model.mask_head(out["hidden"][-1, image, part], out["boxes"][-1, image, part, :2], torch.full_like(part, image), **out["masks"], core=model.core)
-        masks = F.interpolate(logits.sigmoid()[:, None], scale_factor=2, mode="bilinear")[..., :h, :w]
-        yield from F.interpolate(masks, (height, width), mode="bilinear")[:, 0] > 0.5
+        masks = F.interpolate(logits.sigmoid()[:, None], scale_factor=2, mode="bilinear", align_corners=True)[..., :h, :w]  # as the release does
+        yield from F.interpolate(masks, (height, width), mode="bilinear", align_corners=True)[:, 0] > 0.5
 
 
 def run_detector(model, batch, device, args, text, count=300, masks=False):
@@ -1176,6 +1208,8 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
         if unknown:
             raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names are {', '.join(names[:5])}, ...")
         names = [n for n in names if n in chosen]
+        if not names:
+            raise UserError("--classes: holds no name")
     ids, text = [data.category_ids[data.classes.index(n)] for n in names], text_matrix(clip, names, args)
     results, masks = [], model.mask_head is not None and args.dataset in ("lvis", "ovcoco", "coco")
     for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
@@ -1186,10 +1220,12 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     if rank != 0:
         return None
     metrics = dict(images=len(data))
+    if args.dataset != "lvis":
+        truth = truth | {k: [x for x in truth[k] if x[key] in set(ids)] for k, key in (("categories", "id"), ("annotations", "category_id"))}
     for kind in ("bbox", "segm")[:1 + masks]:
         prefix = "" if kind == "bbox" else "mask_"
         if args.dataset == "lvis":
-            stats = lvis_evaluate(truth, results, kind)
+            stats = lvis_evaluate(truth, results, kind, ids)
             keys = ("AP", "APr", "APc", "APf", "AP50", "AP75")
         elif args.dataset == "voc":
             every = {iou: voc_evaluate(truth, results, iou, legacy=True) for iou in (0.5, 0.75)}
@@ -1220,7 +1256,7 @@ def follow(args, arch):
     if arch["data"] == "shapes":
         args.data, args.data_seed = "shapes", arch["data_seed"]
     args.dataset = args.dataset or arch["dataset"]
-    for name in ("image_size", "templates"):
+    for name in ("image_size", "templates", "name_style"):
         if getattr(args, name) is None:
             setattr(args, name, arch[name])
     fill_defaults(args)
@@ -1229,6 +1265,8 @@ def follow(args, arch):
 
 def clip_of(model, args, rank, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
+    if model.arch["text_dim"] is None:
+        raise UserError("the checkpoint is of a closed vocabulary: it has no text classifier to give names to")
     clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
     if clip.dim != model.arch["text_dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['text_dim']}-d")
@@ -1271,16 +1309,19 @@ def predict(args, device):
 
 # ================================================================== the embedded dataset: without and with distillation
 
-def shapes_table(args, rank, world, device):
-    """The detector without distillation and DK-DETR, both from one burn-in."""
+def compare(args, rank, world, device):
+    """The detector without distillation and DK-DETR, both from one burn-in, side by side."""
+    fill_defaults(args)
+    if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or (args.skd, args.rkd) == ("none", "none"):
+        raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and no --max-iters")
     rows, root = [], Path(args.out)
-    for name, method in (("without KD", dict(distils=False)), ("DK-DETR", dict(start=str(root / "burn-in.pt")))):
+    for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=str(root / "burn-in.pt"))), ("DK-DETR", dict(start=str(root / "burn-in.pt")))):
         since, out = time.time(), root / name.lower().replace(" ", "-")
         resume = args.resume and (out / "log.jsonl").exists()
-        run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": name == "without KD"})
+        run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": False})
         rows.append((name, train(run, rank, world, device), time.time() - since))
     if rank == 0:
-        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds")
+        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds (DK-DETR: after the common burn-in)")
         for name, m, seconds in rows:
             print(f"{name:14s} {m['novel_AP50']:5.1f} {m['base_AP50']:5.1f} {m['AP50']:5.1f} {seconds:9.0f}")
 
@@ -1299,8 +1340,9 @@ def main():
         elif args.predict:
             if rank == 0:
                 predict(args, device)
-        elif args.table if args.table is not None else args.data == "shapes" and args.distils and args.max_iters is None and not args.start:
-            shapes_table(args, rank, world, device)
+        elif args.table if args.table is not None else (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
+                                                       and args.max_iters is None and not args.start):
+            compare(args, rank, world, device)
         else:
             train(args, rank, world, device)
     except (UserError, DataError, ClipError) as e:

@@ -104,6 +104,7 @@ def parse_args(argv=None):
     p.add_argument("--gkd-levels", type=int, choices=range(1, 6), help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
     p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
     flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
+    p.add_argument("--tau-a", type=float, help="temperature of the captions' attention, Eq. 3 (default 1; shapes 0.1)")
     p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
     p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
     p.add_argument("--cls-weight", help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s| (default 1)")
@@ -162,7 +163,7 @@ def parse_args(argv=None):
     for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "gkd_patches", "ikd_max"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "tau_c", "tau_m", "crop_scale"):
+    for name in ("lr", "tau_a", "tau_c", "tau_m", "crop_scale"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if sum(map(bool, mode.values())) > 1:
@@ -389,10 +390,13 @@ def pool_patches(f, level_sizes, n, pool):
     return F.normalize(torch.cat([pooling(x, n).flatten(2) for x in maps], 2).transpose(1, 2), dim=-1, eps=1e-10)
 
 
-def mlca(patches, captions):
-    """Eqs. 3 and 4, multi-layer cross attention: (B, P, D) unit patches, (C, D) unit captions -> <I, C> as (C, B) cosines."""
+def mlca(patches, captions, tau=1.0):
+    """Eqs. 3 and 4, multi-layer cross attention: (B, P, D) unit patches, (C, D) unit captions -> <I, C> as (C, B) cosines.
+
+    tau: temperature of the attention, 1 in the paper: two patches then differ by e^2 at most, and a caption sees nearly their mean.
+    """
     e = torch.einsum("cd,bpd->cbp", captions, patches)                         # Eq. 3: response of each patch to the caption
-    seen = torch.einsum("cbp,bpd->cbd", e.softmax(-1), patches)                # Eq. 3: P_I^C, what the caption sees of the image
+    seen = torch.einsum("cbp,bpd->cbd", (e / tau).softmax(-1), patches)                # Eq. 3: P_I^C, what the caption sees of the image
     return (F.normalize(seen, dim=-1, eps=1e-10) * captions[:, None]).sum(-1)  # Eq. 4
 
 
@@ -499,7 +503,7 @@ class Learner(nn.Module):
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
         mine = slice(start, start + len(batch["captions"]))
-        return caption_loss(mlca(patches, captions), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
+        return caption_loss(mlca(patches, captions, a.tau_a), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
 
 
 # ================================================================== data
@@ -553,10 +557,10 @@ def get_clip(args, rank, device):
 def fill_defaults(args):
     """Defaults that depend on the dataset and the schedule."""
     shapes = args.data == "shapes"
-    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
+    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_a=1.0, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
                     epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
     if shapes:
-        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.2,
+        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_a=0.1, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.2,
                         ikd_max=64, epochs=16, batch_size=16, optimizer="adamw", lr=0.004)
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -576,7 +580,8 @@ def train(args, rank, world, device):
     model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0], clip.dim,
                      64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
                      args.embed_bias, args.init)
-    model.arch.update(image_size=args.image_size, clip=str(Path(spec).resolve()) if spec and Path(spec).is_file() else spec or "", data=args.data,
+    own = args.clip and (str(Path(spec).resolve()) if Path(spec).is_file() else spec)
+    model.arch.update(image_size=args.image_size, clip=own or "", data=args.data,
                       split=args.split, data_seed=args.data_seed)
     learner = Learner(model.to(device), clip.class_embeddings(data.classes), clip, args)
     if rank == 0:

@@ -191,8 +191,9 @@ class FrozenCLIP:
     @torch.no_grad()
     def encode_images(self, pixels, chunk=256):
         """(N, 3, size, size) normalised -> (N, D) unit rows, fp32. In chunks, so that memory does not grow with N."""
-        parts = [F.normalize(self.model.encode_image(part).float(), dim=1) for part in pixels.split(chunk)]
-        return torch.cat(parts) if len(pixels) else torch.zeros(0, self.dim, device=self.device)
+        if not len(pixels):  # a transformer refuses an empty batch
+            return torch.zeros(0, self.dim, device=self.device)
+        return torch.cat([F.normalize(self.model.encode_image(part).float(), dim=1) for part in pixels.split(chunk)])
 
     def encode_crops(self, images, boxes, owner, enlarge=1.0, antialias=True, chunk=256):
         """Regions of normalised images (B, 3, H, W) -> (N, D) unit rows. See crop_and_resize."""

@@ -45,7 +45,8 @@ def coco_evaluate(annotations, results, kind="bbox"):
         truth.dataset = annotations if isinstance(annotations, dict) else json.loads(Path(annotations).read_text())
         truth.createIndex()
         if results:
-            found = truth.loadRes([dict(r) for r in results])  # copies: pycocotools adds keys
+            # copies: pycocotools adds keys; without boxes it takes the areas of masks, as it should for them
+            found = truth.loadRes([{k: v for k, v in r.items() if kind == "bbox" or k != "bbox"} for r in results])
         else:
             found = COCO()
             found.dataset = dict(images=truth.dataset["images"], categories=truth.dataset["categories"], annotations=[])
@@ -117,10 +118,10 @@ def import_lvis():
     return lvis
 
 
-def lvis_evaluate(annotations, results, kind="bbox"):
+def lvis_evaluate(annotations, results, kind="bbox", category_ids=None):
     """LVIS v1's numbers in percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf (300 boxes an image; -1 where undefined), and "classes".
 
-    annotations: path of an LVIS json; results: list of result dicts (may be empty); kind "bbox" or "segm" (compressed RLE).
+    annotations: path of an LVIS json; results: list of result dicts (may be empty); kind "bbox" or "segm" (compressed RLE). category_ids: these only.
     Federated: in an image, classes that are neither annotated nor in neg_category_ids are not scored; the package sees to that.
     """
     lvis = import_lvis()
@@ -136,6 +137,8 @@ def lvis_evaluate(annotations, results, kind="bbox"):
                 truth.dataset["images"][0][k] for k in ("height", "width")], np.uint8)))
             found = lvis.LVISResults(truth, [{k: r[k] for k in keys} for r in results] or [nothing])
             ev = lvis.LVISEval(truth, found, kind)
+            if category_ids is not None:
+                ev.params.cat_ids = sorted(category_ids)
             ev.run()
     finally:
         logging.disable(logging.NOTSET)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ def init_ddp():
     else:
         keep_memory()
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        hours = timedelta(hours=3)  # rank 0 may score LVIS alone for longer than the ten minutes that nccl grants
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
     return rank, world, device
 
 

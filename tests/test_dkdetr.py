@@ -138,18 +138,48 @@ def test_proposals_of_a_full_square():
     assert (score.diff() <= 0).all()
 
 
-def test_padding_does_not_reach_a_valid_box():
+class Maps(torch.nn.Module):
+    """Stands for backbone and neck, whose convolutions do see the border: gives the same features with and without padding beside them."""
+
+    def __init__(self, extra):
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        self.maps = [torch.cat([torch.randn(1, 32, n, n, generator=g), torch.randn(1, 32, n, n * extra, generator=torch.Generator().manual_seed(9))], 3) for n in (8, 4, 2)]
+
+    def forward(self, x):
+        return self.maps
+
+
+def test_padding_does_not_reach_a_valid_token():
     torch.manual_seed(0)
-    model = DKDETR(**SMALL).eval()
-    x = torch.randn(1, 3, 64, 64)
-    wide = F.pad(x, (0, 64, 0, 0))
+    model, found = DKDETR(**SMALL).eval(), []
     with torch.no_grad():
-        model.encoder[0].attention.sampling_offsets.weight.normal_(std=0.1)
-        small, large = model(x, torch.tensor([[64, 64]])), model(wide, torch.tensor([[64, 64]]))
-    # convolutions see the border, the transformer must not: positions and anchors are those of the valid part
-    cell = lambda out, n, w: out["coarse"][0, :n * w].view(n, w, 4)[:, :8]
-    assert torch.allclose(cell(small, 8, 8)[..., :2], cell(large, 8, 16)[..., :2], atol=1e-6)
-    assert (large["coarse"][0, :128].view(8, 16, 4)[:, 8:] == 1).all() and large["coarse"].isfinite().all()
+        for m in model.encoder.modules():
+            if isinstance(m, DeformableAttention):
+                torch.nn.init.normal_(m.sampling_offsets.weight, std=0.5)
+        model.neck = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+        for extra in (0, 1):
+            model.body = Maps(extra)
+            out = model(torch.zeros(1, 3, 64, 64 * (1 + extra)), torch.tensor([[64, 64]]))
+            values, start, valid = out["state"]["values"][0][0], 0, []
+            for n in (8, 4, 2):
+                w = n * (1 + extra)
+                valid.append(values[start:start + n * w].view(n, w, -1)[:, :n].flatten(0, 1))
+                start += n * w
+            found.append((torch.cat(valid), out["proposals"], out["features"]))
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-5
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5) and torch.allclose(found[0][2], found[1][2], atol=1e-4)
+    assert (out["coarse"][0, :128].view(8, 16, 4)[:, 8:] == 1).all() and out["coarse"].isfinite().all()
+
+
+def test_frozen_stages_stay_frozen_when_batchnorm_is_synchronised():
+    import torchvision
+    for bn in ("sync", "frozen"):
+        body = torch.nn.SyncBatchNorm.convert_sync_batchnorm(dkdetr.Body(torchvision.models.resnet18(), True, bn)).train()
+        norms = {n: m.training for n, m in body.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)}
+        assert len(norms) == 20 and not any(on for n, on in norms.items() if "bn1" == n.split(".")[1] or "layer1" in n)
+        assert all(on == (bn == "sync") for n, on in norms.items() if "layer4" in n)
+        assert not body.stages["layer1"][0].conv1.weight.requires_grad and body.stages["layer2"][0].conv1.weight.requires_grad
 
 
 def test_fewer_tokens_than_queries_and_padded_proposals_stay_finite(clip):
@@ -306,6 +336,13 @@ def test_object_queries_cannot_depend_on_kd_queries(clip):
     out = model(x, batch["sizes"])
     kd = model.distil(out)
     assert all(torch.equal(out[k], alone[k]) for k in alone)
+    with torch.no_grad():
+        model.kd_queries.add_(1.0)
+    again = model(x, batch["sizes"])
+    assert all(torch.equal(again[k], alone[k]) for k in alone) and not torch.equal(model.distil(again), kd)
+    with torch.no_grad():
+        model.kd_queries.sub_(1.0)
+    kd = model.distil(out)
     grad = torch.autograd.grad(out["features"].square().sum() + out["boxes"].sum(), model.kd_queries, allow_unused=True)[0]
     assert grad is None or not grad.any()
     # KD features do see the objects, unless told otherwise
@@ -410,6 +447,31 @@ def test_crop_shows_its_own_box_after_jitter_flip_and_padding(tmp_path, extra):
         assert (v * want).sum(1).min() > 0.995
         seen += len(v)
     assert seen > 40
+
+
+def test_no_crop_at_all_is_no_error_for_a_transformer_either():
+    import open_clip
+    model = open_clip.CLIP(16, dict(layers=1, width=32, head_width=16, patch_size=8, image_size=16), dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
+    clip = FrozenCLIP(model, open_clip.SimpleTokenizer(), "vit")
+    assert clip.encode_images(torch.zeros(0, 3, 16, 16)).shape == (0, 16)
+    learner = Learner(torch.nn.Linear(1, 1), torch.zeros(1, 16), clip, flags("--crop-source", "original", "--crop-fit", "warp"))
+    batch = dict(originals=[torch.zeros(3, 20, 30, dtype=torch.uint8)] * 2, windows=torch.tensor([[1.0, 1, 0, 0, 30, 0]] * 2))
+    assert learner.crop_embeddings(batch, torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1])).shape == (1, 16)  # image 0 has none
+    assert learner.crop_embeddings(batch, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)).shape == (0, 16)
+
+
+def test_shuffled_crops_are_those_of_another_image(clip):
+    learner, seen = learner_of(clip, "--shuffle-crops", "--kd-min-size", "1"), {}
+    batch = batch_of(3)
+    out = learner.model(dkdetr.normalise(batch["images"], batch["sizes"]), batch["sizes"])
+    learner.crop_embeddings = lambda b, boxes, image: F.one_hot(image, 64).float()
+    dkdetr_loss, dkdetr.semantic_loss = dkdetr.semantic_loss, lambda f, v, there, tau: seen.update(v=v, there=there) or f.sum() * 0
+    try:
+        learner.distillation(out, batch, torch.zeros_like(out["usable"]), torch.full((3, 1, 4), 128.0))
+    finally:
+        dkdetr.semantic_loss = dkdetr_loss
+    owner = seen["v"].argmax(-1)
+    assert all((owner[i][seen["there"][i]] == (i - 1) % 3).all() for i in range(3)) and seen["there"].any(1).all()
 
 
 def test_original_coordinates_return():

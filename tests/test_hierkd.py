@@ -243,6 +243,8 @@ def test_cross_attention_and_contrastive_loss_equal_a_slow_loop_in_fp64():
 def test_cross_attention_by_hand():
     t, other = torch.tensor([1.0, 0]), torch.tensor([0.0, 1])
     assert mlca(torch.stack([t, other])[None], t[None]).item() == pytest.approx(0.93851, abs=1e-5)  # weights 0.73106, 0.26894
+    w = 1 / (1 + math.exp(-10))  # temperature 0.1: the caption sees its own patch
+    assert mlca(torch.stack([t, other])[None], t[None], 0.1).item() == pytest.approx(w / math.hypot(w, 1 - w), abs=1e-6)
     p = F.normalize(torch.tensor([3.0, 4]), dim=0)
     assert mlca(p.expand(1, 45, 2), t[None]).item() == pytest.approx(0.6, abs=1e-6)
     patches = UNIT(2, 45, 8)

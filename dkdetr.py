@@ -709,6 +709,7 @@ class Learner(nn.Module):
     def __init__(self, model, text, clip, a):
         super().__init__()
         self.model, self.a, self.clip, self.distilling = model, a, clip, False  # FrozenCLIP is no nn.Module
+        self.watch = {}  # cosine of features with the crops of their own and of other boxes: the losses alone do not tell what is learnt
         self.register_buffer("text", text, persistent=False)
 
     def forward(self, batch):
@@ -788,6 +789,11 @@ class Learner(nn.Module):
                 features = self.model.distil(out, a.kd_ref, a.kd_attn == "obj+kd")
         else:
             features = out["features"]
+        with torch.no_grad():
+            f = F.normalize(fp32(features[-1]).gather(1, index[..., None].expand(-1, -1, features.shape[-1])), dim=-1)
+            cosine, both = f @ v.transpose(1, 2), there[:, :, None] & there[:, None]
+            mine = both & torch.eye(both.shape[1], dtype=torch.bool, device=v.device)
+            self.watch = {name: (cosine * mask).sum() / mask.sum().clamp(min=1) for name, mask in (("own", mine), ("other", both & ~mine))}
         features = features if a.kd_layers == "all" else features[-1:]
         losses = dict(skd=v.new_zeros(()), rkd=v.new_zeros(()))
         whole = lambda t: t.reshape(1, -1, *t.shape[2:])  # the batch as one group
@@ -1055,11 +1061,11 @@ def fit(learner, data, val, clip, out, distils, args, rank, world, device):
                     (sum(terms.values()) / count).backward()  # Eq. 6
                 losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
             left -= count
-            nn.utils.clip_grad_norm_(parameters, 0.1)
+            norm = nn.utils.clip_grad_norm_(parameters, 0.1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             it += 1
-            log.step(it, epoch + 1, losses, lr * factor, waited)
+            log.step(it, epoch + 1, losses, lr * factor, waited, dict(norm=norm, **learner.watch))
             if it % args.save_every == 0 and left and it < total:
                 log.flush(it, epoch + 1, lr * factor)
                 save_last()

@@ -223,10 +223,10 @@ class Log:
             self.path.write_text("".join(json.dumps(r) + "\n" for r in rows if r.get("it", 0) <= start))
         self.bar = tqdm(total=total, initial=start, disable=rank != 0, mininterval=1, dynamic_ncols=True)
 
-    def step(self, it, epoch, losses, lr, data_time=0.0):
-        """Note the losses {name: scalar tensor} of iteration `it`, counted from 1; print and check every so often."""
-        self.names = list(losses)
-        self.pending.append(torch.stack([v.detach().float() for v in losses.values()]))
+    def step(self, it, epoch, losses, lr, data_time=0.0, watch={}):
+        """Note the losses {name: scalar tensor} of iteration `it`, counted from 1; print and check every so often. watch: scalars that are no losses."""
+        self.names, self.losses = [*losses, *watch], len(losses)
+        self.pending.append(torch.stack([v.detach().float() for v in (*losses.values(), *watch.values())]))
         self.data_time += data_time
         self.bar.update()
         if it % self.every == 0 or it == self.total:
@@ -245,7 +245,7 @@ class Log:
         mean, steps = values.mean(0).tolist(), len(values)
         seconds, now = (time.time() - self.time) / steps, time.time()
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        row = dict(it=it, epoch=epoch, loss=sum(mean), **dict(zip(self.names, mean)), lr=lr,
+        row = dict(it=it, epoch=epoch, loss=sum(mean[:self.losses]), **dict(zip(self.names, mean)), lr=lr,
                    data=self.data_time / steps, step=seconds, mem=memory)
         left = int((self.total - it) * seconds)
         eta = f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
@@ -277,7 +277,7 @@ def plot_curves(log_path, out_path):
     rows = read_log(log_path)
     train, val = [r for r in rows if "loss" in r], [r for r in rows if "loss" not in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    skip = {"it", "epoch", "lr", "data", "step", "mem"}
+    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other"}
     for name in (n for n in (train[-1] if train else {}) if n not in skip):
         left.plot([r["it"] for r in train], [r.get(name, math.nan) for r in train], label=name, lw=1)
     left.set(xlabel="iteration", ylabel="loss", yscale="log")

@@ -526,3 +526,11 @@ def test_two_processes_average_and_stop_together_on_a_nan_of_one(tmp_path):
         joined, mean, x, text = json.loads(out.splitlines()[-1])
         assert joined == [rank, 2] and mean == [2, 20] and x == [1 + 2 * rank, 10 + 20 * rank]
         assert "iteration 2:" in text and "loss_b=nan" in text and "loss_a=1" in text
+
+
+def test_watched_numbers_are_logged_but_are_no_part_of_the_loss(tmp_path):
+    log = Log(tmp_path, 0, 2, every=2)
+    for it in (1, 2):
+        log.step(it, 1, dict(a=torch.tensor(1.0), b=torch.tensor(2.0)), 0.1, watch=dict(norm=torch.tensor(5.0)))
+    row, = read_log(tmp_path / "log.jsonl")
+    assert row["loss"] == 3 and row["norm"] == 5 and row["b"] == 2

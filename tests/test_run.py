@@ -532,5 +532,5 @@ def test_watched_numbers_are_logged_but_are_no_part_of_the_loss(tmp_path):
     log = Log(tmp_path, 0, 2, every=2)
     for it in (1, 2):
         log.step(it, 1, dict(a=torch.tensor(1.0), b=torch.tensor(2.0)), 0.1, watch=dict(norm=torch.tensor(5.0)))
-    row, = read_log(tmp_path / "log.jsonl")
+    row, = rows_of(tmp_path)
     assert row["loss"] == 3 and row["norm"] == 5 and row["b"] == 2

@@ -5,7 +5,6 @@
 With a GPU also: images/s and memory at 1024 x 1024, fp32, bf16, compiled. Random weights: they take as long. Medians of interleaved repetitions.
 """
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -112,9 +111,9 @@ def bench_step(device, size, count, repeats):
 
 def memory(size, count, distil, msda):
     """Peak of a process that does one step, in GB."""
-    code = (f"import sys, torch; sys.path[:0] = ['{ROOT}', '{ROOT}/tests']; import bench_dkdetr as b, resource; from common.run import keep_memory\n"
+    code = (f"import sys, torch; sys.path[:0] = ['{ROOT}', '{ROOT}/tests']; import bench_dkdetr as b; from common.run import keep_memory\n"
             f"d = torch.device('cpu'); l = b.learner_of(d, {size}, {distil}, msda='{msda}'); b.step(l, b.batch_of(d, {size}, {count}), torch.optim.SGD(l.model.parameters(), 0.1))\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)")
+            "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 2**20)")  # ru_maxrss would be that of this process
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return float(r.stdout.split()[-1]) if r.returncode == 0 else float("nan")
 

@@ -572,12 +572,12 @@ class DKDETR(nn.Module):
                       seen[number] if seen else None)
             h = fp32(x)
             with torch.autocast(h.device.type, enabled=False):
-                box = (refine(h) + inverse_sigmoid(reference)).sigmoid()
                 features.append(project(h))
-            boxes.append(box)
+                if own:
+                    boxes.append((refine(h) + inverse_sigmoid(reference)).sigmoid())
+                    reference = boxes[-1].detach()
             hidden.append(h)
-            reference = box.detach()
-        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), boxes=torch.stack(boxes), features=torch.stack(features))
+        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), boxes=torch.stack(boxes) if own else None, features=torch.stack(features))
 
     def distil(self, out, reference="shared", see_objects=True):
         """KD queries through the same decoder, after the object queries, which therefore cannot depend on them: features (layers, B, N, T)."""

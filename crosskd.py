@@ -120,7 +120,7 @@ def parse_args(argv=None):
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a zoo name, an mmdetection .pth or our .pt")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: as for --eval")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
     args = p.parse_args(argv)
     args.out = args.out or "runs/crosskd" + ("-eval" if args.eval else "-predict" if args.predict else "")
     last = Path(args.out) / "last.pt"
@@ -1089,6 +1089,8 @@ def train(args, rank, world, device):
 
     log = Log(out, rank, total, it, args.log_every)
     metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    if it == 0:
+        save_last()  # from here on --resume finds the run and its flags
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         plan.set_epoch(epoch, done * args.accumulate)
@@ -1191,7 +1193,11 @@ def predict(args, device):
     if not paths:
         raise UserError(f"--predict {' '.join(args.predict)}: no image there")
     for number, path in enumerate(tqdm(paths, desc="predict")):
-        original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
+        try:
+            original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
+        except DataError as e:  # the others are still wanted
+            print(f"left out: {e}", file=sys.stderr)
+            continue
         image, (h, w) = resize(original, size)
         item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
                     original_size=original.shape[1:])
@@ -1202,6 +1208,8 @@ def predict(args, device):
                              zip(boxes.tolist(), scores.tolist(), labels.tolist())]
         picture = draw_boxes(original, boxes, labels, classes, scores)
         torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+    if not answer:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
     (out / "predictions.json").write_text(json.dumps(answer, indent=1))
     print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
 
@@ -1262,8 +1270,9 @@ def main():
             if rank == 0:
                 print(f"{class_table(metrics)}\n{eval_line(0, metrics)}")
         elif args.predict:
-            if rank == 0:
-                predict(args, device)
+            if world > 1:
+                raise UserError("--predict: runs in one process; start it with python")
+            predict(args, device)
         elif args.data == "shapes" and args.method is None:
             shapes_table(args, rank, world, device)
         else:
@@ -1271,9 +1280,8 @@ def main():
     except (UserError, DataError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\ncrosskd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

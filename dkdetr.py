@@ -170,14 +170,17 @@ def parse_args(argv=None):
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: a checkpoint")
     p.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
     p.set_defaults(burn_in_to=None)  # set for the first run of --table
     args = p.parse_args(argv)
     args.out = args.out or "runs/dkdetr" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    for last, both in ((Path(args.out) / "last.pt", {}), (Path(args.out) / "without-kd/last.pt", dict(skd=None, rkd=None, table=True, out=args.out))):
-        if args.resume and last.exists():  # the flags of that run, or of the table's runs, then those given now
-            p.set_defaults(**{k: v for k, v in (load_checkpoint(last).get("args", {}) | both).items() if v is not None})
-            args = p.parse_args(argv)
+    one, table = Path(args.out) / "last.pt", Path(args.out) / "without-kd/last.pt"
+    if args.resume and one.exists() and table.exists():
+        p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
+    if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
+        saved = load_checkpoint(one)["args"] if one.exists() else load_checkpoint(table)["args"] | dict(skd=None, rkd=None, table=True, out=args.out)
+        p.set_defaults(**{k: v for k, v in saved.items() if v is not None})
+        args = p.parse_args(argv)
     try:
         scales = args.crop_scales if isinstance(args.crop_scales, list) else [float(x) for x in args.crop_scales.split(",")]
         if not all(x > 0 for x in scales):
@@ -200,6 +203,8 @@ def parse_args(argv=None):
         p.error(f"--levels {args.levels}: 1 to 4")
     if args.eval and args.predict:
         p.error("--eval, --predict: one at a time")
+    if args.weights and not args.predict:
+        p.error("--weights: belongs to --predict; --eval takes its weights directly, --start is where a run begins")
     if args.predict and not args.weights:
         p.error("--predict needs --weights: a checkpoint")
     if args.classes is not None and not (args.predict or args.eval):
@@ -926,16 +931,15 @@ def to_device(batch, device):
 
 
 def get_clip(args, rank, device):
-    """(FrozenCLIP, its --clip): the one asked for, or the tiny CLIP of shapes, which rank 0 trains the first time."""
-    spec = args.clip
-    if spec is None and args.data == "shapes":
+    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. Rank 0 goes first: it downloads the weights, or trains the tiny CLIP."""
+    def load():
+        if args.clip or args.data != "shapes":
+            return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
         root = make_shapes(seed=args.data_seed)
-        train = lambda: tiny_clip(root, root.parent / "clip", args.data_seed, device=device)
-        if rank == 0:
-            spec = train()
-        barrier()
-        spec = spec or train()
-    return load_clip(spec or "ViT-B-32-quickgelu/openai", device), spec
+        return load_clip(tiny_clip(root, root.parent / "clip", args.data_seed, device=device), device)
+    clip = load() if rank == 0 else None
+    barrier()
+    return clip or load()
 
 
 # ================================================================== train
@@ -944,14 +948,14 @@ def train(args, rank, world, device):
     """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
     fill_defaults(args)
     (data, base, novel, _), val = make_data(args, "train"), make_data(args, "val")
-    clip, spec = get_clip(args, rank, device)
+    clip = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
     seed_all(args.seed)
     distils = args.skd != "none" or args.rkd != "none"
     names = data.classes if args.train_vocab == "base" else data.classes + novel
     model = DKDETR(args.backbone, clip.dim, args.dim, args.dim // 32 if args.dim < 256 else 8, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
                    args.dropout, args.masks, args.init, args.bn, args.kd_embed)
-    own = args.clip and (str(Path(spec).resolve()) if Path(spec).is_file() else spec)
+    own = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
     model.arch.update(image_size=args.image_size, clip=own or "", data=args.data,
                       dataset=args.dataset, data_seed=args.data_seed, tau=args.tau, templates=args.templates, name_style=args.name_style)
     seed_all(args.seed + rank)  # dropout differs from process to process
@@ -1001,7 +1005,10 @@ def fit(learner, data, val, clip, out, distils, args, rank, world, device):
         if not isinstance(state, dict) or not {"model", "optimizer", "it", "rng"} <= set(state):
             raise UserError(f"{flag}: holds no training state; give a last.pt of dkdetr.py")
         load_strict(model, state["model"], flag)
+        fresh = [{k: g[k] for k in ("base_lr", "weight_decay")} for g in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for g, now in zip(optimizer.param_groups, fresh):  # --resume --lr 1e-4 is meant
+            g.update(now)
         if state["total_batch"] != total_batch:
             raise UserError(f"{flag}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
         it, best = state["it"], state["best"] if resumed else -2.0
@@ -1036,6 +1043,8 @@ def fit(learner, data, val, clip, out, distils, args, rank, world, device):
 
     log, distilling = Log(out, rank, total, it, args.log_every), None
     metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    if it == 0:
+        save_last()  # from here on --resume finds the run and its flags
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         if distilling != (distils and epoch >= args.burn_in):  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
@@ -1273,7 +1282,7 @@ def clip_of(model, args, rank, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
     if model.arch["text_dim"] is None:
         raise UserError("the checkpoint is of a closed vocabulary: it has no text classifier to give names to")
-    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
+    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
     if clip.dim != model.arch["text_dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['text_dim']}-d")
     return clip
@@ -1297,7 +1306,11 @@ def predict(args, device):
     if not paths:
         raise UserError(f"--predict {' '.join(args.predict)}: no image there")
     for number, path in enumerate(tqdm(paths, desc="predict")):
-        original = TF.pil_to_tensor(read_image(path))
+        try:
+            original = TF.pil_to_tensor(read_image(path))
+        except DataError as e:  # the others are still wanted
+            print(f"left out: {e}", file=sys.stderr)
+            continue
         height, width = original.shape[1:]
         scale = args.image_size / max(height, width)
         h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -1309,6 +1322,8 @@ def predict(args, device):
                                   **(dict(mask=codes[i]) if codes else {})) for i in keep]
         picture = draw_boxes(original, boxes[keep].cpu(), labels[keep].cpu(), classes, scores[keep].cpu())
         torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+    if not answer:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
     (out / "predictions.json").write_text(json.dumps(answer, indent=1))
     print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
 
@@ -1344,8 +1359,9 @@ def main():
             if rank == 0:
                 print(metrics["line"])
         elif args.predict:
-            if rank == 0:
-                predict(args, device)
+            if world > 1:
+                raise UserError("--predict: runs in one process; start it with python")
+            predict(args, device)
         elif args.table if args.table is not None else (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
                                                        and args.max_iters is None and not args.start):
             compare(args, rank, world, device)
@@ -1354,9 +1370,8 @@ def main():
     except (UserError, DataError, ClipError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\ndkdetr.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

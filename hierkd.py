@@ -17,7 +17,7 @@ Differs from the paper. Where text and released code disagree, the text is the d
   4. GKD's patches: text FPN maps; code the normalised embeddings f, which is also what lets a caption reach the classifier. We follow the code.
   5. Algorithm 1: text CLIP's score alone; code times the quality. --direct-quality
   6. The embedding's bias starts at -4.6 in the code (left over from a sigmoid); every f then starts nearly parallel. --embed-bias focal|zero
-and from both: normalisers are means over all processes (not --ikd-mean level); their lower bounds hold for the sum over processes. Not in the
+and from both: the normalisers of IKD and GKD are means over all processes, too (not --ikd-mean level); all lower bounds hold for the sum over processes. Not in the
 preset: the code's jitter of 640-800 (3x), its NMS at 0.6 (2x), and L1 with weight 1 in its runs of IKD alone. On shapes, whose images are 16 cells
 of P3 wide, GKD reads P3 and P4 only, and its attention has temperature 0.1: at 1 a caption sees the mean of all patches, and every background cell learns it.
 
@@ -30,6 +30,7 @@ Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6, R50 3x 25.3; GZSD b
 """
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -41,7 +42,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from matplotlib import colormaps  # comes with lvis
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     p.add_argument("--tau-c", type=float, help="start of the classifier's temperature, Eq. 1 (default 100; shapes 30)")
     p.add_argument("--embed-bias", choices=("focal", "zero"), help="start of the embedding's bias: -4.6 or 0 (default focal; shapes zero)")
     # method
-    p.add_argument("--preset", choices=("paper", "released"), default="paper", help="defaults of what follows, see above")
+    p.add_argument("--preset", choices=("paper", "released"), default="paper", help="released: --ikd-norm l2 --ikd-weight 0.05 --ikd-mean level --cls-weight learn --crop-norm imagenet --no-crop-antialias --direct-quality")
     flag("--ikd", default=True, help="instance-level distillation, Eq. 2")
     p.add_argument("--ikd-norm", choices=("l1", "l2"), default="l1", help="distance of Eq. 2")
     p.add_argument("--ikd-weight", type=float, help="lambda_ins of Eq. 6 (default 1; shapes 0.4)")
@@ -131,7 +131,7 @@ def parse_args(argv=None):
     p.add_argument("--out", help="run folder (default runs/hierkd, or runs/hierkd-eval, -predict, -bound, -rpn)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the detector")
+    p.add_argument("--compile", action="store_true", help="torch.compile the detector, in training")
     p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
@@ -140,16 +140,22 @@ def parse_args(argv=None):
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: a checkpoint")
     p.add_argument("--classes", help="for --predict: any names, comma-separated (default: base and novel)")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: lowest score kept")
+    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
     if p.parse_known_args(argv)[0].preset == "released":
         p.set_defaults(**RELEASED)
     args = p.parse_args(argv)
     mode = dict(eval=args.eval, predict=args.predict, bound=args.gt_upper_bound, rpn=args.rpn_recall)
     args.out = args.out or "-".join(["runs/hierkd", *[name for name, on in mode.items() if on][:1]])
-    for last, both in ((Path(args.out) / "last.pt", {}), (Path(args.out) / "baseline/last.pt", dict(ikd=True, gkd=True, table=True, out=args.out))):
-        if args.resume and last.exists():  # the flags of that run, or of the table's runs, then those given now
-            p.set_defaults(**load_checkpoint(last)["args"] | both)
-            args = p.parse_args(argv)
+    one, table = Path(args.out) / "last.pt", Path(args.out) / "baseline/last.pt"
+    if args.resume and one.exists() and table.exists():
+        p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
+    if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
+        saved = load_checkpoint(one)["args"] if one.exists() else load_checkpoint(table)["args"] | dict(ikd=True, gkd=True, table=True, out=args.out)
+        p.set_defaults(**saved)
+        args = p.parse_args(argv)
+        for name in ("preset", "schedule", "optimizer"):  # they would set other flags, which the run has already
+            if getattr(args, name) != saved[name]:
+                p.error(f"--{name} {getattr(args, name)}: the run has {saved[name]}; what can change with --resume are single flags, as --epochs or --lr")
     try:
         if args.negatives != "1to1" and not 0 < float(args.negatives) <= 1:
             raise ValueError
@@ -172,6 +178,11 @@ def parse_args(argv=None):
         p.error("--clip-direct: belongs to --eval")
     if args.heat_map and not args.predict:
         p.error("--heat-map: belongs to --predict")
+    for name, low, high in (("nms", 0, 1), ("ikd_iou", -1, 1), ("ikd_weight", 0, math.inf), ("gkd_weight", 0, math.inf), ("weight_decay", 0, math.inf), ("workers", 0, math.inf)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low} to {high}")
+    if args.weights and not args.predict:
+        p.error("--weights: belongs to --predict; --eval takes its weights directly, a training starts from --init")
     if args.predict and not args.weights:
         p.error("--predict needs --weights: a checkpoint")
     if args.classes and not args.predict:
@@ -308,7 +319,7 @@ class OpenATSS(nn.Module):
                 if isinstance(m, nn.Conv2d):
                     nn.init.kaiming_normal_(m.weight)
         if embed_bias == "focal":
-            nn.init.constant_(self.embed.bias, -4.59511985)
+            nn.init.constant_(self.embed.bias, -math.log(99))  # of a prior of 0.01
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
         self.background = None if background is None else nn.Parameter(background.detach().clone().reshape(1, dim))
         self.tau_c = nn.Parameter(torch.tensor(float(tau_c)))                      # a plain scalar: no exp, no clamp
@@ -445,7 +456,7 @@ class Learner(nn.Module):
         positive, index = owner >= 0, owner.clamp(min=0)
         boxes = batch["boxes"].gather(1, index[..., None].expand(-1, -1, 4))                       # (B, A, 4)
         labels = torch.where(positive, batch["labels"].gather(1, index), len(self.text))           # background is class K
-        n_pos = reduce_mean(positive.sum(1).clamp(min=1).float().sum())
+        n_pos = reduce_mean(positive.sum(1).clamp(min=1).float().sum())  # at least 1 an image: the released code's rule
 
         # Eq. 1. Anchors beyond the image's own canvas take part in the draw, with weight 0, as in the released code.
         used = sample_anchors(positive, counts, a.negatives) & (owner > -2)
@@ -493,7 +504,8 @@ class Learner(nn.Module):
     def global_loss(self, batch, f, level_sizes):
         """Eqs. 3-5, GKD: captions against images."""
         a = self.a
-        captions = self.clip.encode_text(batch["captions"])
+        with torch.autocast(f.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
+            captions = self.clip.encode_text(batch["captions"])
         has = torch.tensor([bool(c) for c in batch["captions"]]).to(captions.device, non_blocking=True)
         if a.shuffle_captions:
             captions, has = captions.roll(1, 0), has.roll(1, 0)
@@ -503,7 +515,7 @@ class Learner(nn.Module):
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
         mine = slice(start, start + len(batch["captions"]))
-        return caption_loss(mlca(patches, captions, a.tau_a), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0
+        return caption_loss(mlca(patches, captions, a.tau_a), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0  # pl does not use it, but DDP waits for its gradient
 
 
 # ================================================================== data
@@ -531,8 +543,11 @@ def make_data(args, split):
     captions = Path(root) / "annotations" / "captions_train2017.json"
     if args.gkd and not captions.exists():
         raise UserError(f"--data {root}: {captions} is missing, which GKD needs; it comes with COCO's annotations. Or use --no-gkd")
-    return CocoDataset(*find_coco(root, "train"), True, args.image_size, classes=base, captions=captions if args.gkd else None,
+    data = CocoDataset(*find_coco(root, "train"), True, args.image_size, classes=base, captions=captions if args.gkd else None,
                        without=novel if args.drop_novel_images else ())
+    if args.gkd and not any(data.captions[image_id] for image_id, *_ in data.items):
+        raise UserError(f"--data {root}: {captions} has no caption for any of the {len(data)} training images; do their image ids agree? Or use --no-gkd")
+    return data
 
 
 def to_device(batch, device):
@@ -540,16 +555,15 @@ def to_device(batch, device):
 
 
 def get_clip(args, rank, device):
-    """(FrozenCLIP, its --clip): the one asked for, or the tiny CLIP of shapes, which rank 0 trains the first time."""
-    spec = args.clip
-    if spec is None and args.data == "shapes":
+    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. Rank 0 goes first: it downloads the weights, or trains the tiny CLIP."""
+    def load():
+        if args.clip or args.data != "shapes":
+            return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
         root = make_shapes(seed=args.data_seed)
-        train = lambda: tiny_clip(root, root.parent / "clip", args.data_seed, device=device)
-        if rank == 0:
-            spec = train()
-        barrier()
-        spec = spec or train()
-    return load_clip(spec or "ViT-B-32-quickgelu/openai", device), spec
+        return load_clip(tiny_clip(root, root.parent / "clip", args.data_seed, device=device), device)
+    clip = load() if rank == 0 else None
+    barrier()
+    return clip or load()
 
 
 # ================================================================== train
@@ -574,13 +588,13 @@ def train(args, rank, world, device):
     """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
     fill_defaults(args)
     data, val = make_data(args, "train"), make_data(args, "val")
-    clip, spec = get_clip(args, rank, device)
+    clip = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
     seed_all(args.seed)
     model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0], clip.dim,
                      64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
                      args.embed_bias, args.init)
-    own = args.clip and (str(Path(spec).resolve()) if Path(spec).is_file() else spec)
+    own = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
     model.arch.update(image_size=args.image_size, clip=own or "", data=args.data,
                       split=args.split, data_seed=args.data_seed)
     learner = Learner(model.to(device), clip.class_embeddings(data.classes), clip, args)
@@ -589,10 +603,10 @@ def train(args, rank, world, device):
     return fit(learner, data, out, args, rank, world, device, partial(evaluate, model, val, clip, rank, world, device, args))
 
 
-def fit(learner, data, out, args, rank, world, device, evaluate):
-    """The training loop: minimises the sum of learner(batch)'s losses. Returns what the last evaluate(folder or None) gave.
+def fit(learner, data, out, args, rank, world, device, measure):
+    """The training loop: minimises the sum of learner(batch)'s losses. Returns what the last measure(folder or None) gave.
 
-    learner.model is what is saved. evaluate: -> metrics on rank 0; "score" of them chooses best.pt, "line" is printed.
+    learner.model is what is saved. measure: -> metrics on rank 0; "score" of them chooses best.pt, "line" is printed.
     """
     model = learner.model
     if args.channels_last:
@@ -619,24 +633,30 @@ def fit(learner, data, out, args, rank, world, device, evaluate):
         state = load_checkpoint(out / "last.pt")
         load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
         optimizer.load_state_dict(state["optimizer"])
+        for g in optimizer.param_groups:
+            g["weight_decay"] = args.weight_decay  # --resume --weight-decay 0 is meant
         if state["total_batch"] != total_batch:
             raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
         it, best = state["it"], state["best"]
-        set_rng_state(state["rng"])
+        if rank < len(state["rng"]):
+            set_rng_state(state["rng"][rank])
     if rank == 0:
         n = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
         print(f"{type(model).__name__} {args.backbone}: {n[0]:,} parameters, {n[1]:,} trained | {len(data)} images, dropped {data.dropped} | "
               f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
               f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
+    scalars = {n: p for n in ("tau_c", "tau_m", "s") if (p := getattr(model, n, None)) is not None}
+
     def save_last():
+        states = gather([rng_state()])  # of every process
         if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=rng_state(),
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=states,
                                  total_batch=total_batch, args=vars(args)), out / "last.pt")
 
     def validate():
         nonlocal best
-        metrics = evaluate(out if it >= total else None)
+        metrics = measure(out if it >= total else None)
         model.train()
         if rank == 0:
             numbers = {k: v for k, v in metrics.items() if k not in ("classes", "line")}
@@ -649,6 +669,8 @@ def fit(learner, data, out, args, rank, world, device, evaluate):
 
     log = Log(out, rank, total, it, args.log_every)
     metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    if it == 0:
+        save_last()  # from here on --resume finds the run and its flags
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         plan.set_epoch(epoch, done * args.accumulate)
@@ -669,11 +691,11 @@ def fit(learner, data, out, args, rank, world, device, evaluate):
                     (sum(terms.values()) / count).backward()  # Eq. 6
                 losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
             left -= count
-            nn.utils.clip_grad_norm_(parameters, 10.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 10.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             it += 1
-            log.step(it, epoch + 1, losses, lr * factor, waited)
+            log.step(it, epoch + 1, losses, lr * factor, waited, dict(norm=norm, **scalars))
             if it % args.save_every == 0 and left and it < total:
                 log.flush(it, epoch + 1, lr * factor)
                 save_last()
@@ -763,9 +785,12 @@ def run_detector(model, batch, device, args, texts, clip=None):
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model(x)
     if clip:
-        embed = lambda boxes: encode_regions(clip, batch["images"], batch["sizes"], boxes, torch.zeros(len(boxes), dtype=torch.long, device=device),
-                                             args, args.crop_scale or 1.0)
-        direct = lambda boxes, text: (100 * embed(boxes) @ text.T).softmax(-1), args.direct_quality
+        def name(boxes, text):
+            owner = torch.zeros(len(boxes), dtype=torch.long, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                v = encode_regions(clip, batch["images"], batch["sizes"], boxes, owner, args, args.crop_scale or 1.0)
+            return (100 * v @ text.T).softmax(-1)
+        direct = name, args.direct_quality
     (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
     scale = torch.tensor([width / w, height / h] * 2, device=device)
     return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts, args.nms, direct=direct)]
@@ -838,7 +863,7 @@ def follow(args, arch):
 
 def clip_of(model, args, rank, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
-    clip, _ = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
+    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
     if clip.dim != model.arch["dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['dim']}-d")
     return clip
@@ -858,7 +883,11 @@ def predict(args, device):
     if not paths:
         raise UserError(f"--predict {' '.join(args.predict)}: no image there")
     for number, path in enumerate(tqdm(paths, desc="predict")):
-        original = TF.pil_to_tensor(read_image(path))
+        try:
+            original = TF.pil_to_tensor(read_image(path))
+        except DataError as e:  # the others are still wanted
+            print(f"left out: {e}", file=sys.stderr)
+            continue
         image, (h, w) = resize(original, size)
         item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
                     original_size=original.shape[1:])
@@ -871,12 +900,16 @@ def predict(args, device):
         picture = draw_boxes(original, boxes, labels, classes, scores)
         torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
         if args.heat_map:
-            with torch.no_grad():
+            from matplotlib import colormaps  # comes with lvis
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 maps = model(normalise(batch["images"].to(device), batch["sizes"].to(device)))
                 heat = F.interpolate(heat_map(model, maps, text, (h, w))[None], original.shape[1:], mode="bilinear")[0].cpu().numpy()
             for name, score in zip(classes, heat):
                 coloured = torch.from_numpy(colormaps["jet"](score)[..., :3]).permute(2, 0, 1) * 255
-                torchvision.io.write_jpeg((0.5 * original + 0.5 * coloured).byte(), str(out / f"{number:04d}_{path.stem}_heat_{name.replace(' ', '_')}.jpg"), quality=90)
+                file = f"{number:04d}_{path.stem}_heat_" + re.sub(r"[^\w-]", "_", name) + ".jpg"
+                torchvision.io.write_jpeg((0.5 * original + 0.5 * coloured).byte(), str(out / file), quality=90)
+    if not answer:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
     (out / "predictions.json").write_text(json.dumps(answer, indent=1))
     print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
 
@@ -888,10 +921,10 @@ def upper_bound(args, rank, world, device):
 
     Crops come from the original file, enlarged by --crop-scale. One name a box, so AR50 is the mean over classes of the top-1 accuracy.
     """
-    val, (clip, _) = make_data(args, "val"), get_clip(args, rank, device)
+    val, clip = make_data(args, "val"), get_clip(args, rank, device)
     novel = class_split(args)[1]
     names = [n for n in val.classes if n in novel]
-    ids = {c: k for k, c in enumerate(val.category_ids[val.classes.index(n)] for n in names)}
+    ids = [val.category_ids[val.classes.index(n)] for n in names]
     text, truth, results = clip.class_embeddings(names), truth_of(val, read_json(val.annotations), names), []
     boxes = {i["id"]: [] for i in truth["images"]}
     for a in truth["annotations"]:
@@ -903,7 +936,7 @@ def upper_bound(args, rank, world, device):
         owner = torch.zeros(len(where), dtype=torch.long)
         v = encode_regions(clip, pixels.to(device), torch.tensor([pixels.shape[2:]], device=device), where.to(device), owner.to(device), args, args.crop_scale or 1.0)
         score, label = (100 * v @ text.T).softmax(-1).max(-1)
-        results += to_coco_results(image["id"], where, score, label, list(ids))
+        results += to_coco_results(image["id"], where, score, label, ids)
     results = gather(results)
     if rank != 0:
         return None
@@ -949,7 +982,8 @@ class RPNLearner(nn.Module):
 
 def rpn_recall(args, rank, world, device):
     """Table 1: recall of novel boxes by an RPN that has seen base boxes only. Metrics on rank 0."""
-    args.gkd = False  # no captions, learning rate for 16 images
+    args.gkd = False  # no captions, learning rate for 16 images, mmdetection's for an RPN
+    args.lr = args.lr or (None if args.data == "shapes" else 0.02)
     fill_defaults(args)
     data, val = make_data(args, "train"), make_data(args, "val")
     seed_all(args.seed)
@@ -1023,8 +1057,9 @@ def main():
             if rank == 0:
                 print(metrics["line"])
         elif args.predict:
-            if rank == 0:
-                predict(args, device)
+            if world > 1:
+                raise UserError("--predict: runs in one process; start it with python")
+            predict(args, device)
         elif args.gt_upper_bound:
             metrics = upper_bound(args, rank, world, device)
             if rank == 0:
@@ -1038,9 +1073,8 @@ def main():
     except (UserError, DataError, ClipError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\nhierkd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

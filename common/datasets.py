@@ -300,7 +300,7 @@ def resize(image, short, largest=None):
     """
     height, width = image.shape[1:]
     scale = min(round((largest or short) * 1333 / 800) / max(height, width), short / min(height, width))
-    h, w = int(height * scale + 0.5), int(width * scale + 0.5)
+    h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
     if (h, w) != (height, width):
         image = TF.resize(image, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
     return image, (h, w)

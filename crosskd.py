@@ -64,7 +64,7 @@ from common.datasets import (CocoDataset, DataError, collate, eval_loader, find_
                              resize, train_loader)
 from common.evaluation import class_table, coco_evaluate, gather, to_coco_results
 from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run,
-                        plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+                        plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -125,7 +125,7 @@ def parse_args(argv=None):
     args.out = args.out or "runs/crosskd" + ("-eval" if args.eval else "-predict" if args.predict else "")
     last = Path(args.out) / "last.pt"
     if args.resume and last.exists():  # the flags of that run, then those given now
-        p.set_defaults(**load_checkpoint(last)["args"])
+        p.set_defaults(**saved_flags(last))
         args = p.parse_args(argv)
     parts = set((args.method or "crosskd").split("+"))
     if parts - set(METHODS) or ("none" in parts and len(parts) > 1):

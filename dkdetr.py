@@ -66,7 +66,7 @@ from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataEr
                              read_voc, repeat_factors, train_loader)
 from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
 from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
-                        reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+                        reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, make_shapes
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -178,7 +178,7 @@ def parse_args(argv=None):
     if args.resume and one.exists() and table.exists():
         p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
     if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
-        saved = load_checkpoint(one)["args"] if one.exists() else load_checkpoint(table)["args"] | dict(skd=None, rkd=None, table=True, out=args.out)
+        saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(skd=None, rkd=None, table=True, out=args.out)
         p.set_defaults(**{k: v for k, v in saved.items() if v is not None})
         args = p.parse_args(argv)
     try:

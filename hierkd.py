@@ -57,7 +57,7 @@ from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, DataError
                              read_image, read_json, resize, train_loader)
 from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, gather, to_coco_results
 from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
-                        reduce_mean, rng_state, save_checkpoint, save_samples, seed_all, set_rng_state, warmup_multistep)
+                        reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -150,7 +150,7 @@ def parse_args(argv=None):
     if args.resume and one.exists() and table.exists():
         p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
     if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
-        saved = load_checkpoint(one)["args"] if one.exists() else load_checkpoint(table)["args"] | dict(ikd=True, gkd=True, table=True, out=args.out)
+        saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(ikd=True, gkd=True, table=True, out=args.out)
         p.set_defaults(**saved)
         args = p.parse_args(argv)
         for name in ("preset", "schedule", "optimizer"):  # they would set other flags, which the run has already

@@ -132,6 +132,14 @@ def load_checkpoint(path):
                         "truncated download or another kind of file?") from None
 
 
+def saved_flags(path):
+    """{flag: value} of the run that wrote this last.pt."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
+        raise UserError(f"--resume {path}: holds no training state; only a last.pt can be resumed")
+    return state["args"]
+
+
 def load_strict(model, state, where):
     """load_state_dict that tells all it misses in one line."""
     own = model.state_dict()

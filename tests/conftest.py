@@ -1,9 +1,16 @@
 import faulthandler
+import importlib
+import io
 import os
+import socket
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +27,35 @@ def no_test_hangs(request):
     faulthandler.dump_traceback_later(600, exit=True, file=request.config.stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+def launch(script, flags, procs=1, fail=False):
+    """The script's command line on the CPU, one thread each: CompletedProcess. One process runs in this one, which saves the ten seconds of the imports."""
+    flags = [str(f) for f in flags]
+    if procs > 1:
+        port = socket.socket()
+        port.bind(("127.0.0.1", 0))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs), "--master_port", str(port.getsockname()[1])]
+        port.close()
+        r = subprocess.run([*torchrun, f"{script}.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                           capture_output=True, text=True, timeout=300)
+    else:
+        out, err, code, threads, folder = io.StringIO(), io.StringIO(), 0, torch.get_num_threads(), os.getcwd()
+        torch.set_num_threads(1)
+        os.chdir(ROOT)
+        try:
+            with (mock.patch.object(sys, "argv", [f"{script}.py", *flags]), mock.patch("torch.cuda.is_available", return_value=False),
+                  redirect_stdout(out), redirect_stderr(err)):
+                importlib.import_module(script).main()
+        except SystemExit as e:  # an exit with a text is what prints one line; any other exception is a traceback and fails the test
+            code = 1 if isinstance(e.code, str) else e.code or 0
+            err.write(e.code if isinstance(e.code, str) else "")
+        finally:
+            torch.set_num_threads(threads)
+            os.chdir(folder)
+        r = subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
+    assert (r.returncode != 0) == fail, r.stdout[-2000:] + r.stderr[-3000:]
+    return r
 
 
 @pytest.fixture(scope="session")

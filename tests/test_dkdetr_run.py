@@ -14,20 +14,9 @@ import torch
 
 from common.clip import tiny_clip
 from common.shapes import make_shapes
+from conftest import ROOT, launch
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*flags, procs=1, fail=False):
-    port = socket.socket()
-    port.bind(("127.0.0.1", 0))
-    launch = [sys.executable] if procs == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs),
-                                                  "--master_port", str(port.getsockname()[1])]
-    port.close()
-    r = subprocess.run([*launch, "dkdetr.py", *map(str, flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                       capture_output=True, text=True, timeout=300)
-    assert (r.returncode != 0) == fail, r.stdout[-2000:] + r.stderr[-3000:]
-    return r
+run = lambda *flags, **how: launch("dkdetr", flags, **how)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common import run
 from common.run import (Log, UserError, draw_boxes, fetch, init_ddp, load_checkpoint, open_run, plot_curves, reduce_mean, rng_state,
-                        save_checkpoint, seed_all, set_rng_state, warmup_multistep)
+                        save_checkpoint, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from conftest import ROOT
 
 
@@ -369,6 +369,14 @@ def test_non_finite_step_number_is_right_after_a_row_and_after_a_resume(tmp_path
     log.step(34, 0, losses(cls=float("nan")), lr=0.1)
     text = error_of(lambda: log.flush(34, 0, 0.1))
     assert "iteration 33:" in text and "loss_cls=nan" in text and "loss_box=2" in text
+
+
+def test_flags_of_a_run_come_from_its_last_checkpoint_only(tmp_path):
+    save_checkpoint(dict(model={}, args=dict(seed=3)), tmp_path / "last.pt")
+    save_checkpoint(dict(model={}), tmp_path / "best.pt")
+    assert saved_flags(tmp_path / "last.pt") == dict(seed=3)
+    with pytest.raises(UserError, match="best.pt: holds no training state"):
+        saved_flags(tmp_path / "best.pt")
 
 
 def test_resume_drops_the_rows_after_the_checkpoint(tmp_path):

@@ -1043,7 +1043,7 @@ def fit(learner, data, val, clip, out, distils, args, rank, world, device):
 
     log, distilling = Log(out, rank, total, it, args.log_every), None
     metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
-    if it == 0:
+    if not resumed:
         save_last()  # from here on --resume finds the run and its flags
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)

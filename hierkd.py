@@ -26,7 +26,8 @@ of P3 wide, GKD reads P3 and P4 only, and its attention has temperature 0.1: at 
     python hierkd.py --eval runs/hierkd/last.pt
     python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "red panda,umbrella"
 
-Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6, R50 3x 25.3; GZSD base 51.3, novel 20.3, all 43.2. Measured here: COCO not run.
+Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6, R50 3x 25.3; GZSD base 51.3, novel 20.3, all 43.2.
+Measured here, shapes, ZSD novel AP50, mean of 3 seeds: 2.0 without distillation, 26.4 with IKD, 3.4 with GKD (its gain is not shown), 19.3 with both. COCO not run.
 """
 import argparse
 import json
@@ -785,12 +786,12 @@ def run_detector(model, batch, device, args, texts, clip=None):
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model(x)
     if clip:
-        def name(boxes, text):
+        def by_clip(boxes, text):
             owner = torch.zeros(len(boxes), dtype=torch.long, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 v = encode_regions(clip, batch["images"], batch["sizes"], boxes, owner, args, args.crop_scale or 1.0)
             return (100 * v @ text.T).softmax(-1)
-        direct = name, args.direct_quality
+        direct = by_clip, args.direct_quality
     (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
     scale = torch.tensor([width / w, height / h] * 2, device=device)
     return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts, args.nms, direct=direct)]

@@ -163,7 +163,7 @@ def test_detector_equals_the_written_out_one_in_fp64_and_fp32(golden, fill):
             error = (got - exact).abs()
             assert (error.max() if dtype == torch.float64 else error.mean()) < tolerance * max(1, exact.std().item())
         if dtype == torch.float32:  # rounding, which a random deep net amplifies, may swap two queries of almost equal objectness: nearest boxes
-            distance = torch.cdist(out["boxes"][-1].flatten(0, 1).double(), want[2][-1].flatten(0, 1))
-            assert distance.amin(1).median() < 1e-4
+            distance = torch.cdist(out["boxes"][-1].flatten(0, 1).double(), want[2][-1].flatten(0, 1)).amin(1)
+            assert distance.median() < 5e-5 and (distance < 1e-3).double().mean() > 0.98  # measured 3.4e-5, 99.3 %
     boxes, scores, labels, _ = detect(dict(features=out["features"], boxes=out["boxes"]), None, torch.tensor(valid), 1.0, 100)[1]
     assert len(scores) == 100 and boxes[:, 0::2].max() <= 270 and boxes[:, 1::2].max() <= 230 and labels.max() < 80

@@ -81,7 +81,7 @@ DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects3
 DEFAULTS = dict(  # flag: (the paper's, that of the embedded dataset)
     image_size=(1024, 128), jitter=([0.1, 2.0], [0.8, 1.25]), templates=("vild", "one"), name_style=("clean", "clean"),
     backbone=("r50", "tiny16"), init=("imagenet", "none"), dim=(256, 64), hidden=(1024, 128), levels=(4, 3), encoder=(6, 2), decoder=(6, 3), queries=(300, 40),
-    dropout=(0.1, 0.0), ckpt_msda=(True, False), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
+    dropout=(0.1, 0.0), ckpt_msda=(True, False), w_skd=(0.1, 0.3), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
     epochs=(70, 24), batch_size=(8, 16), lr=(8e-4, 1e-3), backbone_lr=(0.1, 1.0), warmup=(2000, 100))
 
 
@@ -125,7 +125,7 @@ def parse_args(argv=None):
     p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features, within the image")
     p.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
     flag("--aux-queries", default=True, help="KD queries; without, the object queries are distilled, Table 5")
-    p.add_argument("--w-skd", type=float, default=0.1, help="lambda_skd of Eq. 6")
+    sized("w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk, so 8 targets need 19/7 of the weight of 20", type=float)
     p.add_argument("--w-rkd", type=float, default=2.0, help="lambda_rkd of Eq. 6")
     p.add_argument("--tau-s", type=float, default=0.05, help="temperature of Eq. 4")
     p.add_argument("--tau-r", type=float, default=0.2, help="temperature of Eq. 5")

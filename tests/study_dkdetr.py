@@ -51,7 +51,7 @@ def dkdetr(out, flags):
 
 
 def burn_in(seed):
-    """Images, tiny CLIP and the common start of a seed; CLIP's accuracy on novel objects, percent."""
+    """Images, tiny CLIP and the common start of a seed; prints CLIP's accuracy on novel objects."""
     code = ("import sys, torch; sys.path.insert(0, '.'); from common.clip import tiny_clip; from common.shapes import make_shapes; import dkdetr\n"
             "seed = int(sys.argv[1]); root = make_shapes(seed=seed); a = dkdetr.parse_args(['--data', 'shapes']); dkdetr.fill_defaults(a)\n"
             "n = len(dkdetr.CocoDataset(*dkdetr.find_coco(root, 'train'), True, classes=dkdetr.BASE))\n"
@@ -59,7 +59,7 @@ def burn_in(seed):
     r = subprocess.run([sys.executable, "-c", code, str(seed)], cwd=ROOT, capture_output=True, text=True, env=ENV, check=True)
     novel, steps = r.stdout.split()[-2:]
     dkdetr(RUNS / f"burn-in-s{seed}", ["--skd", "none", "--rkd", "none", "--seed", str(seed), "--data-seed", str(seed), "--max-iters", steps])
-    return float(novel)
+    print(f"seed {seed}: the tiny CLIP names {float(novel):.1f} % of the novel objects (gate: 90)", flush=True)
 
 
 DIAGNOSE = """
@@ -103,7 +103,8 @@ print(json.dumps(dict(novel_share=100 * right / max(targets, 1), novel_in_target
 """
 
 
-def run(arm, seed):
+def run(arm, seed, started):
+    started.result()
     since, out = time.time(), RUNS / f"{''.join(c if c.isalnum() else '_' for c in arm)}-s{seed}"
     m = dkdetr(out, [*ARMS[arm], "--seed", str(seed), "--data-seed", str(seed), "--start", str(RUNS / f"burn-in-s{seed}" / "last.pt")])
     r = subprocess.run([sys.executable, "-c", DIAGNOSE, str(out / "last.pt"), *ARMS[arm]], cwd=ROOT, capture_output=True, text=True, env=ENV)
@@ -144,8 +145,7 @@ if __name__ == "__main__":
     a = p.parse_args()
     if not a.report:
         with ThreadPoolExecutor(a.jobs) as pool:
-            for seed, novel in zip(a.seeds, pool.map(burn_in, a.seeds)):
-                print(f"seed {seed}: the tiny CLIP names {novel:.1f} % of the novel objects (gate: 90)", flush=True)
             have = {(r["arm"], r["seed"]) for r in rows()}
-            list(pool.map(lambda x: run(*x), [(arm, s) for s in a.seeds for arm in a.arms if (arm, s) not in have]))
+            started = {s: pool.submit(burn_in, s) for s in a.seeds}  # before the runs in the queue, so none waits for ever
+            list(pool.map(lambda x: run(*x, started[x[1]]), [(arm, s) for arm in a.arms for s in a.seeds if (arm, s) not in have]))
     report()

@@ -73,12 +73,12 @@ def mlp(sd, name, x):
     return linear(sd, name + ".4", linear(sd, name + ".2", linear(sd, name + ".0", x).relu()).relu())
 
 
-def position(mask):
+def position(mask, dtype):
     """SinePositionalEncoding(num_feats=128, normalize=True, offset=-0.5) of a padding mask (B, h, w)."""
-    seen = (~mask).double()
+    seen = (~mask).to(dtype)
     y, x = seen.cumsum(1), seen.cumsum(2)
     y, x = (y - 0.5) / (y[:, -1:] + 1e-6) * 2 * math.pi, (x - 0.5) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-    t = 10000 ** (2 * (torch.arange(128) // 2).double() / 128)
+    t = 10000 ** (2 * (torch.arange(128) // 2).to(dtype) / 128)
     parts = []
     for p in (y, x):
         p = p[..., None] / t
@@ -88,7 +88,8 @@ def position(mask):
 
 @torch.no_grad()
 def reference(sd, images, valid):
-    net = torchvision.models.resnet50().double().eval()
+    dtype = images.dtype
+    net = torchvision.models.resnet50().to(dtype).eval()
     net.load_state_dict({k[9:]: v for k, v in sd.items() if k.startswith("backbone.")}, strict=False)
     c2 = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
     c3 = net.layer2(c2)
@@ -103,12 +104,12 @@ def reference(sd, images, valid):
     shapes = [m.shape[-2:] for m in maps]
     masks = [F.interpolate(canvas[None], size=s)[0].bool() for s in shapes]
     x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
-    pos = torch.cat([position(m) + sd["level_embed"][i] for i, m in enumerate(masks)], 1)
+    pos = torch.cat([position(m, dtype) + sd["level_embed"][i] for i, m in enumerate(masks)], 1)
     mask = torch.cat([m.flatten(1) for m in masks], 1)
-    ratios = torch.stack([torch.stack([(~m[:, 0]).sum(1).double() / m.shape[2], (~m[:, :, 0]).sum(1).double() / m.shape[1]], -1) for m in masks], 1)  # x, y
+    ratios = torch.stack([torch.stack([(~m[:, 0]).sum(1).to(dtype) / m.shape[2], (~m[:, :, 0]).sum(1).to(dtype) / m.shape[1]], -1) for m in masks], 1)  # x, y
     points = []
     for level, (h, w) in enumerate(shapes):
-        y, c = torch.meshgrid(torch.linspace(0.5, h - 0.5, h, dtype=torch.float64), torch.linspace(0.5, w - 0.5, w, dtype=torch.float64), indexing="ij")
+        y, c = torch.meshgrid(torch.linspace(0.5, h - 0.5, h, dtype=dtype), torch.linspace(0.5, w - 0.5, w, dtype=dtype), indexing="ij")
         points.append(torch.stack([c.flatten()[None] / (ratios[:, None, level, 0] * w), y.flatten()[None] / (ratios[:, None, level, 1] * h)], -1))
     ref = torch.cat(points, 1)[:, :, None] * ratios[:, None]
     for i in range(6):
@@ -118,7 +119,7 @@ def reference(sd, images, valid):
     proposals = []
     for level, (h, w) in enumerate(shapes):
         rows, columns = (~masks[level][:, :, 0]).sum(1), (~masks[level][:, 0]).sum(1)
-        y, c = torch.meshgrid(torch.arange(h).double(), torch.arange(w).double(), indexing="ij")
+        y, c = torch.meshgrid(torch.arange(h).to(dtype), torch.arange(w).to(dtype), indexing="ij")
         grid = (torch.stack([c, y], -1)[None] + 0.5) / torch.stack([columns, rows], 1)[:, None, None]
         proposals.append(torch.cat([grid, torch.full_like(grid, 0.05 * 2.0**level)], -1).flatten(1, 2))
     proposals = torch.cat(proposals, 1)
@@ -129,7 +130,7 @@ def reference(sd, images, valid):
     top = score[..., 0].topk(300, 1).indices
     unact = coarse.gather(1, top[..., None].expand(-1, -1, 4))
     box = unact.sigmoid()
-    t = 10000 ** (2 * (torch.arange(128) // 2).double() / 128)
+    t = 10000 ** (2 * (torch.arange(128) // 2).to(dtype) / 128)
     embed = unact.sigmoid()[..., None] * 2 * math.pi / t
     embed = torch.stack([embed[..., 0::2].sin(), embed[..., 1::2].cos()], 4).flatten(2)
     query_pos, query = norm(sd, "pos_trans_norm", linear(sd, "pos_trans_fc", embed)).split(256, 2)
@@ -146,24 +147,50 @@ def reference(sd, images, valid):
     return score[..., 0], coarse.sigmoid(), torch.stack(boxes), torch.stack(classes)
 
 
-def test_detector_equals_the_written_out_one_in_fp64_and_fp32(golden, fill):
+VALID = [(256, 320), (230, 270)]
+
+
+@pytest.fixture(scope="module")
+def state(golden, fill):
     keys = json.loads((golden / "mmdet_keys" / "deformable_detr_r50.json").read_text())
-    state = fill.fill({k: torch.zeros(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in keys.items()})
-    valid = [(256, 320), (230, 270)]
-    images = fill.image(256, 320, 2, valid)
-    want = reference({k: v.double() if v.is_floating_point() else v for k, v in state.items()}, images.double(), valid)
+    return fill.fill({k: torch.zeros(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in keys.items()})
+
+
+@pytest.fixture(scope="module")
+def exact(fill, state):
+    return reference({k: v.double() if v.is_floating_point() else v for k, v in state.items()}, fill.image(256, 320, 2, VALID).double(), VALID)
+
+
+def detector(state, images):
+    """Ours in the images' dtype: the dict of forward, and what reference() gives."""
     model = DKDETR(text_dim=None, classes=80, dropout=0.0).eval()
     model.load_state_dict(convert_mmdet(state)[0], strict=False)
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        model.to(dtype)
-        with torch.no_grad():
-            out = model(images.to(dtype), torch.tensor(valid))
-        mine = out["objectness"], out["coarse"], out["boxes"], classify(out["features"], None)
-        for got, exact in list(zip(mine, want))[:4 if dtype == torch.float64 else 2]:
-            error = (got - exact).abs()
-            assert (error.max() if dtype == torch.float64 else error.mean()) < tolerance * max(1, exact.std().item())
-        if dtype == torch.float32:  # rounding, which a random deep net amplifies, may swap two queries of almost equal objectness: nearest boxes
-            distance = torch.cdist(out["boxes"][-1].flatten(0, 1).double(), want[2][-1].flatten(0, 1)).amin(1)
-            assert distance.median() < 5e-5 and (distance < 1e-3).double().mean() > 0.98  # measured 3.4e-5, 99.3 %
-    boxes, scores, labels, _ = detect(dict(features=out["features"], boxes=out["boxes"]), None, torch.tensor(valid), 1.0, 100)[1]
+    with torch.no_grad():
+        out = model.to(images.dtype)(images, torch.tensor(VALID))
+    return out, (out["objectness"], out["coarse"], out["boxes"], classify(out["features"], None))
+
+
+def test_detector_equals_the_written_out_one_in_fp64(fill, state, exact):
+    out, mine = detector(state, fill.image(256, 320, 2, VALID).double())
+    for got, want in zip(mine, exact):
+        assert (got - want).abs().max() < 1e-9 * max(1, want.std().item())
+    boxes, scores, labels, _ = detect(dict(features=out["features"], boxes=out["boxes"]), None, torch.tensor(VALID), 1.0, 100)[1]
     assert len(scores) == 100 and boxes[:, 0::2].max() <= 270 and boxes[:, 1::2].max() <= 230 and labels.max() < 80
+
+
+def test_fp32_rounds_no_more_than_the_written_out_one(fill, state, exact):
+    """In fp32 these random weights amplify rounding (an image changed by 1e-7 moves boxes in fp64 by up to 7e-4), and may swap two queries of almost equal
+    objectness; so ours is held to what the other implementation's own fp32 run loses against fp64, on the nearest boxes and their logits."""
+    def errors(answer):
+        near = torch.cdist(answer[2][-1].flatten(0, 1).double(), exact[2][-1].flatten(0, 1)).min(1)
+        logits = (answer[3][-1].flatten(0, 1) - exact[3][-1].flatten(0, 1)[near.indices]).abs().amax(1)
+        objectness, coarse = (a - b for a, b in zip(answer[:2], exact))
+        return {f"{name} {q:.0%}": t.abs().flatten().double().quantile(q).item() for q in (0.5, 0.9, 0.99)
+                for name, t in (("box", near.values), ("logit", logits), ("coarse", coarse), ("objectness", objectness))}
+
+    images = fill.image(256, 320, 2, VALID).float()
+    ours, theirs = errors(detector(state, images)[1]), errors(reference(state, images, VALID))
+    print(ours, theirs, sep="\n")
+    assert ours["box 50%"] < 1e-4 and ours["coarse 99%"] < 1e-4
+    for name, error in ours.items():
+        assert error < 1.25 * theirs[name], name

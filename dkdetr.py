@@ -286,7 +286,6 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((ray[:, None, None] * torch.arange(1, points + 1)[:, None]).expand(-1, levels, -1, -1).flatten())
         for m in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(m.weight)
             nn.init.zeros_(m.bias)
 
     def values(self, tokens, padded):
@@ -310,6 +309,16 @@ class DeformableAttention(nn.Module):
 
 # ================================================================== model: the detector
 
+def take(x, index):
+    """Rows of x (B, N, C) at index (B, k) -> (B, k, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def to_pixels(boxes, scale):
+    """cx, cy, w, h in 0..1 -> xyxy pixels; scale: w, h, w, h of the valid image, broadcast."""
+    return box_convert(boxes, "cxcywh", "xyxy") * scale
+
+
 def inverse_sigmoid(x, eps=1e-5):
     """logit of x, which is cut to eps .. 1 - eps."""
     x = x.clamp(0, 1)
@@ -327,19 +336,14 @@ def mlp(dim, out, layers=3):
     return nn.Sequential(*[m for i in range(layers) for m in ((nn.Linear(dim, dim), nn.ReLU()) if i < layers - 1 else (nn.Linear(dim, out),))])
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, dim, hidden, dropout):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
-        for m in self:
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+def feed_forward(dim, hidden, dropout):
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, dim, hidden, dropout, heads=8, levels=4):
         super().__init__()
-        self.attention, self.ffn = DeformableAttention(dim, heads, levels), FeedForward(dim, hidden, dropout)
+        self.attention, self.ffn = DeformableAttention(dim, heads, levels), feed_forward(dim, hidden, dropout)
         self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), nn.Dropout(dropout)
 
     def forward(self, x, position, reference, padded, level_sizes, core, save_memory):
@@ -352,7 +356,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim, hidden, dropout, heads, levels):
         super().__init__()
         self.self_attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
-        self.attention, self.ffn = DeformableAttention(dim, heads, levels), FeedForward(dim, hidden, dropout)
+        self.attention, self.ffn = DeformableAttention(dim, heads, levels), feed_forward(dim, hidden, dropout)
         self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3)), nn.Dropout(dropout)
 
     def forward(self, x, position, reference, values, level_sizes, core, seen=None):
@@ -391,13 +395,18 @@ class MaskHead(nn.Module):
         y, x = row / valid[image, 1:] - center[:, 1:], column / valid[image, :1] - center[:, :1]                # (n, h), (n, w)
         y, x = (sine(t * (2 * math.pi), 4) for t in (y, x))
         where = torch.cat([y[:, :, None].expand(-1, -1, w, -1), x[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)   # (n, S0, 8) y, x
-        q, value = features[image] + where, features.masked_fill(padded[..., None], 0)[image]
-        linear = lambda x, weight, bias: torch.einsum("nsc,noc->nso", x, weight.unflatten(1, (weight.shape[1] // 8, 8))) + bias[:, None]
-        offsets, weight = linear(q, *parts[0:2]).view(n, h * w, 4, 1, 4, 2), linear(q, *parts[2:4]).view(n, h * w, 4, 1, 4).softmax(-1)
+        q, value = features[image] + where, features.masked_fill(padded[..., None], 0)[image]                  # (n, S0, 8) each
+        offsets = linear_each(q, *parts[0:2]).view(n, h * w, 4, 1, 4, 2)  # heads, levels, points, x y
+        weight = linear_each(q, *parts[2:4]).view(n, h * w, 4, 1, 4).softmax(-1)
         cell = torch.stack(torch.meshgrid((torch.arange(w).to(q) + 0.5) / w, (torch.arange(h).to(q) + 0.5) / h, indexing="xy"), -1).flatten(0, 1)
         at = cell[:, None, None, None] + offsets / offsets.new_tensor([w, h])
-        logit = linear(core(value.unflatten(-1, (4, 2)), [size], at, weight).relu(), *parts[4:6])[..., 0]
+        logit = linear_each(core(value.unflatten(-1, (4, 2)), [size], at, weight).relu(), *parts[4:6])[..., 0]  # (n, S0)
         return aligned_bilinear(logit.view(n, 1, h, w), 4)[:, 0]
+
+
+def linear_each(x, weight, bias):
+    """A linear layer for each instance: x (n, S, i), weight (n, o * i), bias (n, o) -> (n, S, o)."""
+    return torch.einsum("nsi,noi->nso", x, weight.unflatten(1, (bias.shape[1], x.shape[2]))) + bias[:, None]
 
 
 def aligned_bilinear(x, factor):
@@ -416,7 +425,7 @@ def normalise(images, sizes, mean_std=IMAGENET):
 
 
 class NarrowResNet(torchvision.models.ResNet):
-    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
+    """A ResNet of one BasicBlock a stage (10 layers), `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
 
     def __init__(self, width):
         norm = lambda c: nn.GroupNorm(c // 8, c)
@@ -478,8 +487,8 @@ def make_body(name, init, bn):
 class DKDETR(nn.Module):
     """Two-stage Deformable DETR with box refinement whose classifier is a text matrix.
 
-    The list it returns has no thresholds in it; see forward. text width T None: a linear classifier of `classes` outputs instead, as in the
-    closed-vocabulary Deformable DETR (to load and check published weights).
+    text_dim None: a linear classifier of `classes` outputs instead, as in the closed-vocabulary Deformable DETR: to check the detector against published
+    weights, from Python only.
     """
 
     def __init__(self, backbone="r50", text_dim=512, dim=256, heads=8, hidden=1024, levels=4, encoder=6, decoder=6, queries=300, dropout=0.1,
@@ -501,76 +510,86 @@ class DKDETR(nn.Module):
         self.decoder = nn.ModuleList(DecoderLayer(dim, hidden, dropout, heads, levels) for _ in range(decoder))
         self.objectness, self.refine = nn.Linear(dim, 1), nn.ModuleList(mlp(dim, 4) for _ in range(decoder + 1))  # the last: of the encoder
         self.project = nn.ModuleList(nn.Linear(dim, text_dim or classes) for _ in range(decoder))
+        self.mask_head = MaskHead(dim, hidden, dropout) if masks else None
+        for name, p in self.named_parameters():  # as mmdetection starts the transformer; heads start as nn.Linear does
+            if p.ndim == 2 and re.match("encoder|decoder|memory_trans|query_trans|mask_head.encoder|mask_head.trans", name):
+                if not re.search("sampling_offsets|attention_weights", name):
+                    nn.init.xavier_uniform_(p)
         nn.init.constant_(self.objectness.bias, -math.log(99))
         for head in self.refine:
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
         self.kd_queries = nn.Parameter(torch.randn(queries if kd_embed == "per_rank" else 1, dim))
-        self.mask_head = MaskHead(dim, hidden, dropout) if masks else None
 
     def forward(self, images, sizes):
         """(B, 3, H, W) normalised, sizes (B, 2) valid h, w -> dict:
 
         objectness (B, S) logits and coarse (B, S, 4) of all tokens; boxes (layers, B, N, 4) and features (layers, B, N, T) of the decoder;
-        proposals (B, N, 4), the coarse boxes the queries came from, best first, and usable (B, N): they are no padding; `state` for distil.
+        hidden (layers, B, N, D) its queries; proposals (B, N, 4), the coarse boxes these came from, best first, and usable (B, N): no padding;
+        `masks` for the mask head, `state` for kd_features.
         """
         maps = self.body(images)
-        maps = [fp32(block(x)) for block, x in zip(self.neck, maps + maps[-1:])]
+        maps = [fp32(block(m)) for block, m in zip(self.neck, maps + maps[-1:])]
+        x, position, padded, anchors, ratio = self.tokens(maps, images.shape[-2:], sizes)
         level_sizes = [tuple(m.shape[-2:]) for m in maps]
-        (b, d), (height, width) = maps[0].shape[:2], images.shape[-2:]
-        tokens, positions, padded, anchors, ratios = [], [], [], [], []
-        for level, (x, (h, w)) in enumerate(zip(maps, level_sizes)):
-            row, column = (torch.arange(n, device=x.device) for n in (h, w))
-            count_y = (row * height // h < sizes[:, :1]).sum(1, keepdim=True)   # valid cells: (B, 1)
-            count_x = (column * width // w < sizes[:, 1:]).sum(1, keepdim=True)
-            at_y, at_x = (row.to(x) + 0.5) / count_y, (column.to(x) + 0.5) / count_x                              # 0..1 of the valid image
-            outside = ((row >= count_y)[:, :, None] | (column >= count_x)[:, None]).flatten(1)
-            grid = torch.stack([at_y[:, :, None].expand(-1, -1, w), at_x[:, None].expand(-1, h, -1)], -1).flatten(1, 2)  # (B, h w, 2) y, x
-            tokens.append(x.flatten(2).transpose(1, 2))
-            count = torch.stack([count_y, count_x], -1).to(x)                                                 # (B, 1, 2)
-            positions.append(sine(grid * (count / (count + 1e-6)) * (2 * math.pi), d // 2).flatten(2) + self.level_embed[level])  # 1e-6: mmdetection's
-            padded.append(outside)
-            anchors.append(torch.cat([grid.flip(-1), torch.full_like(grid, 0.05 * 2**level)], -1))
-            ratios.append(torch.cat([count_x.to(x) / w, count_y.to(x) / h], 1))
-        x, position, padded, anchors = (torch.cat(t, 1) for t in (tokens, positions, padded, anchors))
-        ratio = torch.stack(ratios, 1)                                                                        # (B, L, 2): valid share of x, y
         reference = anchors[:, :, None, :2] * ratio[:, None]
         for layer in self.encoder:
             x = layer(x, position, reference, padded, level_sizes, self.core, self.save_memory and self.training)
         memory, cells = fp32(x), level_sizes[0][0] * level_sizes[0][1]
-        masks = self.mask_head and self.mask_head.features(memory[:, :cells], position[:, :cells], reference[:, :cells, :1], padded[:, :cells], level_sizes[:1],
-                                                          self.core, self.save_memory and self.training)
+        masks = None
+        if self.mask_head:  # of level 0, the finest
+            masks = self.mask_head.features(memory[:, :cells], position[:, :cells], reference[:, :cells, :1], padded[:, :cells], level_sizes[:1],
+                                            self.core, self.save_memory and self.training)
 
         # Two-stage: the best N coarse boxes start the decoder.
         usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padded
         with torch.autocast(memory.device.type, enabled=False):  # ranks are the identity of KD queries: bf16 scores would tie
             z = self.memory_norm(self.memory_trans(memory.masked_fill(~usable[..., None], 0)))
             objectness = self.objectness(z)[..., 0]
-            start = (anchors / (1 - anchors)).log().masked_fill(~usable[..., None], math.inf)
-            coarse = self.refine[-1](z) + start
+            anchor_logits = (anchors / (1 - anchors)).log().masked_fill(~usable[..., None], math.inf)
+            coarse = self.refine[-1](z) + anchor_logits
         best = objectness.topk(min(self.queries, objectness.shape[1]), 1).indices                            # sorted: rank is identity
-        pick = lambda t: t.gather(1, best[..., None].expand(-1, -1, t.shape[-1]))
-        proposals = pick(coarse.detach()).sigmoid()
-        # the queries know the boxes only
-        angle = sine(proposals * (2 * math.pi), d // 2).flatten(2)                                             # (B, N, 2 D) of cx, cy, w, h
-        where, content = self.query_norm(self.query_trans(angle)).chunk(2, -1)
+        proposals = take(coarse.detach(), best).sigmoid()
+        code = sine(proposals * (2 * math.pi), memory.shape[2] // 2).flatten(2)                                # (B, N, 2 D) of cx, cy, w, h
+        where, content = self.query_norm(self.query_trans(code)).chunk(2, -1)                                 # queries know the boxes only
         values = [layer.attention.values(memory, padded) for layer in self.decoder]
+        # what a pass of the decoder needs: where (B, N, D) positions of the queries, values of each layer, ratio (B, 1, L, 4) to padded coordinates
         state = dict(where=where, values=values, level_sizes=level_sizes, ratio=torch.cat([ratio, ratio], -1)[:, None])
-        out = self.decode(content, [proposals] * (len(self.decoder) + 1), state, own=True)
-        state.update(inputs=out["inputs"], references=out["references"])
+        out = self.decode(content, [proposals] * (len(self.decoder) + 1), state, update=True)
+        state.update(inputs=out["inputs"], references=out["references"])  # of each layer: what KD queries see, and the boxes they look around
         return dict(objectness=objectness, coarse=coarse.sigmoid(), proposals=proposals, usable=usable.gather(1, best), boxes=out["boxes"],
                     features=out["features"], hidden=out["hidden"], state=state,
                     masks=dict(features=masks, padded=padded[:, :cells], size=level_sizes[0], valid=ratio[:, 0]))
 
-    def decode(self, x, references, state, own, seen=None):
-        """The decoder over queries x (B, N, D). own: refine the references; otherwise take those given, one per layer.
+    def tokens(self, maps, canvas, sizes):
+        """All levels as one sequence. maps: L of (B, D, h, w); canvas (H, W) padded, sizes (B, 2) valid pixels -> (B, S, D) values, (B, S, D) positions,
+        (B, S) padded, (B, S, 4) anchors: cell centre and 0.05 * 2^level in 0..1 of the valid image, (B, L, 2) valid share of x, y."""
+        values, positions, padded, anchors, ratios = [], [], [], [], []
+        for level, m in enumerate(maps):
+            h, w = m.shape[-2:]
+            row, column = (torch.arange(n, device=m.device) for n in (h, w))
+            count_y = (row * canvas[0] // h < sizes[:, :1]).sum(1, keepdim=True)  # valid cells: (B, 1)
+            count_x = (column * canvas[1] // w < sizes[:, 1:]).sum(1, keepdim=True)
+            at_y, at_x = (row.to(m) + 0.5) / count_y, (column.to(m) + 0.5) / count_x
+            grid = torch.stack([at_y[:, :, None].expand(-1, -1, w), at_x[:, None].expand(-1, h, -1)], -1).flatten(1, 2)  # (B, h w, 2) y, x
+            count = torch.stack([count_y, count_x], -1).to(m)                                                 # (B, 1, 2)
+            angle = grid * (count / (count + 1e-6)) * (2 * math.pi)                                           # 1e-6: mmdetection's
+            values.append(m.flatten(2).transpose(1, 2))
+            positions.append(sine(angle, m.shape[1] // 2).flatten(2) + self.level_embed[level])
+            padded.append(((row >= count_y)[:, :, None] | (column >= count_x)[:, None]).flatten(1))
+            anchors.append(torch.cat([grid.flip(-1), torch.full_like(grid, 0.05 * 2**level)], -1))
+            ratios.append(torch.cat([count_x.to(m) / w, count_y.to(m) / h], 1))
+        return *(torch.cat(t, 1) for t in (values, positions, padded, anchors)), torch.stack(ratios, 1)
+
+    def decode(self, x, references, state, update, seen=None):
+        """The decoder over queries x (B, N, D). update: each layer refines the boxes it looks around; otherwise they are those given, one per layer.
 
         seen: what each layer's self-attention sees besides the queries: the inputs of the layers of another pass.
         """
         inputs, hidden, boxes, features, used = [], [], [], [], []
         reference = references[0]
         for number, (layer, refine, project) in enumerate(zip(self.decoder, self.refine, self.project)):
-            reference = reference if own else references[number]
+            reference = reference if update else references[number]
             inputs.append(x)
             used.append(reference)
             x = layer(x, state["where"], reference[:, :, None] * state["ratio"], state["values"][number], state["level_sizes"], self.core,
@@ -578,13 +597,13 @@ class DKDETR(nn.Module):
             h = fp32(x)
             with torch.autocast(h.device.type, enabled=False):
                 features.append(project(h))
-                if own:
+                if update:
                     boxes.append((refine(h) + inverse_sigmoid(reference)).sigmoid())
                     reference = boxes[-1].detach()
             hidden.append(h)
-        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), boxes=torch.stack(boxes) if own else None, features=torch.stack(features))
+        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), boxes=torch.stack(boxes) if update else None, features=torch.stack(features))
 
-    def distil(self, out, reference="shared", see_objects=True):
+    def kd_features(self, out, reference="shared", see_objects=True):
         """KD queries through the same decoder, after the object queries, which therefore cannot depend on them: features (layers, B, N, T)."""
         state, (b, n) = out["state"], out["proposals"].shape[:2]
         queries = self.kd_queries[:n] if len(self.kd_queries) > 1 else self.kd_queries.expand(n, -1)
@@ -594,12 +613,16 @@ class DKDETR(nn.Module):
 
 def classify(features, text, tau=0.05):
     """Eqs. 1 and 2 before the sigmoid: cosine / tau. (..., T), (K, T) -> (..., K) logits in -1/tau .. 1/tau. text None: features are logits."""
-    return features if text is None else F.normalize(fp32(features), dim=-1) @ F.normalize(text, dim=-1).to(fp32(features)).T / tau
-
-
+    if text is None:
+        return features
+    features = F.normalize(fp32(features), dim=-1)
+    return features @ F.normalize(text, dim=-1).to(features).T / tau  # Eq. 1, and the argument of Eq. 2
 
 
 # ================================================================== loss: matching and detection
+
+W_CLS, W_L1, W_GIOU = 2, 5, 2  # of L_det in Eq. 6, and of the matcher's costs
+W_DICE, W_MASK = 8, 2          # of SOIT's masks
 
 def focal_cost(logits, alpha=0.25, gamma=2.0):
     """What it costs to call a query with this logit a positive rather than a negative (Deformable DETR): elementwise."""
@@ -609,14 +632,13 @@ def focal_cost(logits, alpha=0.25, gamma=2.0):
 
 @torch.no_grad()
 def match_cost(logits, boxes, gt_boxes, scale):
-    """(..., N, M) cost of query n for object m: 2 focal + 5 L1 + 2 GIoU, as the losses weigh them.
+    """(..., N, M) cost of query n for object m, weighed as the losses are.
 
     logits (..., N, M): of the class of each object. boxes (..., N, 4), gt_boxes (..., M, 4) in 0..1; scale (..., 1, 4): w, h, w, h in pixels.
     """
-    xyxy = lambda b: box_convert(b, "cxcywh", "xyxy") * scale
-    giou = overlap(xyxy(boxes)[..., :, None, :], xyxy(gt_boxes)[..., None, :, :])[1]
+    giou = overlap(to_pixels(boxes, scale)[..., :, None, :], to_pixels(gt_boxes, scale)[..., None, :, :])[1]
     l1 = (boxes[..., :, None, :] - gt_boxes[..., None, :, :]).abs().sum(-1)
-    return 2 * focal_cost(logits) + 5 * l1 - 2 * giou
+    return W_CLS * focal_cost(logits) + W_L1 * l1 - W_GIOU * giou
 
 
 def match(costs, counts):
@@ -640,17 +662,17 @@ def match(costs, counts):
 
 
 def box_losses(boxes, gt_boxes, scale):
-    """L1 (weight 5) and GIoU (weight 2), summed over matches (n, 4) in 0..1; scale (n, 4) pixels."""
-    xyxy = lambda b: box_convert(b, "cxcywh", "xyxy") * scale
-    return 5 * (boxes - gt_boxes).abs().sum(), 2 * (1 - overlap(xyxy(boxes), xyxy(gt_boxes))[1]).sum()
+    """Weighted L1 and GIoU losses, summed over matches (n, 4) in 0..1; scale (n, 4) pixels."""
+    giou = overlap(to_pixels(boxes, scale), to_pixels(gt_boxes, scale))[1]
+    return W_L1 * (boxes - gt_boxes).abs().sum(), W_GIOU * (1 - giou).sum()
 
 
 def mask_losses(logits, target, valid):
-    """Dice (weight 8) and BCE per valid pixel (weight 2), summed over instances (n, h, w). target in 0..1, valid bool."""
+    """Weighted dice and BCE per valid pixel, summed over instances (n, h, w). target in 0..1, valid bool."""
     p, target = (logits.sigmoid() * valid).flatten(1), (target * valid).flatten(1)
     dice = 1 - 2 * (p * target).sum(1) / (p.square().sum(1) + target.square().sum(1) + 1e-5)
     bce = F.binary_cross_entropy_with_logits(logits.flatten(1), target, reduction="none") * valid.flatten(1)
-    return 8 * dice.sum(), 2 * (bce.sum(1) / valid.flatten(1).sum(1).clamp(min=1)).sum()
+    return W_DICE * dice.sum(), W_MASK * (bce.sum(1) / valid.flatten(1).sum(1).clamp(min=1)).sum()
 
 
 # ================================================================== loss: distillation
@@ -667,9 +689,15 @@ def choose_targets(usable, matched, boxes, k, least):
 
 
 def duplicates(boxes, good, iou):
-    """(B, N) bool: boxes that overlap a better good one by `iou`; those that are duplicates themselves count as well."""
-    over = (pairwise_iou(boxes, boxes) >= iou) & good[:, None]  # (B, N, N)
-    return over.tril(-1).any(-1)
+    """(B, N) bool: boxes that overlap a better good one by `iou`, even one that is a duplicate itself: this is no NMS. Best box first."""
+    over = (pairwise_iou(boxes, boxes) >= iou) & good[:, None]  # (B, N, N): row n overlaps column m, which is good
+    return over.tril(-1).any(-1)                                # m < n: the better one
+
+
+def group_mean(total, there):
+    """Sum over targets (G,) -> mean per target of each group, mean over the groups of all processes that hold one."""
+    n = there.sum(1)
+    return (total / n.clamp(min=1)).sum() / reduce_mean((n > 0).sum().float(), 1.0)
 
 
 def semantic_loss(f, v, there, tau=0.05):
@@ -685,7 +713,8 @@ def semantic_loss(f, v, there, tau=0.05):
 
 def direct_loss(f, v, there):
     """Eq. 3: L1 distance of unit features."""
-    return group_mean(((F.normalize(f, dim=-1) - F.normalize(v, dim=-1)).abs().sum(-1) * there).sum(1), there)
+    distance = (F.normalize(f, dim=-1) - F.normalize(v, dim=-1)).abs().sum(-1)                                   # Eq. 3
+    return group_mean((distance * there).sum(1), there)
 
 
 def relational_loss(f, v, there, tau=0.2, direction="teacher", diagonal=True):
@@ -693,28 +722,26 @@ def relational_loss(f, v, there, tau=0.2, direction="teacher", diagonal=True):
     both = there[:, :, None] & there[:, None]
     if not diagonal:
         both = both & ~torch.eye(both.shape[1], dtype=torch.bool, device=f.device)
-    logp, logq = ((x @ x.transpose(1, 2) / tau).masked_fill(~both, -1e4).log_softmax(-1) for x in (F.normalize(v, dim=-1), F.normalize(f, dim=-1)))
+    v, f = F.normalize(v, dim=-1), F.normalize(f, dim=-1)
+    log_p, log_q = ((x @ x.transpose(1, 2) / tau).masked_fill(~both, -1e4).log_softmax(-1) for x in (v, f))
     if direction == "student":
-        logp, logq = logq, logp
-    return group_mean(((logp.exp() * (logp - logq)) * both).sum((1, 2)), there)
+        log_p, log_q = log_q, log_p
+    return group_mean((log_p.exp() * (log_p - log_q) * both).sum((1, 2)), there)                                 # Eq. 5
 
 
-def group_mean(total, there):
-    """Sum over targets (G,) -> mean per target of each group, mean over the groups of all processes that hold one."""
-    n = there.sum(1)
-    return (total / n.clamp(min=1)).sum() / reduce_mean((n > 0).sum().float(), 1.0)
-
+# ================================================================== loss: all of Eq. 6
 
 class Learner(nn.Module):
     """The detector with its text matrix and, outside the module tree, CLIP: forward(batch) -> {name: loss}; their sum is Eq. 6.
 
-    `distilling` is set by the training loop: burn-in is over.
+    L_det there is that of Deformable DETR: of all decoder layers, of the encoder's coarse boxes, and with masks. `kd_active` is set by the training
+    loop: burn-in is over.
     """
 
     def __init__(self, model, text, clip, a):
         super().__init__()
-        self.model, self.a, self.clip, self.distilling = model, a, clip, False  # FrozenCLIP is no nn.Module
-        self.watch = {}  # cosine of features with the crops of their own and of other boxes: the losses alone do not tell what is learnt
+        self.model, self.a, self.clip, self.kd_active = model, a, clip, False  # FrozenCLIP is no nn.Module
+        self.watch = {}  # see cosines
         self.register_buffer("text", text, persistent=False)
 
     def forward(self, batch):
@@ -726,32 +753,31 @@ class Learner(nn.Module):
         gt_boxes = box_convert(batch["boxes"], "xyxy", "cxcywh") / scale
         logits = classify(out["features"], self.text, a.tau)                                                   # (layers, B, N, K)
         layers, b, n, _ = logits.shape
-        column = labels.clamp(min=0)[None, :, None].expand(layers, -1, n, -1)
-        costs = [match_cost(logits.gather(3, column), out["boxes"], gt_boxes, scale),
-                 torch.cat([match_cost(score[:, None].expand(-1, labels.shape[1]), coarse, gt, s) for score, coarse, gt, s in  # 21,760 x M: an image at a time
-                            zip(out["objectness"], out["coarse"], gt_boxes, scale)]).view(1, b, -1, labels.shape[1])]
-        decoder, encoder = match(costs, batch["counts"])
-        positives = reduce_mean(constant(float(sum(min(c, n) for c in batch["counts"])), x.device, x.dtype), 1.0)
+        of_object = labels.clamp(min=0)[None, :, None].expand(layers, -1, n, -1)
+        cost = match_cost(logits.gather(3, of_object), out["boxes"], gt_boxes, scale)                           # (layers, B, N, M)
+        enc_cost = torch.stack([match_cost(score[:, None].expand(-1, labels.shape[1]), coarse, gt, s)          # S = 21,760: an image at a time
+                                for score, coarse, gt, s in zip(out["objectness"], out["coarse"], gt_boxes, scale)])
+        (layer, image, query, obj), (_, enc_image, token, enc_obj) = match([cost, enc_cost[None]], batch["counts"])
+        positives, enc_positives = (reduce_mean(constant(float(sum(min(c, most) for c in batch["counts"])), x.device, x.dtype), 1.0)
+                                    for most in (n, out["objectness"].shape[1]))
 
-        layer, image, query, obj = decoder
         target = torch.zeros_like(logits)
         target[layer, image, query, labels[image, obj]] = 1
-        losses = dict(cls=2 * sigmoid_focal_loss(logits, target, 0.25, 2, "sum"))
+        losses = dict(cls=W_CLS * sigmoid_focal_loss(logits, target, 0.25, 2, "sum"))
         losses["l1"], losses["giou"] = box_losses(out["boxes"][layer, image, query], gt_boxes[image, obj], scale[image, 0])
-        target = torch.zeros_like(out["objectness"])
-        target[encoder[1], encoder[2]] = 1  # the encoder tells objects from background only
-        losses["enc_cls"] = 2 * sigmoid_focal_loss(out["objectness"], target, 0.25, 2, "sum")
-        l1, giou = box_losses(out["coarse"][encoder[1], encoder[2]], gt_boxes[encoder[1], encoder[3]], scale[encoder[1], 0])
-        losses["enc_box"] = l1 + giou
+        enc_target = torch.zeros_like(out["objectness"])
+        enc_target[enc_image, token] = 1  # the encoder tells objects from background only
+        losses["enc_cls"] = W_CLS * sigmoid_focal_loss(out["objectness"], enc_target, 0.25, 2, "sum")
+        losses["enc_box"] = sum(box_losses(out["coarse"][enc_image, token], gt_boxes[enc_image, enc_obj], scale[enc_image, 0]))
         if a.masks:
             keep = slice(None) if a.mask_layers == "all" else layer == layers - 1
-            losses["dice"], losses["mask"] = self.mask_loss(out, batch, *(t[keep] for t in decoder))
-        losses = {name: value / positives for name, value in losses.items()}
-        if self.distilling:
+            losses["dice"], losses["mask"] = self.mask_loss(out, batch, *(t[keep] for t in (layer, image, query, obj)))
+        losses = {name: value / (enc_positives if name.startswith("enc") else positives) for name, value in losses.items()}
+        if self.kd_active:
             last = layer == layers - 1
             matched = torch.zeros_like(out["usable"])
             matched[image[last], query[last]] = True
-            losses.update(self.distillation(out, batch, matched, scale))
+            losses.update(self.kd_losses(out, batch, matched, scale))
         return losses
 
     def mask_loss(self, out, batch, layer, image, query, obj):
@@ -766,53 +792,61 @@ class Learner(nn.Module):
         chunks = zip(*(t.split(64) for t in arguments))  # 8 MB an instance at 1024 px: kept for one chunk at a time
         return sum(checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks)
 
-    def distillation(self, out, batch, matched, scale):
-        """SKD and RKD of the KD queries of the chosen boxes against CLIP's embeddings of their crops."""
+    @torch.no_grad()
+    def kd_targets(self, out, batch, matched, scale):
+        """Which queries are distilled from which boxes: index (B, k) of queries, there (B, k) bool, crops (B, k, 4) xyxy pixels."""
         a = self.a
-        xyxy = lambda boxes: box_convert(boxes, "cxcywh", "xyxy") * scale
-        boxes = xyxy(out["boxes"][-1].detach() if a.kd_boxes == "decoder" else out["proposals"])                # (B, N, 4) pixels
+        boxes = to_pixels(out["boxes"][-1] if a.kd_boxes == "decoder" else out["proposals"], scale)            # (B, N, 4)
         if a.kd_boxes == "gt":  # oracle: the hidden novel objects, and the query nearest to each
-            crops, there = batch["hidden"], batch["hidden"][..., 2] > 0
+            crops = batch["hidden"]
             best, index = pairwise_iou(crops, boxes).max(2)
-            there = there & (best > 0.1)
-        else:
-            if a.kd_exclude == "iou":
-                near = pairwise_iou(boxes, batch["boxes"]) >= 0.5                                              # (B, N, M)
-                matched = matched | (near & (batch["labels"] >= 0)[:, None]).any(-1)
-            if a.kd_dedupe < 1:
-                matched = matched | duplicates(boxes, out["usable"] & ~matched, a.kd_dedupe)
-            index, there = choose_targets(out["usable"], matched, boxes, a.kd_topk, a.kd_min_size)
-            crops = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+            return index, (crops[..., 2] > 0) & (best > 0.1), crops
+        if a.kd_exclude == "iou":
+            near = pairwise_iou(boxes, batch["boxes"]) >= 0.5                                                  # (B, N, M)
+            matched = matched | (near & (batch["labels"] >= 0)[:, None]).any(-1)
+        if a.kd_dedupe < 1:
+            matched = matched | duplicates(boxes, out["usable"] & ~matched, a.kd_dedupe)
+        index, there = choose_targets(out["usable"], matched, boxes, a.kd_topk, a.kd_min_size)
+        return index, there, take(boxes, index)
+
+    def kd_losses(self, out, batch, matched, scale):
+        """SKD and RKD of the KD queries of the chosen boxes against CLIP's embeddings of their crops. matched (B, N): by the last layer's matching."""
+        a = self.a
+        index, there, crops = self.kd_targets(out, batch, matched, scale)
         image, slot = there.nonzero(as_tuple=True)  # here a step waits for the device: CLIP must know how many crops
         v = self.crop_embeddings(batch, crops[image, slot], image)
-        v = v.new_zeros(*there.shape, v.shape[1]).index_put((image, slot), v)
+        v = v.new_zeros(*there.shape, v.shape[1]).index_put((image, slot), v)                                  # (B, k, T)
         if a.shuffle_crops:  # another image's; in a batch of one, another box's
             turn = 0 if len(v) > 1 else 1
             v, there = v.roll(1, turn), there & there.roll(1, turn)
         if a.aux_queries:
             with torch.autocast(v.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
-                features = self.model.distil(out, a.kd_ref, a.kd_attn == "obj+kd")
+                features = self.model.kd_features(out, a.kd_ref, a.kd_attn == "obj+kd")
         else:
             features = out["features"]
-        with torch.no_grad():
-            f = F.normalize(fp32(features[-1]).gather(1, index[..., None].expand(-1, -1, features.shape[-1])), dim=-1)
-            cosine, both = f @ v.transpose(1, 2), there[:, :, None] & there[:, None]
-            mine = both & torch.eye(both.shape[1], dtype=torch.bool, device=v.device)
-            self.watch = {name: (cosine * mask).sum() / mask.sum().clamp(min=1) for name, mask in (("own", mine), ("other", both & ~mine))}
-        features = features if a.kd_layers == "all" else features[-1:]
+        chosen = [take(fp32(f), index) for f in (features if a.kd_layers == "all" else features[-1:])]         # (B, k, T) each
+        self.watch = self.cosines(chosen[-1].detach(), v, there)
+        batched = lambda x: x.reshape(1, -1, *x.shape[2:])  # all images as one group
         losses = dict(skd=v.new_zeros(()), rkd=v.new_zeros(()))
-        whole = lambda t: t.reshape(1, -1, *t.shape[2:])  # the batch as one group
-        for f in features:
-            f = fp32(f).gather(1, index[..., None].expand(-1, -1, f.shape[-1]))                                  # (B, k, T)
-            grouped = (f, v, there) if a.skd_scope == "image" else (whole(f), whole(v), whole(there))
-            if a.skd != "none":
-                losses["skd"] = losses["skd"] + a.w_skd * (semantic_loss(*grouped, a.tau_s) if a.skd == "bce" else direct_loss(f, v, there))
-            options = a.tau_r, a.rkd_dir, a.rkd_diag
+        for f in chosen:
+            if a.skd == "l1":
+                losses["skd"] = losses["skd"] + a.w_skd * direct_loss(f, v, there)                             # Eq. 3
+            elif a.skd == "bce":
+                group = (f, v, there) if a.skd_scope == "image" else map(batched, (f, v, there))
+                losses["skd"] = losses["skd"] + a.w_skd * semantic_loss(*group, a.tau_s)                       # Eq. 4
             if a.rkd in ("image", "both"):
-                losses["rkd"] = losses["rkd"] + a.w_rkd * relational_loss(f, v, there, *options)
+                losses["rkd"] = losses["rkd"] + a.w_rkd * relational_loss(f, v, there, a.tau_r, a.rkd_dir, a.rkd_diag)  # Eq. 5
             if a.rkd in ("batch", "both"):
-                losses["rkd"] = losses["rkd"] + a.w_rkd * relational_loss(whole(f), whole(v), whole(there), *options)
-        return {k: value / len(features) + 0 * features.sum() for k, value in losses.items() if getattr(a, k) != "none"}
+                losses["rkd"] = losses["rkd"] + a.w_rkd * relational_loss(*map(batched, (f, v, there)), a.tau_r, a.rkd_dir, a.rkd_diag)
+        # 0 * sum: each parameter has a gradient in each process, also where no image has a target; DDP waits for it
+        return {k: value / len(chosen) + 0 * features.sum() for k, value in losses.items() if getattr(a, k) != "none"}
+
+    @staticmethod
+    def cosines(f, v, there):
+        """Mean cosine of a feature with the crop of its own box and with those of others of its image: what is learnt, which losses alone do not tell."""
+        cosine, both = F.normalize(f, dim=-1) @ v.transpose(1, 2), there[:, :, None] & there[:, None]
+        mine = both & torch.eye(both.shape[1], dtype=torch.bool, device=v.device)
+        return {name: (cosine * mask).sum() / mask.sum().clamp(min=1) for name, mask in (("own", mine), ("other", both & ~mine))}
 
     @torch.no_grad()
     def crop_embeddings(self, batch, boxes, image):
@@ -951,19 +985,19 @@ def train(args, rank, world, device):
     clip = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
     seed_all(args.seed)
-    distils = args.skd != "none" or args.rkd != "none"
+    has_kd = args.skd != "none" or args.rkd != "none"
     names = data.classes if args.train_vocab == "base" else data.classes + novel
     model = DKDETR(args.backbone, clip.dim, args.dim, args.dim // 32 if args.dim < 256 else 8, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
                    args.dropout, args.masks, args.init, args.bn, args.kd_embed)
-    own = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
-    model.arch.update(image_size=args.image_size, clip=own or "", data=args.data,
+    clip_name = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
+    model.arch.update(image_size=args.image_size, clip=clip_name or "", data=args.data,
                       dataset=args.dataset, data_seed=args.data_seed, tau=args.tau, templates=args.templates, name_style=args.name_style)
     seed_all(args.seed + rank)  # dropout differs from process to process
     if rank == 0:
         print(f"CLIP {clip.name} | SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, from epoch {args.burn_in + 1} | {len(data.classes)} base and {len(novel)} "
               f"novel classes")
     learner = Learner(model.to(device), text_matrix(clip, names, args), clip, args)
-    return fit(learner, data, val, clip, out, distils, args, rank, world, device)
+    return fit(learner, data, val, clip, out, has_kd, args, rank, world, device)
 
 
 def parameter_groups(model, lr, decay, backbone=0.1):
@@ -978,8 +1012,8 @@ def parameter_groups(model, lr, decay, backbone=0.1):
     return [dict(params=[p for p in ps if p.requires_grad], lr=lr * factor, base_lr=lr * factor, weight_decay=d) for (factor, d), ps in groups.items()]
 
 
-def fit(learner, data, val, clip, out, distils, args, rank, world, device):
-    """The training loop: minimises Eq. 6. distils: after the burn-in. Returns the metrics of the last evaluation (rank 0)."""
+def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
+    """The training loop: minimises Eq. 6. has_kd: after the burn-in. Returns the metrics of the last evaluation (rank 0)."""
     model, ddp = learner.model, learner
     model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
     if world > 1 and device.type == "cuda" and args.bn == "sync":
@@ -1041,15 +1075,15 @@ def fit(learner, data, val, clip, out, distils, args, rank, world, device):
         log.restart_clock()
         return metrics
 
-    log, distilling = Log(out, rank, total, it, args.log_every), None
+    log, kd_active = Log(out, rank, total, it, args.log_every), None
     metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
     if not resumed:
         save_last()  # from here on --resume finds the run and its flags
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
-        if distilling != (distils and epoch >= args.burn_in):  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
-            distilling = learner.distilling = distils and epoch >= args.burn_in
-            model.kd_queries.requires_grad_(distilling and args.aux_queries)
+        if kd_active != (has_kd and epoch >= args.burn_in):  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
+            kd_active = learner.kd_active = has_kd and epoch >= args.burn_in
+            model.kd_queries.requires_grad_(kd_active and args.aux_queries)
             if world > 1:
                 ddp = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
         plan.set_epoch(epoch, done * args.accumulate)
@@ -1182,7 +1216,7 @@ def detect(out, text, sizes, tau, count=300):
     score, pair = scores.flatten(1).topk(min(count, scores[0].numel()), 1)
     query, label = pair // scores.shape[2], pair % scores.shape[2]
     scale = sizes.flip(1).repeat(1, 2)[:, None].to(score)
-    boxes = box_convert(out["boxes"][-1].gather(1, query[..., None].expand(-1, -1, 4)), "cxcywh", "xyxy") * scale
+    boxes = to_pixels(take(out["boxes"][-1], query), scale)
     return [tuple(t[i] for t in (boxes.clamp(min=0).minimum(scale), score, label, query)) for i in range(len(score))]
 
 

@@ -65,7 +65,7 @@ def learner_of(device, size, distil, amp="none", msda="grid", compiled=False, sm
     if compiled:
         model.compile()
     learner = dkdetr.Learner(model, torch.nn.functional.normalize(torch.randn(866, clip.dim), dim=1).to(device), clip, a).train()
-    learner.distilling = distil
+    learner.kd_active = distil
     return learner
 
 

@@ -95,7 +95,7 @@ with torch.no_grad():
             among, total = among + int((pairwise_iou(boxes[0], hidden).amax(0) >= 0.5).sum()), total + len(hidden)
         if len(chosen) > 1:
             v = learner.crop_embeddings(batch, chosen, torch.zeros(len(chosen), dtype=torch.long))
-            f = (model.distil(out) if a.aux_queries else out["features"])[-1, 0, index[0][there[0]]]
+            f = (model.kd_features(out) if a.aux_queries else out["features"])[-1, 0, index[0][there[0]]]
             c = torch.nn.functional.normalize(f, dim=-1) @ v.T
             own.append(c.diagonal().mean()), other.append((c.sum() - c.diagonal().sum()) / (c.numel() - len(c)))
 mean = lambda x: float(sum(x) / max(len(x), 1))

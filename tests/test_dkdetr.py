@@ -46,7 +46,7 @@ def learner_of(clip, *extra, **model):
     a = flags(*extra)
     torch.manual_seed(1)
     learner = Learner(DKDETR(**{**SMALL, **model, "masks": a.masks}), clip.class_embeddings(["circle", "square", "cross"]), clip, a).train()
-    learner.distilling = True
+    learner.kd_active = True
     return learner
 
 
@@ -232,7 +232,7 @@ def test_no_object_anywhere_is_a_finite_loss_that_reaches_every_parameter(clip):
 
 def test_detection_loss_against_a_slow_loop(clip):
     learner = learner_of(clip).eval()
-    learner.distilling = False
+    learner.kd_active = False
     batch = batch_of(boxes=((20.0, 20, 60, 60), (50.0, 10, 100, 90), (5.0, 5, 30, 100)))
     batch["labels"][1, 2], batch["counts"] = -1, [3, 2]
     got = learner(batch)
@@ -334,21 +334,21 @@ def test_object_queries_cannot_depend_on_kd_queries(clip):
     x = dkdetr.normalise(batch["images"], batch["sizes"])
     alone = {k: v for k, v in model(x, batch["sizes"]).items() if k in ("boxes", "features")}
     out = model(x, batch["sizes"])
-    kd = model.distil(out)
+    kd = model.kd_features(out)
     assert all(torch.equal(out[k], alone[k]) for k in alone)
     with torch.no_grad():
         model.kd_queries.add_(1.0)
     again = model(x, batch["sizes"])
-    assert all(torch.equal(again[k], alone[k]) for k in alone) and not torch.equal(model.distil(again), kd)
+    assert all(torch.equal(again[k], alone[k]) for k in alone) and not torch.equal(model.kd_features(again), kd)
     with torch.no_grad():
         model.kd_queries.sub_(1.0)
-    kd = model.distil(out)
+    kd = model.kd_features(out)
     grad = torch.autograd.grad(out["features"].square().sum() + out["boxes"].sum(), model.kd_queries, allow_unused=True)[0]
     assert grad is None or not grad.any()
     # KD features do see the objects, unless told otherwise
     inputs = out["state"]["inputs"]
     assert torch.autograd.grad(kd.square().sum(), inputs[1], retain_graph=True)[0].abs().sum() > 0
-    own = model.distil(out, see_objects=False)
+    own = model.kd_features(out, see_objects=False)
     assert not torch.equal(own, kd) and torch.autograd.grad(own.square().sum(), inputs[1], retain_graph=True, allow_unused=True)[0] is None
     # gradients of distillation arrive in the shared weights and in the backbone
     kd.square().sum().backward()
@@ -381,15 +381,15 @@ def test_queries_follow_their_proposals():
         state, order = out["state"], torch.randperm(12)
         angle = sine(out["proposals"][:, order] * (2 * math.pi), 16).flatten(2)
         where, content = model.query_norm(model.query_trans(angle)).chunk(2, -1)
-        again = model.decode(content, [out["proposals"][:, order]] * 4, state | dict(where=where), own=True)
+        again = model.decode(content, [out["proposals"][:, order]] * 4, state | dict(where=where), update=True)
         assert torch.allclose(again["features"], out["features"][:, :, order], atol=1e-5)
-        kd = model.distil(out | dict(proposals=out["proposals"][:, order], state=state | dict(where=where, inputs=again["inputs"], references=again["references"])))
+        kd = model.kd_features(out | dict(proposals=out["proposals"][:, order], state=state | dict(where=where, inputs=again["inputs"], references=again["references"])))
         assert torch.allclose(again["references"][2], state["references"][2][:, order], atol=1e-6)
-        assert not torch.allclose(kd, model.distil(out)[:, :, order], atol=1e-4)  # one embedding per rank: KD queries are tied to ranks
+        assert not torch.allclose(kd, model.kd_features(out)[:, :, order], atol=1e-4)  # one embedding per rank: KD queries are tied to ranks
         shared = DKDETR(**SMALL, kd_embed="shared").eval()
         shared.load_state_dict({k: v for k, v in model.state_dict().items() if k != "kd_queries"}, strict=False)
-        first = shared.distil(out)
-        second = shared.distil(out | dict(proposals=out["proposals"][:, order], state=state | dict(where=where, inputs=again["inputs"], references=again["references"])))
+        first = shared.kd_features(out)
+        second = shared.kd_features(out | dict(proposals=out["proposals"][:, order], state=state | dict(where=where, inputs=again["inputs"], references=again["references"])))
         assert torch.allclose(second, first[:, :, order], atol=1e-5)
 
 
@@ -467,7 +467,7 @@ def test_shuffled_crops_are_those_of_another_image(clip):
     learner.crop_embeddings = lambda b, boxes, image: F.one_hot(image, 64).float()
     dkdetr_loss, dkdetr.semantic_loss = dkdetr.semantic_loss, lambda f, v, there, tau: seen.update(v=v, there=there) or f.sum() * 0
     try:
-        learner.distillation(out, batch, torch.zeros_like(out["usable"]), torch.full((3, 1, 4), 128.0))
+        learner.kd_losses(out, batch, torch.zeros_like(out["usable"]), torch.full((3, 1, 4), 128.0))
     finally:
         dkdetr.semantic_loss = dkdetr_loss
     owner = seen["v"].argmax(-1)
@@ -487,6 +487,7 @@ def test_distillation_flags_all_run_and_matter(clip):
     def wild():  # boxes that differ from layer to layer
         for head in learner.model.refine:
             torch.nn.init.normal_(head[-1].weight, std=0.5)
+        learner.model.refine[-1][-1].bias[2:] = 2.0  # large proposals, some of which overlap
 
     with torch.no_grad():
         learner = learner_of(clip)
@@ -535,7 +536,7 @@ def test_clip_is_left_alone_and_absent_from_the_checkpoint(clip):
 
 def test_kd_queries_wait_untouched_through_the_burn_in(clip):
     learner = learner_of(clip)
-    learner.distilling = False
+    learner.kd_active = False
     learner.model.kd_queries.requires_grad_(False)
     before = learner.model.kd_queries.clone()
     learner.model.kd_queries.requires_grad_(True)
@@ -719,11 +720,14 @@ def test_checkpoint_without_kd_queries_gives_the_same_boxes(tmp_path):
 
 
 def test_bf16_stays_close(clip):
-    torch.manual_seed(0)
-    learner = learner_of(clip).eval()
-    learner.distilling = False
-    exact = learner(batch_of())
-    learner.a.amp = "bf16"
-    rough = learner(batch_of())
-    assert sum(rough.values()).item() == pytest.approx(sum(exact.values()).item(), rel=0.02)
-    assert all(v.dtype == torch.float32 for v in rough.values())
+    """Median of eight random detectors: in some, rounding swaps two of the best tokens, which random weights turn into another loss."""
+    ratios = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        learner = Learner(DKDETR(**SMALL), clip.class_embeddings(["circle", "square", "cross"]), clip, flags()).eval()
+        exact = learner(batch_of())
+        learner.a.amp = "bf16"
+        rough = learner(batch_of())
+        assert all(v.dtype == torch.float32 for v in rough.values())
+        ratios.append(sum(rough.values()).item() / sum(exact.values()).item())
+    assert abs(sorted(ratios)[3] - 1) < 0.02 and abs(sorted(ratios)[4] - 1) < 0.02, ratios

@@ -163,7 +163,7 @@ clip = load_clip(os.environ["TINY"])
 torch.manual_seed(0)
 model = dkdetr.DKDETR("tiny8", 64, 32, 4, 32, 3, 1, 2, 12, 0.0)
 learner = dkdetr.Learner(model, clip.class_embeddings(["circle", "square", "cross"]), clip, a)
-learner.distilling = True
+learner.kd_active = True
 g = torch.Generator().manual_seed(5)
 batch = dict(images=torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=g), sizes=torch.tensor([[96, 96], [80, 96]]),
              boxes=torch.tensor([[[10.0, 10, 50, 50], [40, 30, 90, 80]], [[20.0, 5, 60, 70], [0, 0, 0, 0]]]), labels=torch.tensor([[0, 2], [1, -1]]))

@@ -63,9 +63,9 @@ from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside
 from common.datasets import (CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_image,
                              resize, train_loader)
 from common.evaluation import class_table, coco_evaluate, gather, to_coco_results
-from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run,
+from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run,
                         plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
-from common.shapes import make_shapes
+from common.shapes import ShapesError, make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
 METHODS = ("none", "crosskd", "mimic", "ld", "pkd", "fitnet")
@@ -944,10 +944,7 @@ def check_classes(names, count, classes, flag):
 
 def make_data(args, kind, split):
     """The dataset "train" or "val" of --data, with the image sizes of the detector's schedule."""
-    try:
-        root = make_shapes() if args.data == "shapes" else args.data
-    except FileExistsError as e:
-        raise UserError(e) from None
+    root = make_shapes() if args.data == "shapes" else args.data
     args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
     return CocoDataset(*find_coco(root, split), split == "train", args.image_size)
 
@@ -1045,10 +1042,8 @@ def train(args, rank, world, device):
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
     warmup = min(500, args.epochs * steps_per_epoch // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
-    it, best = 0, -2.0  # AP is -1 where val holds no box
-    if args.resume and not (out / "last.pt").exists():
-        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
-    elif args.resume:
+    it, best, due = 0, -2.0, False  # AP is -1 where val holds no box
+    if can_resume(out, args.resume, rank, device):
         state = load_checkpoint(out / "last.pt")
         load_strict(student, state["model"], f"--resume {out / 'last.pt'}")
         if state["args"]["optimizer"] != args.optimizer:
@@ -1060,7 +1055,7 @@ def train(args, rank, world, device):
         if state["total_batch"] != total_batch:
             raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, "
                             f"this command has {total_batch}")
-        it, best = state["it"], state["best"]
+        it, best, due = state["it"], state["best"], state.get("due", False)
         set_rng_state(state["rng"])
     if rank == 0:
         n = [sum(p.numel() for p in student.parameters() if p.requires_grad or every) for every in (True, False)]
@@ -1069,9 +1064,9 @@ def train(args, rank, world, device):
               f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at 16 -> {lr:g} | "
               f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
-    def save_last():
+    def save_last(due=False):  # due: the evaluation of this step is still to come
         if rank == 0:
-            save_checkpoint(dict(weights_of(student, data.classes), optimizer=optimizer.state_dict(), it=it, best=best,
+            save_checkpoint(dict(weights_of(student, data.classes), optimizer=optimizer.state_dict(), it=it, best=best, due=due,
                                  rng=rng_state(), total_batch=total_batch, args=vars(args)), out / "last.pt")
 
     def validate():
@@ -1088,9 +1083,12 @@ def train(args, rank, world, device):
         return metrics
 
     log = Log(out, rank, total, it, args.log_every)
-    metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
     if it == 0:
         save_last()  # from here on --resume finds the run and its flags
+    elif due or it >= total:  # killed before the evaluation was done, or --resume of a finished run
+        metrics = validate()
+        save_last()
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         plan.set_epoch(epoch, done * args.accumulate)
@@ -1122,12 +1120,10 @@ def train(args, rank, world, device):
                 save_last()
         log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
         if it >= total or (epoch + 1) % (args.epochs if shapes else max(1, args.epochs // 12)) == 0:
-            save_last()  # before anything of the evaluation can fail
-            metrics, evaluated = validate(), True
+            save_last(due=True)  # before anything of the evaluation can fail
+            metrics = validate()
             save_last()
     log.bar.close()
-    if not evaluated:  # --resume of a finished run
-        metrics = validate()
     if rank == 0:
         plot_curves(out / "log.jsonl", out / "curves.png")
         print(f"{class_table(metrics)}\nbest AP {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
@@ -1261,6 +1257,8 @@ def main():
     try:
         args = parse_args()
         rank, world, device = init_ddp()
+        if args.eval or args.predict:
+            answer_folder(args.out)
         if args.eval:
             model, classes = load_detector(args.eval, "--eval")
             args.image_size = args.image_size or model.arch.get("image_size")
@@ -1277,7 +1275,7 @@ def main():
             shapes_table(args, rank, world, device)
         else:
             train(args, rank, world, device)
-    except (UserError, DataError) as e:
+    except (UserError, DataError, ShapesError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\ncrosskd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
     if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line

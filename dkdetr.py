@@ -17,7 +17,7 @@ What nobody published. The release is inference only; of the distillation there 
   --kd-ref shared|own             KD queries follow the object queries' boxes, which keeps query and crop paired
   --kd-embed per_rank|shared      one embedding for each rank of objectness, as N embeddings suggest
   --kd-layers last|all            Fig. 2 draws the output
-  --kd-dedupe 1                   IoU above which a box is dropped as a duplicate of a better one (1: never)
+  --kd-dedupe 1                   IoU from which a box is dropped as a duplicate of a better one (1: never)
   --crop-scales 1 --crop-fit warp|pad --crop-source augmented|original   one crop, stretched to the square, of the network's own input
   --skd-scope image|batch         Eq. 4 counts N targets of one image
   --rkd-dir teacher|student       KL(teacher || student); as printed, KL(student || teacher) with a minus sign would be maximised
@@ -42,6 +42,7 @@ Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -62,12 +63,12 @@ from tqdm import tqdm
 
 from common.boxes import constant, overlap, pairwise_iou
 from common.clip import ClipError, load_clip, tiny_clip
-from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_image, read_json,
+from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_coco, read_image,
                              read_voc, repeat_factors, train_loader)
 from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
-from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
+from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
                         reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
-from common.shapes import BASE, NOVEL, make_shapes
+from common.shapes import BASE, NOVEL, ShapesError, make_shapes
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 QUALITIES = "good, bad, bright, dark, low resolution, cropped, close-up, jpeg corrupted, blurry, pixelated, black and white".split(", ")
@@ -78,7 +79,7 @@ TEMPLATES += [f"a photo of {a} {q} {{}}." for q in "nice, cool, weird, small, la
 TEMPLATES += [f"{a} {q} {{}}." for q in ("plastic", "toy", "plushie", "cartoon") for a in ("a", "the")]
 TEMPLATES += [f"{a} embroidered {{}}." for a in ("an", "the")] + [f"a painting of {a} {{}}." for a in ("a", "the")]  # the 63 of ViLD
 DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects365="data/objects365", voc="data")
-DEFAULTS = dict(  # flag: (the paper's, that of the embedded dataset)
+DEFAULTS = dict(  # flag: (the paper's or the release's, else ours: kd_min_size, name_style, crop_fit, ckpt_msda; that of the embedded dataset)
     image_size=(1024, 128), jitter=([0.1, 2.0], [0.8, 1.25]), templates=("vild", "one"), name_style=("clean", "clean"),
     backbone=("r50", "tiny16"), init=("imagenet", "none"), dim=(256, 64), hidden=(1024, 128), levels=(4, 3), encoder=(6, 2), decoder=(6, 3), queries=(300, 40),
     dropout=(0.1, 0.0), ckpt_msda=(True, False), w_skd=(0.1, 0.3), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
@@ -96,7 +97,7 @@ def parse_args(argv=None):
         p.add_argument(f"--{name}", help=f"{text} (default {full}" + (f"; shapes {small})" if small != full else ")"), **options)
 
     # data
-    p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc (default lvis)")
+    p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc (default lvis; shapes ovcoco)")
     p.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
     p.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
     p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
@@ -116,13 +117,13 @@ def parse_args(argv=None):
                        ("encoder", "encoder layers"), ("decoder", "decoder layers"), ("queries", "N")):
         sized(name, text, type=int)
     sized("dropout", "of the transformer", type=float)
-    flag("--masks", default=False, help="SOIT's mask head; data must have outlines")
+    flag("--masks", help="SOIT's mask head; data must have outlines (default no; --eval: if the checkpoint has it, on lvis and ovcoco)")
     p.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
     p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2; evaluation uses the checkpoint's")
     p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners (with --compile)")
     flag("--ckpt-msda", help="compute the encoder's samples again in the backward pass rather than keep them (default yes; shapes no)")
     # method
-    p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features, within the image")
+    p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features")
     p.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
     flag("--aux-queries", default=True, help="KD queries; without, the object queries are distilled, Table 5")
     sized("w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk, so 8 targets need 19/7 of the weight of 20", type=float)
@@ -134,7 +135,7 @@ def parse_args(argv=None):
     sized("kd-min-size", "smallest side of a target, pixels of the network's input", type=float)
     p.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="boxes that are cropped; gt: the hidden novel objects, an oracle")
     p.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="matched queries, or also boxes that overlap an object by half")
-    p.add_argument("--kd-dedupe", type=float, default=1.0, help="IoU above which a target is dropped for a better one")
+    p.add_argument("--kd-dedupe", type=float, default=1.0, help="IoU from which a target is dropped for a better one; 1: none is")
     p.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
     p.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own refined")
     p.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
@@ -157,10 +158,10 @@ def parse_args(argv=None):
     sized("warmup", "steps of linear warm-up, at most a tenth of the run", type=int)
     flag("--table", help="train without and with distillation, from one burn-in, and print both; ovcoco or shapes (default: on shapes, without --max-iters)")
     # run
-    p.add_argument("--out", help="run folder (default runs/dkdetr, or runs/dkdetr-eval, -predict)")
+    p.add_argument("--out", help="run folder (default runs/dkdetr; runs/dkdetr-eval, -eval-DATASET, -predict)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; matching, boxes, classifier and losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the detector; the pass of the KD queries is not")
+    p.add_argument("--compile", action="store_true", help="torch.compile the detector's forward in training; the passes of the KD queries and of the masks are not")
     p.add_argument("--channels-last", action="store_true", help="NHWC memory format of the backbone")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
@@ -171,14 +172,16 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="for --predict: a checkpoint")
     p.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
     p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
-    p.set_defaults(burn_in_to=None)  # set for the first run of --table
+    p.set_defaults(burn_in_to=None, method=None)  # of --table: where its first run leaves the burn-in, and the (skd, rkd) of its second
     args = p.parse_args(argv)
-    args.out = args.out or "runs/dkdetr" + ("-eval" if args.eval else "-predict" if args.predict else "")
+    args.out = args.out or "runs/dkdetr" + ("-eval" + f"-{args.dataset}" * bool(args.dataset) if args.eval else "-predict" if args.predict else "")
     one, table = Path(args.out) / "last.pt", Path(args.out) / "without-kd/last.pt"
     if args.resume and one.exists() and table.exists():
         p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
     if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
-        saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(skd=None, rkd=None, table=True, out=args.out)
+        saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(table=True, out=args.out)
+        if table.exists():
+            saved["skd"], saved["rkd"] = saved["method"]
         p.set_defaults(**{k: v for k, v in saved.items() if v is not None})
         args = p.parse_args(argv)
     try:
@@ -188,15 +191,17 @@ def parse_args(argv=None):
     except ValueError:
         p.error(f"--crop-scales {args.crop_scales}: expected positive numbers as 1 or 1,1.5")
     args.crop_scales = scales
-    for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "queries", "decoder", "encoder", "kd_topk", "image_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "tau", "tau_s", "tau_r"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    for name, low, high in (("rfs", 0, math.inf), ("dropout", 0, 0.99), ("workers", 0, math.inf), ("weight_decay", 0, math.inf), ("kd_dedupe", 0, math.inf)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low} to {high}")
+    at_least_1 = "epochs max_iters batch_size accumulate log_every save_every queries hidden decoder encoder kd_topk image_size".split()
+    at_least_0 = "rfs workers weight_decay backbone_lr kd_dedupe kd_min_size w_skd w_rkd warmup burn_in".split()
+    for low, names in ((1, at_least_1), (0, at_least_0), (1e-9, ("lr", "tau", "tau_s", "tau_r"))):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not low <= value < math.inf:
+                p.error(f"--{name.replace('_', '-')} {value}: must be {'positive' if low == 1e-9 else f'at least {low}'}")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        p.error(f"--dropout {args.dropout}: must lie in 0 to 1")
+    if args.jitter is not None and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
+        p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected 0 < LOW <= HIGH")
     if args.dim is not None and (args.dim < 32 or args.dim % 32):
         p.error(f"--dim {args.dim}: must be a multiple of 32")
     if args.levels is not None and not 1 <= args.levels <= 4:
@@ -223,6 +228,7 @@ def fill_defaults(args):
         if getattr(args, name, None) is None:
             setattr(args, name, both[shapes])
     args.burn_in = args.epochs * 40 // 70 if args.burn_in is None else args.burn_in
+    args.masks = bool(args.masks)
     if args.masks and args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
 
@@ -903,10 +909,7 @@ def make_data(args, split):
     if args.dataset == "voc":
         truth = read_voc(args.data, [("2007", "test")])
         return CocoDataset(Path(args.data) / "VOCdevkit", Path(args.data) / "VOCdevkit", False, raw=truth, **options | dict(masks=False)), VOC_CLASSES, [], truth
-    try:
-        root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
-    except FileExistsError as e:
-        raise UserError(e) from None
+    root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
     if args.dataset == "lvis":
         images, annotations = find_lvis(root, split, root if args.data == "shapes" else args.images)
         try:
@@ -919,7 +922,7 @@ def make_data(args, split):
             raise DataError(f"--data {root}: {annotations} is missing; Objects365 v2 is at https://www.objects365.org")
     else:
         images, annotations = find_coco(root, split)
-    raw = read_json(annotations)
+    raw = read_coco(annotations)
     if args.dataset == "objects365":
         for image in raw["images"]:  # "images/v2/patch16/objects365_v2_00908726.jpg": published as patch16/...
             image["file_name"] = "/".join(Path(image["file_name"]).parts[-2:])
@@ -964,14 +967,14 @@ def to_device(batch, device):
     return batch | dict(counts=counts)
 
 
-def get_clip(args, rank, device):
-    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. Rank 0 goes first: it downloads the weights, or trains the tiny CLIP."""
+def get_clip(args, device):
+    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. The first process of a machine goes first: it downloads, or trains the tiny CLIP."""
     def load():
         if args.clip or args.data != "shapes":
             return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
         root = make_shapes(seed=args.data_seed)
         return load_clip(tiny_clip(root, root.parent / "clip", args.data_seed, device=device), device)
-    clip = load() if rank == 0 else None
+    clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
     barrier()
     return clip or load()
 
@@ -981,9 +984,9 @@ def get_clip(args, rank, device):
 def train(args, rank, world, device):
     """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
     fill_defaults(args)
-    (data, base, novel, _), val = make_data(args, "train"), make_data(args, "val")
-    clip = get_clip(args, rank, device)
     out = open_run(args, rank, args.resume)
+    (data, base, novel, _), val = make_data(args, "train"), make_data(args, "val")
+    clip = get_clip(args, device)
     seed_all(args.seed)
     has_kd = args.skd != "none" or args.rkd != "none"
     names = data.classes if args.train_vocab == "base" else data.classes + novel
@@ -1001,15 +1004,18 @@ def train(args, rank, world, device):
 
 
 def parameter_groups(model, lr, decay, backbone=0.1):
-    """As the release has it: x 0.1 (`backbone`) for the backbone and x 0.1 for the sampling offsets; no decay on norms outside the backbone, and none on the KD queries, which would
-    shrink while they wait for the burn-in to end."""
+    """As the release has it: `backbone` (0.1) of the rate for the backbone, 0.1 for the sampling offsets; no decay on norms outside the backbone. None
+    on the KD queries either, which would shrink while they wait for the burn-in to end. Groups and their order do not depend on the numbers: --resume may
+    change these."""
+    rate = dict(body=backbone, offsets=0.1, rest=1.0)
     norms = {id(p) for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     groups = {}
     for name, p in model.named_parameters():
-        slow = backbone if name.startswith("body.") else 0.1 if "sampling_offsets" in name else 1.0
-        plain = name == "kd_queries" or (id(p) in norms and not name.startswith("body."))
-        groups.setdefault((slow, 0.0 if plain else decay), []).append(p)
-    return [dict(params=[p for p in ps if p.requires_grad], lr=lr * factor, base_lr=lr * factor, weight_decay=d) for (factor, d), ps in groups.items()]
+        part = "body" if name.startswith("body.") else "offsets" if "sampling_offsets" in name else "rest"
+        plain = part != "body" and (id(p) in norms or name == "kd_queries")
+        groups.setdefault((part, plain), []).append(p)
+    return [dict(params=[p for p in ps if p.requires_grad], lr=lr * rate[part], base_lr=lr * rate[part], weight_decay=0.0 if plain else decay)
+            for (part, plain), ps in groups.items()]
 
 
 def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
@@ -1029,15 +1035,16 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
     steps_per_epoch = -(-len(plan) // args.accumulate)
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     warmup = min(args.warmup, args.epochs * steps_per_epoch // 10)
-    it, best = 0, -2.0  # a score is -1 where val holds no box
-    resumed = args.resume and (out / "last.pt").exists()
-    if args.resume and not resumed:
-        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
+    it, best, due = 0, -2.0, False  # a score is -1 where val holds no box
+    resumed = can_resume(out, args.resume, rank, device)
     if resumed or args.start:
         flag = f"--resume {out / 'last.pt'}" if resumed else f"--start {args.start}"
         state = load_checkpoint(out / "last.pt" if resumed else args.start)
         if not isinstance(state, dict) or not {"model", "optimizer", "it", "rng"} <= set(state):
             raise UserError(f"{flag}: holds no training state; give a last.pt of dkdetr.py")
+        was = state.get("arch", {}).get("text_dim")
+        if was != model.arch["text_dim"]:
+            raise UserError(f"{flag}: was trained with a CLIP of {was} dimensions, {clip.name} has {clip.dim}")
         load_strict(model, state["model"], flag)
         fresh = [{k: g[k] for k in ("base_lr", "weight_decay")} for g in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
@@ -1045,7 +1052,8 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
             g.update(now)
         if state["total_batch"] != total_batch:
             raise UserError(f"{flag}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        it, best = state["it"], state["best"] if resumed else -2.0
+        it = state["it"]
+        best, due = (state["best"], state.get("due", False)) if resumed else (best, due)
         if rank < len(state["rng"]):
             set_rng_state(state["rng"][rank])
     if rank == 0:
@@ -1056,10 +1064,11 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
     if args.compile:
         model.compile()
 
-    def save_last(path=out / "last.pt"):
+    def save_last(path=out / "last.pt", due=False):
+        """due: the evaluation of this step is still to come."""
         states = gather([rng_state()])  # of every process
         if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=states,
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=states,
                                  total_batch=total_batch, args=vars(args)), path)
 
     def validate():
@@ -1076,9 +1085,12 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
         return metrics
 
     log, kd_active = Log(out, rank, total, it, args.log_every), None
-    metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
     if not resumed:
         save_last()  # from here on --resume finds the run and its flags
+    if due or it >= total:  # killed before the evaluation was done, or a finished run
+        metrics = validate()
+        save_last()
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         if kd_active != (has_kd and epoch >= args.burn_in):  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
@@ -1116,12 +1128,10 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
         if args.burn_in_to and epoch + 1 == args.burn_in:
             save_last(Path(args.burn_in_to))  # where the distilled run of the table starts
         if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 14)) == 0:
-            save_last()  # before anything of the evaluation can fail
-            metrics, evaluated = validate(), True
+            save_last(due=True)  # before anything of the evaluation can fail
+            metrics = validate()
             save_last()
     log.bar.close()
-    if not evaluated:  # --resume of a finished run
-        metrics = validate()
     if rank == 0:
         plot_curves(out / "log.jsonl", out / "curves.png")
         print(f"best {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
@@ -1181,16 +1191,17 @@ def convert_mmdet(state):
 
 
 def load_detector(path, flag="--weights"):
-    """DKDETR in eval mode from a checkpoint of ours, or of the authors (its keys are renamed, what has no place is named)."""
+    """DKDETR in eval mode from a file: of ours, or of the authors (its keys are renamed, what has no place is named)."""
     checkpoint = load_checkpoint(path)
-    if isinstance(checkpoint, dict) and "dim" in checkpoint.get("arch", {}) and "queries" in checkpoint["arch"]:
-        arch = checkpoint["arch"]
+    arch = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
+    if isinstance(arch, dict) and {"dim", "queries"} <= set(arch):
         extra = ("image_size", "clip", "data", "dataset", "data_seed", "tau", "templates", "name_style")
         model = DKDETR(**{k: v for k, v in arch.items() if k not in extra}, dropout=0.0)
         model.arch = arch
         state = {k: v for k, v in checkpoint["model"].items() if k != "kd_queries"}
     else:
-        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
+        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+        state = state if isinstance(state, dict) else {}
         if "neck.convs.0.conv.weight" not in state:
             raise UserError(f"{flag} {path}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of mmdetection's key names")
         state, unknown = convert_mmdet(state)
@@ -1246,21 +1257,27 @@ def run_detector(model, batch, device, args, text, count=300, masks=False):
     return boxes * torch.tensor([width / w, height / h] * 2, device=device), scores, labels, codes
 
 
+def names_of(flag):
+    """--classes "red panda, umbrella" -> ["red panda", "umbrella"]."""
+    names = [n.strip() for n in flag.split(",") if n.strip()]
+    if not names:
+        raise UserError(f'--classes "{flag}": holds no name')
+    return names
+
+
 def evaluate(model, val, clip, rank, world, device, args, out=None):
     """Metrics of the dataset on rank 0, None elsewhere. val: what make_data gave. Novel and base names compete, as in the paper's tables."""
     data, base, novel, truth = val
     model.eval()
     since, names = time.time(), data.classes
     if args.classes is not None:
-        chosen = [n.strip() for n in args.classes.split(",")]
+        chosen = names_of(args.classes)
         unknown = sorted(set(chosen) - set(names))
         if unknown:
             raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names are {', '.join(names[:5])}, ...")
         names = [n for n in names if n in chosen]
-        if not names:
-            raise UserError("--classes: holds no name")
     ids, text = [data.category_ids[data.classes.index(n)] for n in names], text_matrix(clip, names, args)
-    results, masks = [], model.mask_head is not None and args.dataset in ("lvis", "ovcoco", "coco")
+    results, masks = [], args.masks
     for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
         boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=masks)
         found = to_coco_results(batch["image_ids"][0], boxes, scores, labels, ids)
@@ -1302,21 +1319,25 @@ def follow(args, arch):
     """Dataset, prompts, seed of shapes and image size are those that a checkpoint was trained with, where the command names no other."""
     if args.data == "shapes" and arch["data"] != "shapes":
         raise UserError("--data shapes: the checkpoint was trained on real classes")
+    if arch["data"] == "shapes" and (args.data not in (None, "shapes") or args.dataset in ("voc", "objects365")):
+        raise UserError(f"--data {args.data}, --dataset {args.dataset}: the checkpoint was trained on shapes; it knows shapes only, as ovcoco, coco or lvis")
     if arch["data"] == "shapes":
         args.data, args.data_seed = "shapes", arch["data_seed"]
     args.dataset = args.dataset or arch["dataset"]
     for name in ("image_size", "templates", "name_style"):
         if getattr(args, name) is None:
             setattr(args, name, arch[name])
+    if args.masks and not arch["masks"]:
+        raise UserError("--masks: the checkpoint has no mask head")
+    args.masks = arch["masks"] and args.dataset in ("lvis", "ovcoco") if args.masks is None else args.masks
     fill_defaults(args)
-    args.masks = False
 
 
-def clip_of(model, args, rank, device):
+def clip_of(model, args, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
     if model.arch["text_dim"] is None:
         raise UserError("the checkpoint is of a closed vocabulary: it has no text classifier to give names to")
-    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
+    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), device)
     if clip.dim != model.arch["text_dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['text_dim']}-d")
     return clip
@@ -1326,12 +1347,12 @@ def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image into --out."""
     model = load_detector(args.weights).to(device)
     follow(args, model.arch)
-    clip = clip_of(model, args, 0, device)
+    clip = clip_of(model, args, device)
     if args.classes is None:
         _, base, novel, _ = make_data(args, "val")
         classes = base + novel
     else:
-        classes = [n.strip() for n in args.classes.split(",")]
+        classes = names_of(args.classes)
     text = text_matrix(clip, classes, args)
     out, answer = Path(args.out), {}
     out.mkdir(parents=True, exist_ok=True)
@@ -1350,7 +1371,7 @@ def predict(args, device):
         h, w = max(1, round(height * scale)), max(1, round(width * scale))
         image = TF.resize(original, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
         item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=(height, width))
-        boxes, scores, labels, codes = run_detector(model, collate([item], args.image_size), device, args, text, masks=model.mask_head is not None)
+        boxes, scores, labels, codes = run_detector(model, collate([item], args.image_size), device, args, text, masks=args.masks)
         keep = (scores > args.score).nonzero()[:, 0].tolist()
         answer[str(path)] = [dict(box=[round(v, 1) for v in boxes[i].tolist()], score=round(scores[i].item(), 4), label=classes[labels[i]],
                                   **(dict(mask=codes[i]) if codes else {})) for i in keep]
@@ -1367,28 +1388,30 @@ def predict(args, device):
 def compare(args, rank, world, device):
     """The detector without distillation and DK-DETR, both from one burn-in, side by side."""
     fill_defaults(args)
-    if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or (args.skd, args.rkd) == ("none", "none"):
-        raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and no --max-iters")
-    rows, root = [], Path(args.out)
+    if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start or (args.skd, args.rkd) == ("none", "none"):
+        raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and neither --max-iters nor --start")
+    rows, root, args.method = [], Path(args.out), (args.skd, args.rkd)
     for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=str(root / "burn-in.pt"))), ("DK-DETR", dict(start=str(root / "burn-in.pt")))):
         since, out = time.time(), root / name.lower().replace(" ", "-")
         resume = args.resume and (out / "log.jsonl").exists()
         run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": False})
-        rows.append((name, train(run, rank, world, device), time.time() - since))
+        rows.append((name, train(run, rank, world, device), f"{time.time() - since:.0f}" if not resume else "resumed"))
     if rank == 0:
         print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds (DK-DETR: after the common burn-in)")
         for name, m, seconds in rows:
-            print(f"{name:14s} {m['novel_AP50']:5.1f} {m['base_AP50']:5.1f} {m['AP50']:5.1f} {seconds:9.0f}")
+            print(f"{name:14s} {m['novel_AP50']:5.1f} {m['base_AP50']:5.1f} {m['AP50']:5.1f} {seconds:>9s}")
 
 
 def main():
     try:
         args = parse_args()
         rank, world, device = init_ddp()
+        if args.eval or args.predict:
+            answer_folder(args.out)
         if args.eval:
             model = load_detector(args.eval, "--eval").to(device)
             follow(args, model.arch)
-            clip = clip_of(model, args, rank, device)
+            clip = clip_of(model, args, device)
             metrics = evaluate(model, make_data(args, "val"), clip, rank, world, device, args, Path(args.out))
             if rank == 0:
                 print(metrics["line"])
@@ -1401,7 +1424,7 @@ def main():
             compare(args, rank, world, device)
         else:
             train(args, rank, world, device)
-    except (UserError, DataError, ClipError) as e:
+    except (UserError, DataError, ClipError, ShapesError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\ndkdetr.py: " + re.sub(r"^[\w.]+Error: ", "", line))
     if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line

@@ -32,6 +32,7 @@ Measured here, shapes, ZSD novel AP50, mean of 3 seeds: 2.0 without distillation
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -57,9 +58,9 @@ from common.clip import ClipError, load_clip, tiny_clip
 from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size,
                              read_image, read_json, resize, train_loader)
 from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, gather, to_coco_results
-from common.run import (Help, Log, UserError, barrier, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
+from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
                         reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
-from common.shapes import BASE, NOVEL, make_shapes
+from common.shapes import BASE, NOVEL, ShapesError, make_shapes
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
@@ -533,10 +534,7 @@ def class_split(args):
 
 def make_data(args, split):
     """The training set (base boxes only, with captions) or the images of val that hold any base or novel object."""
-    try:
-        root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
-    except FileExistsError as e:
-        raise UserError(e) from None
+    root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
     args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "480-800" if args.schedule == "3x" else "800")
     base, novel = class_split(args)
     if split == "val":
@@ -555,14 +553,14 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def get_clip(args, rank, device):
-    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. Rank 0 goes first: it downloads the weights, or trains the tiny CLIP."""
+def get_clip(args, device):
+    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. The first process of a machine goes first: it downloads, or trains the tiny CLIP."""
     def load():
         if args.clip or args.data != "shapes":
             return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
         root = make_shapes(seed=args.data_seed)
         return load_clip(tiny_clip(root, root.parent / "clip", args.data_seed, device=device), device)
-    clip = load() if rank == 0 else None
+    clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
     barrier()
     return clip or load()
 
@@ -589,7 +587,7 @@ def train(args, rank, world, device):
     """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
     fill_defaults(args)
     data, val = make_data(args, "train"), make_data(args, "val")
-    clip = get_clip(args, rank, device)
+    clip = get_clip(args, device)
     out = open_run(args, rank, args.resume)
     seed_all(args.seed)
     model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0], clip.dim,
@@ -627,10 +625,8 @@ def fit(learner, data, out, args, rank, world, device, measure):
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     milestones = (args.epochs * (3 / 4 if args.schedule == "3x" else 2 / 3), args.epochs * 11 / 12)
     warmup = min(500, args.epochs * steps_per_epoch // 10)
-    it, best = 0, -2.0  # a score is -1 where val holds no box
-    if args.resume and not (out / "last.pt").exists():
-        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
-    elif args.resume:
+    it, best, due = 0, -2.0, False  # a score is -1 where val holds no box
+    if can_resume(out, args.resume, rank, device):
         state = load_checkpoint(out / "last.pt")
         load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
         optimizer.load_state_dict(state["optimizer"])
@@ -638,7 +634,7 @@ def fit(learner, data, out, args, rank, world, device, measure):
             g["weight_decay"] = args.weight_decay  # --resume --weight-decay 0 is meant
         if state["total_batch"] != total_batch:
             raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        it, best = state["it"], state["best"]
+        it, best, due = state["it"], state["best"], state.get("due", False)
         if rank < len(state["rng"]):
             set_rng_state(state["rng"][rank])
     if rank == 0:
@@ -649,10 +645,10 @@ def fit(learner, data, out, args, rank, world, device, measure):
 
     scalars = {n: p for n in ("tau_c", "tau_m", "s") if (p := getattr(model, n, None)) is not None}
 
-    def save_last():
+    def save_last(due=False):  # due: the evaluation of this step is still to come
         states = gather([rng_state()])  # of every process
         if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, rng=states,
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=states,
                                  total_batch=total_batch, args=vars(args)), out / "last.pt")
 
     def validate():
@@ -669,9 +665,12 @@ def fit(learner, data, out, args, rank, world, device, measure):
         return metrics
 
     log = Log(out, rank, total, it, args.log_every)
-    metrics, evaluated, clock, epoch = None, False, time.time(), args.epochs - 1
+    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
     if it == 0:
         save_last()  # from here on --resume finds the run and its flags
+    elif due or it >= total:  # killed before the evaluation was done, or --resume of a finished run
+        metrics = validate()
+        save_last()
     while it < total:
         epoch, done = divmod(it, steps_per_epoch)
         plan.set_epoch(epoch, done * args.accumulate)
@@ -702,12 +701,10 @@ def fit(learner, data, out, args, rank, world, device, measure):
                 save_last()
         log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
         if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 12)) == 0:
-            save_last()  # before anything of the evaluation can fail
-            metrics, evaluated = validate(), True
+            save_last(due=True)  # before anything of the evaluation can fail
+            metrics = validate()
             save_last()
     log.bar.close()
-    if not evaluated:  # --resume of a finished run
-        metrics = validate()
     if rank == 0:
         plot_curves(out / "log.jsonl", out / "curves.png")
         print(f"best {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
@@ -862,9 +859,9 @@ def follow(args, arch):
     args.split, args.data_seed, args.image_size = arch["split"], arch["data_seed"], args.image_size or arch["image_size"]
 
 
-def clip_of(model, args, rank, device):
+def clip_of(model, args, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
-    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), rank, device)
+    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), device)
     if clip.dim != model.arch["dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['dim']}-d")
     return clip
@@ -875,7 +872,7 @@ def predict(args, device):
     model = load_detector(args.weights).to(device)
     follow(args, model.arch)
     classes = [n.strip() for n in args.classes.split(",")] if args.classes else sum(class_split(args), [])
-    text = clip_of(model, args, 0, device).class_embeddings(classes)
+    text = clip_of(model, args, device).class_embeddings(classes)
     size = max(parse_image_size(args.image_size))
     out, answer = Path(args.out), {}
     out.mkdir(parents=True, exist_ok=True)
@@ -922,7 +919,7 @@ def upper_bound(args, rank, world, device):
 
     Crops come from the original file, enlarged by --crop-scale. One name a box, so AR50 is the mean over classes of the top-1 accuracy.
     """
-    val, clip = make_data(args, "val"), get_clip(args, rank, device)
+    val, clip = make_data(args, "val"), get_clip(args, device)
     novel = class_split(args)[1]
     names = [n for n in val.classes if n in novel]
     ids = [val.category_ids[val.classes.index(n)] for n in names]
@@ -1051,10 +1048,12 @@ def main():
     try:
         args = parse_args()
         rank, world, device = init_ddp()
+        if args.eval or args.predict:
+            answer_folder(args.out)
         if args.eval:
             model = load_detector(args.eval, "--eval").to(device)
             follow(args, model.arch)
-            metrics = evaluate(model, make_data(args, "val"), clip_of(model, args, rank, device), rank, world, device, args, Path(args.out))
+            metrics = evaluate(model, make_data(args, "val"), clip_of(model, args, device), rank, world, device, args, Path(args.out))
             if rank == 0:
                 print(metrics["line"])
         elif args.predict:
@@ -1071,7 +1070,7 @@ def main():
             shapes_table(args, rank, world, device)
         else:
             train(args, rank, world, device)
-    except (UserError, DataError, ClipError) as e:
+    except (UserError, DataError, ClipError, ShapesError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\nhierkd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
     if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line

@@ -53,6 +53,18 @@ def read_json(path):
         raise DataError(f"{path}: not valid json ({e}); download or export it again") from None
 
 
+def read_coco(path):
+    """Content of a COCO-format json (instances, LVIS, Objects365) whose three lists are there and whose categories have id and name."""
+    raw = read_json(path)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(raw, dict) or not isinstance(raw.get(key), list):
+            raise DataError(f"{path}: no '{key}' list; this is not COCO instances json")
+    for c in raw["categories"]:
+        if not isinstance(c, dict) or not {"id", "name"} <= set(c):
+            raise DataError(f"{path}: category {c} lacks id or name")
+    return raw
+
+
 def read_image(path):
     """RGB PIL image; grey and CMYK files are converted. EXIF rotation is ignored, as COCO's boxes do."""
     try:
@@ -62,6 +74,8 @@ def read_image(path):
         raise DataError(f"{path}: image is missing") from None
     except OSError as e:  # PIL's word for truncated or damaged
         raise DataError(f"{path}: cannot be decoded ({e}); fetch the file again") from None
+    except Image.DecompressionBombError as e:
+        raise DataError(f"{path}: is larger than Pillow reads ({e}); scale it down first") from None
 
 
 # COCO's classes of the open-vocabulary literature: the 48 base and 17 novel of Bansal et al. 2018 (15 classes belong to neither), and the
@@ -102,10 +116,7 @@ class CocoDataset(Dataset):
             self.sizes = [max(self.sizes)]
         self.canvas, self.jitter, self.with_masks, self.originals = canvas, jitter, masks, originals
         self.annotations = Path(annotations)
-        raw = raw or read_json(annotations)
-        for key in ("images", "annotations", "categories"):
-            if key not in raw:
-                raise DataError(f"{annotations}: no '{key}' list; this is not COCO instances json")
+        raw = raw or read_coco(annotations)
         categories = sorted(raw["categories"], key=lambda c: c["id"])
         known = {c["id"]: c["name"] for c in categories}
         unknown = sorted({*(classes or ()), *without} - set(known.values()))

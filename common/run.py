@@ -211,6 +211,27 @@ def open_run(args, rank, resume=False):
     return out
 
 
+def answer_folder(out):
+    """Make the folder of --eval or --predict, before the work; never that of a training run."""
+    if (Path(out) / "log.jsonl").exists():
+        raise UserError(f"--out {out}: holds a training run; choose another folder")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
+
+
+def can_resume(out, wanted, rank, device):
+    """Whether to go on from out/last.pt: --resume was given and every process sees the file. Says so where there is none yet."""
+    there = bool(wanted) and (Path(out) / "last.pt").exists()
+    share = reduce_mean(torch.tensor(float(there), device=device)).item()
+    if 0 < share < 1:
+        raise UserError(f"--resume {out}: not every process sees last.pt there; with several machines --out must be on a disk they share")
+    if wanted and not there and rank == 0:
+        print(f"--resume {out}: there is no last.pt yet, starting at the beginning", flush=True)
+    return there
+
+
 def read_log(path):
     """Rows of a log.jsonl; a last line that a kill cut in half is left out."""
     return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
@@ -248,7 +269,8 @@ class Log:
         if len(bad):
             row = values[bad[0, 0]]
             terms = ", ".join(f"{n}={v:.4g}" for n, v in zip(self.names, row.tolist()))
-            raise UserError(f"loss is not finite at iteration {it - len(values) + 1 + int(bad[0, 0])}: {terms}. "
+            what = "loss" if not row[:self.losses].isfinite().all() else self.names[int((~row.isfinite()).nonzero()[0])]
+            raise UserError(f"{what} is not finite at iteration {it - len(values) + 1 + int(bad[0, 0])}: {terms}. "
                             "Lower --lr, or resume from last.pt, which was written before")
         mean, steps = values.mean(0).tolist(), len(values)
         seconds, now = (time.time() - self.time) / steps, time.time()

@@ -460,20 +460,24 @@ def draw_imagenet(root, seed, counts, bar):
     (root / "classes.json").write_text(json.dumps([dict(wnid=wnid, name=name) for name, wnid in WNID.items()]))
 
 
+class ShapesError(Exception):
+    """The dataset's folder is damaged: one line with the remedy."""
+
+
 def make_shapes(root="data", seed=0, train=2000, val=300):
     """Path of the dataset under `root`; drawn on the first call (10-15 s on one core), otherwise returned at once.
 
     train, val: numbers of COCO images. The other parts scale along: valall2017 val / 2; ImageNet train / 30 and val / 30 a class (>= 2).
     Files are byte-identical for a seed with the same Pillow and numpy; the first N pictures do not depend on the counts.
     Any number of processes may call this together: each draws into a folder of its own, the first one to finish names it.
-    Raises FileExistsError if the folder is there but not complete (it appears by renaming, so somebody has removed files from it).
+    Raises ShapesError if the folder is there but not complete (it appears by renaming, so somebody has removed files from it).
     """
     name = f"shapes-{VERSION}" + (f"-s{seed}" if seed else "") + (f"-n{train}x{val}" if (train, val) != (2000, 300) else "")
     target = Path(root) / name
     if (target / "splits.json").is_file():
         return target
     if target.exists():
-        raise FileExistsError(f"{target} holds an incomplete dataset (no splits.json): delete the folder and run again")
+        raise ShapesError(f"{target} holds an incomplete dataset (no splits.json): delete the folder and run again")
     draft = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
     counts = dict(train=max(train // 50, 2), val=max(val // 30, 2))
     total = train + val + val // 2 + sum(counts.values()) * len(ALL_CLASSES)

@@ -72,7 +72,7 @@ a = d.parse_args(["--data", "shapes", *sys.argv[2:]])
 a.dataset = None
 d.follow(a, model.arch)
 data, base, novel, _ = d.make_data(a, "val")
-clip = d.clip_of(model, a, 0, torch.device("cpu"))
+clip = d.clip_of(model, a, torch.device("cpu"))
 learner = d.Learner(model, None, clip, a)
 targets = right = inside = among = total = 0
 own, other = [], []

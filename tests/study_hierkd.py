@@ -65,7 +65,7 @@ a = h.parse_args(["--data", "shapes"])
 h.follow(a, model.arch)
 val = h.make_data(a, "val")
 names, found = [n for n in val.classes if n in h.NOVEL], []
-text = h.clip_of(model, a, 0, torch.device("cpu")).class_embeddings(names)
+text = h.clip_of(model, a, torch.device("cpu")).class_embeddings(names)
 with torch.no_grad():
     for batch in h.eval_loader(val, 0, 1, 0, False):
         maps = model(h.normalise(batch["images"], batch["sizes"]))

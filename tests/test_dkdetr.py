@@ -521,6 +521,8 @@ def test_parameter_groups():
     want = {"body.stages.conv1.weight": (0.1, 0.05), "body.stages.bn1.weight": (0.1, 0.05), "encoder.0.attention.sampling_offsets.bias": (0.1, 0.05),
             "encoder.0.norms.0.weight": (1.0, 0.0), "neck.0.1.weight": (1.0, 0.0), "encoder.0.ffn.0.weight": (1.0, 0.05), "kd_queries": (1.0, 0.0)}
     assert {n: where[id(named[n])] for n in want} == want
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1.0, 0.0, backbone=1.0))  # --resume with other numbers: the same groups
+    optimizer.load_state_dict(torch.optim.AdamW(groups).state_dict())
 
 
 def test_clip_is_left_alone_and_absent_from_the_checkpoint(clip):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,12 @@ def test_two_processes_train_across_the_burn_in_evaluate_and_predict(small, coco
     assert len({d["category_id"] for d in json.loads((tmp_path / "eval2/detections.json").read_text())}) == 2
     results = json.loads((tmp_path / "eval2/results.json").read_text())
     assert set(results["classes"]) == {"dog", "person"} and results["images"] == 79  # images without objects count in COCO's own evaluation
-    for flags, words in ((["--classes", "unicorn"], "unicorn is no class"), (["--clip", "ViT-B-32-quickgelu/nothing"], "cannot be loaded"), (["--classes", ""], "is no class")):
-        r = run("--eval", out / "last.pt", *data, "--workers", 0, "--out", tmp_path / "e3", *flags, fail=True)
+    for flags, words in ((["--classes", "unicorn"], "unicorn is no class"), (["--clip", "ViT-B-32-quickgelu/nothing"], "cannot be loaded"), (["--classes", ""], "holds no name"),
+                         (["--masks"], "has no mask head"), (["--data", "shapes"], "trained on real classes"), (["--out", out], "holds a training run")):
+        r = run("--eval", out / "last.pt", *data, "--workers", 0, *(() if "--out" in flags else ("--out", tmp_path / "e3")), *flags, fail=True)
         assert words in r.stderr and "Traceback" not in r.stderr
     r = run("--predict", photo, "--weights", out / "best.pt", "--classes", " , ", "--out", tmp_path / "p2", fail=True)
-    assert "empty" in r.stderr and "Traceback" not in r.stderr
+    assert "holds no name" in r.stderr and "Traceback" not in r.stderr
 
 
 def test_lvis_with_masks_trains_is_killed_resumed_and_evaluated(small, lvis, tmp_path):
@@ -116,6 +118,31 @@ def test_resume_across_the_burn_in(small, coco_mini, tmp_path):
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
     assert not torch.equal(a["model"]["kd_queries"], cut["model"]["kd_queries"])
     assert a["it"] == b["it"] == 12 and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+
+
+def test_a_run_that_dies_in_the_evaluation_evaluates_when_resumed(small, coco_mini, tmp_path, monkeypatch):
+    import dkdetr
+    flags = ["--dataset", "ovcoco", "--data", coco_mini, *small, "--batch-size", 16, "--epochs", 3, "--burn-in", 1]
+    run(*flags, "--out", tmp_path / "whole")
+
+    real = dkdetr.evaluate
+    for dies_at in (1, 2, 2, 3):  # of its evaluations: so each of the three is cut off once
+        calls = []
+
+        def evaluate(*arguments):
+            calls.append(1)
+            if len(calls) == dies_at:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as m, nullcontext() if dies_at == 3 else pytest.raises(KeyboardInterrupt):
+            m.setattr(dkdetr, "evaluate", evaluate)
+            run(*(("--resume",) if dies_at > 1 else flags), "--out", tmp_path / "cut")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    assert a["it"] == b["it"] and a["best"] == b["best"] and not b["due"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    evaluations = [[(r["it"], r["epoch"], r["AP50"]) for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if "loss" not in r]
+                   for name in ("whole", "cut")]
+    assert len(evaluations[0]) == 3 and evaluations[0] == evaluations[1]
 
 
 def test_voc_evaluation_with_the_names_swapped(small, coco_mini, tmp_path):
@@ -204,6 +231,7 @@ def test_two_processes_equal_one(clip, tmp_path):
     (["--predict", "x.jpg"], "--predict needs --weights"), (["--eval", "README.md"], "README.md"), (["--crop-scales", "1,x"], "--crop-scales 1,x"),
     (["--queries", "0"], "--queries 0"), (["--dataset", "voc"], "is for --eval"), (["--levels", "7"], "--levels 7"), (["--rfs", "-1"], "--rfs -1"),
     (["--dim", "48"], "--dim 48"), (["--masks", "--image-size", "100"], "--image-size 100"), (["--table", "--dataset", "lvis"], "--table"),
+    (["--lr", "nan"], "--lr nan"), (["--w-skd", "nan"], "--w-skd nan"), (["--jitter", "2", "0.1"], "--jitter 2.0 0.1"), (["--hidden", "0"], "--hidden 0"),
     (["--data", "shapes", "--epochs", "1"], "--table"), (["--predict", "x.jpg", "--weights", "nowhere.pt"], "nowhere.pt"), (["--tau", "-1"], "--tau -1")])
 def test_bad_flags_give_one_line(flags, words, monkeypatch, capsys):
     import dkdetr
@@ -225,13 +253,14 @@ def test_unknown_backbone_and_foreign_checkpoints_are_named(tmp_path):
 
 
 def test_table_resumes_and_prints_both(small, coco_mini, tmp_path):
-    flags = ["--dataset", "ovcoco", "--data", coco_mini, *small, "--batch-size", 40, "--epochs", 3, "--burn-in", 1, "--table", "--out", tmp_path / "t"]
+    flags = ["--dataset", "ovcoco", "--data", coco_mini, *small, "--batch-size", 40, "--epochs", 3, "--burn-in", 1, "--rkd", "image", "--table", "--out", tmp_path / "t"]
     first = run(*flags)
     assert "without KD" in first.stdout and "DK-DETR " in first.stdout.split("novel  base")[1]
     plain, kd = (losses(tmp_path / "t" / name) for name in ("without-kd", "dk-detr"))
     assert max(plain) == max(kd) and "skd" in kd[max(kd)] and "skd" not in plain[max(plain)] and min(kd) > 2  # it begins where the burn-in ends
     shutil.rmtree(tmp_path / "t/dk-detr")
     again = run("--resume", "--out", tmp_path / "t")
+    assert json.loads((tmp_path / "t/dk-detr/args.json").read_text())["args"]["rkd"] == "image"  # the method, too, is that of the first command
     table = lambda r: [line.split()[:-1] for line in r.stdout.split("novel  base")[1].splitlines()[1:3]]
     assert table(again) == table(first)
 

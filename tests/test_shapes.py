@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.shapes import (ALL_CLASSES, BASE, CATEGORY_ID, CLASSES, FREQUENCY, IMAGE_ONLY, LVIS_ID, NOVEL, PALETTE, VERSION, cut_at_border,
+from common.shapes import (ALL_CLASSES, BASE, CATEGORY_ID, CLASSES, FREQUENCY, IMAGE_ONLY, LVIS_ID, NOVEL, PALETTE, VERSION, ShapesError, cut_at_border,
                            draw_photo, make_shapes, rle)
 
 COCO_SPLITS = ("train2017", "val2017")
@@ -104,7 +104,7 @@ def test_two_processes_at_once_end_with_one_complete_dataset(small, tmp_path):
 
 def test_folder_with_files_missing_is_refused_with_its_name(tmp_path):
     (tmp_path / f"shapes-{VERSION}").mkdir()
-    with pytest.raises(FileExistsError, match=f"shapes-{VERSION} holds an incomplete dataset"):
+    with pytest.raises(ShapesError, match=f"shapes-{VERSION} holds an incomplete dataset"):
         make_shapes(tmp_path)
 
 

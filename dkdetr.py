@@ -10,7 +10,7 @@ image or a batch must equal those among CLIP's. No object feature ever reads a K
 Letters: B images, S tokens of all L levels, N queries, D width, T text width, K classes, M objects (padded), k distilled boxes of an image.
 Boxes: cx, cy, w, h in 0..1 of the valid image inside the network, xyxy pixels outside.
 
-What nobody published. The release is inference only; of the distillation there are two pages of paper. Each open choice is a flag (default first):
+What nobody published. The release is inference only; of the distillation there are two pages of paper. Open choices are flags (default first):
   --kd-boxes encoder|decoder|gt   coarse proposals, as the text has it
   --kd-exclude matched|iou        the text drops matched queries; iou also those that overlap an object by half
   --kd-attn obj+kd|kd             KD queries may look at object queries: only the other direction is said to be blocked
@@ -18,18 +18,21 @@ What nobody published. The release is inference only; of the distillation there 
   --kd-embed per_rank|shared      one embedding for each rank of objectness, as N embeddings suggest
   --kd-layers last|all            Fig. 2 draws the output
   --kd-dedupe 1                   IoU from which a box is dropped as a duplicate of a better one (1: never)
-  --crop-scales 1 --crop-fit warp|pad --crop-source augmented|original   one crop, stretched to the square, of the network's own input
+  --crop-scales 1 --crop-source augmented|original   one crop, of the network's own input
+  --crop-fit warp|pad             stretched to CLIP's square by RoIAlign, or as hierkd.py crops: whole pixels, padded, bicubic
   --skd-scope image|batch         Eq. 4 counts N targets of one image
   --rkd-dir teacher|student       KL(teacher || student); as printed, KL(student || teacher) with a minus sign would be maximised
   --rkd-diag                      the diagonal of the relation maps stays in
   --rfs 0                         repeat-factor sampling: unknown in the paper; 0.001 is LVIS's own
   --train-vocab base|all          all is a control: rare names as negatives must hurt
   --name-style clean|raw          names without underscores and brackets; the release feeds raw ones
-and: image and batch RKD are added; the batch is that of one process; losses are means over the images that have a target; Eq. 3 is taken on unit
-features, with lambda_skd (its weight was not published).
+and, without a flag: the last layer's matching says which queries are matched, objectness which of the others come first; image and batch RKD are
+added, the batch is that of one process and its map holds pairs of the same image, too; losses are means over the images that have a target; Eq. 3 is
+taken on unit features, with lambda_skd (its weight was not published).
 Differs from the paper: "886 base classes" are 866; Eq. 5's sign and swapped R, Sec. 3.3's swapped Q are taken as meant; the release's 1203-wide
 objectness, of which only channel 0 is used, is one channel with a prior of 0.01; a training crop without objects is drawn again from the same image;
-mask targets are means of 2 x 2 pixels, and padding counts in neither mask loss; --accumulate normalises each micro-batch by its own objects.
+mask targets are means of 2 x 2 pixels, and padding counts in neither mask loss; --accumulate normalises each micro-batch by its own objects; positives
+are at least 1 over all processes, not in each; warm-up is at most a tenth of the run.
 
     torchrun --nnodes 2 --nproc_per_node 8 ... dkdetr.py --masks                 # the paper's LVIS run, 16 x 8 images, 70 epochs
     torchrun --nproc_per_node 8 dkdetr.py --dataset ovcoco                       # COCO 48/17
@@ -63,11 +66,11 @@ from tqdm import tqdm
 
 from common.boxes import constant, overlap, pairwise_iou
 from common.clip import ClipError, load_clip, tiny_clip
-from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_coco, read_image,
-                             read_voc, repeat_factors, train_loader)
+from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_coco,
+                             read_image, read_voc, repeat_factors, train_loader)
 from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run, plot_curves,
-                        reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
+from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict,
+                        open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, ShapesError, make_shapes
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -81,8 +84,8 @@ TEMPLATES += [f"{a} embroidered {{}}." for a in ("an", "the")] + [f"a painting o
 DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects365="data/objects365", voc="data")
 DEFAULTS = dict(  # flag: (the paper's or the release's, else ours: kd_min_size, name_style, crop_fit, ckpt_msda; that of the embedded dataset)
     image_size=(1024, 128), jitter=([0.1, 2.0], [0.8, 1.25]), templates=("vild", "one"), name_style=("clean", "clean"),
-    backbone=("r50", "tiny16"), init=("imagenet", "none"), dim=(256, 64), hidden=(1024, 128), levels=(4, 3), encoder=(6, 2), decoder=(6, 3), queries=(300, 40),
-    dropout=(0.1, 0.0), ckpt_msda=(True, False), w_skd=(0.1, 0.3), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
+    backbone=("r50", "tiny16"), init=("imagenet", "none"), dim=(256, 64), hidden=(1024, 128), levels=(4, 3), encoder=(6, 2), decoder=(6, 3),
+    queries=(300, 40), dropout=(0.1, 0.0), ckpt_msda=(True, False), w_skd=(0.1, 0.3), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
     epochs=(70, 24), batch_size=(8, 16), lr=(8e-4, 1e-3), backbone_lr=(0.1, 1.0), warmup=(2000, 100))
 
 
@@ -97,14 +100,15 @@ def parse_args(argv=None):
         p.add_argument(f"--{name}", help=f"{text} (default {full}" + (f"; shapes {small})" if small != full else ")"), **options)
 
     # data
-    p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc (default lvis; shapes ovcoco)")
+    p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc "
+                   "(default lvis; shapes ovcoco)")
     p.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
     p.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
     p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
     sized("image-size", "canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it", type=int)
     sized("jitter", "scales of the jitter", type=float, nargs=2, metavar=("LOW", "HIGH"))
     p.add_argument("--rfs", type=float, default=0.0, help="repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001")
-    p.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names the classifier is trained with; all: a control, with the novel ones as negatives")
+    p.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names of the classifier in training; all: a control, novel ones as negatives")
     p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
     # model
     p.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, trained on demand)")
@@ -113,14 +117,14 @@ def parse_args(argv=None):
     sized("backbone", "r50 or r101")
     sized("init", "backbone start", choices=("imagenet", "none"))
     p.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
-    for name, text in (("dim", "width D, a multiple of 32"), ("hidden", "width of the feed-forward layers"), ("levels", "feature levels, from stride 8"),
+    for name, text in (("dim", "width D, a multiple of 32"), ("hidden", "width of the feed-forward layers"), ("levels", "levels, from stride 8"),
                        ("encoder", "encoder layers"), ("decoder", "decoder layers"), ("queries", "N")):
         sized(name, text, type=int)
     sized("dropout", "of the transformer", type=float)
     flag("--masks", help="SOIT's mask head; data must have outlines (default no; --eval: if the checkpoint has it, on lvis and ovcoco)")
     p.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
     p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2; evaluation uses the checkpoint's")
-    p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners (with --compile)")
+    p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners, for --compile")
     flag("--ckpt-msda", help="compute the encoder's samples again in the backward pass rather than keep them (default yes; shapes no)")
     # method
     p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features")
@@ -133,16 +137,16 @@ def parse_args(argv=None):
     p.add_argument("--burn-in", type=int, help="epochs without distillation (default 40 of 70, so 4/7 of --epochs)")
     sized("kd-topk", "targets of an image", type=int)
     sized("kd-min-size", "smallest side of a target, pixels of the network's input", type=float)
-    p.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="boxes that are cropped; gt: the hidden novel objects, an oracle")
-    p.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="matched queries, or also boxes that overlap an object by half")
+    p.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="what is cropped; gt: the hidden novel objects, an oracle")
+    p.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="no targets: matched queries; or also overlaps of an object")
     p.add_argument("--kd-dedupe", type=float, default=1.0, help="IoU from which a target is dropped for a better one; 1: none is")
     p.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
-    p.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own refined")
+    p.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own")
     p.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
     p.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled; all: the mean of their losses")
     p.add_argument("--crop-scales", default="1", help="crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD")
     sized("crop-fit", "crops are stretched to CLIP's square, or padded", choices=("warp", "pad"))
-    p.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="crops are cut from the network's input, or from the file")
+    p.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="cut crops from the network's input, or from the file")
     p.add_argument("--skd-scope", choices=("image", "batch"), default="image", help="targets that are negatives of each other in Eq. 4")
     p.add_argument("--rkd-dir", choices=("teacher", "student"), default="teacher", help="KL(teacher || student) or the other way round")
     flag("--rkd-diag", default=True, help="the diagonal of the relation maps takes part")
@@ -156,17 +160,17 @@ def parse_args(argv=None):
     sized("backbone-lr", "share of --lr for the backbone", type=float)
     p.add_argument("--weight-decay", type=float, default=0.05)
     sized("warmup", "steps of linear warm-up, at most a tenth of the run", type=int)
-    flag("--table", help="train without and with distillation, from one burn-in, and print both; ovcoco or shapes (default: on shapes, without --max-iters)")
+    flag("--table", help="train without and with distillation, from one burn-in, and print both (default: on shapes, without --max-iters)")
     # run
     p.add_argument("--out", help="run folder (default runs/dkdetr; runs/dkdetr-eval, -eval-DATASET, -predict)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; matching, boxes, classifier and losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the detector's forward in training; the passes of the KD queries and of the masks are not")
+    p.add_argument("--compile", action="store_true", help="torch.compile the detector in training; not the passes of the KD queries and of the masks")
     p.add_argument("--channels-last", action="store_true", help="NHWC memory format of the backbone")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
     p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
-    p.add_argument("--start", metavar="WEIGHTS", help="begin as a copy of a run at this last.pt: weights, optimizer, step, random state; flags are today's")
+    p.add_argument("--start", metavar="WEIGHTS", help="begin as a copy of the run of this last.pt, in all but its flags, which are given anew")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint, ours or the authors' (dkd_r50_70e_lvis)")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: a checkpoint")
@@ -181,7 +185,7 @@ def parse_args(argv=None):
     if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
         saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(table=True, out=args.out)
         if table.exists():
-            saved["skd"], saved["rkd"] = saved["method"]
+            saved["skd"], saved["rkd"] = saved.get("method") or (None, None)
         p.set_defaults(**{k: v for k, v in saved.items() if v is not None})
         args = p.parse_args(argv)
     try:
@@ -191,6 +195,9 @@ def parse_args(argv=None):
     except ValueError:
         p.error(f"--crop-scales {args.crop_scales}: expected positive numbers as 1 or 1,1.5")
     args.crop_scales = scales
+    if args.table is None:
+        args.table = (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
+                      and args.max_iters is None and not args.start)
     at_least_1 = "epochs max_iters batch_size accumulate log_every save_every queries hidden decoder encoder kd_topk image_size".split()
     at_least_0 = "rfs workers weight_decay backbone_lr kd_dedupe kd_min_size w_skd w_rkd warmup burn_in".split()
     for low, names in ((1, at_least_1), (0, at_least_0), (1e-9, ("lr", "tau", "tau_s", "tau_r"))):
@@ -493,8 +500,8 @@ def make_body(name, init, bn):
 class DKDETR(nn.Module):
     """Two-stage Deformable DETR with box refinement whose classifier is a text matrix.
 
-    text_dim None: a linear classifier of `classes` outputs instead, as in the closed-vocabulary Deformable DETR: to check the detector against published
-    weights, from Python only.
+    text_dim None: a linear classifier of `classes` outputs instead, as in the closed-vocabulary Deformable DETR: to check the detector against
+    published weights, from Python only.
     """
 
     def __init__(self, backbone="r50", text_dim=512, dim=256, heads=8, hidden=1024, levels=4, encoder=6, decoder=6, queries=300, dropout=0.1,
@@ -568,8 +575,11 @@ class DKDETR(nn.Module):
                     masks=dict(features=masks, padded=padded[:, :cells], size=level_sizes[0], valid=ratio[:, 0]))
 
     def tokens(self, maps, canvas, sizes):
-        """All levels as one sequence. maps: L of (B, D, h, w); canvas (H, W) padded, sizes (B, 2) valid pixels -> (B, S, D) values, (B, S, D) positions,
-        (B, S) padded, (B, S, 4) anchors: cell centre and 0.05 * 2^level in 0..1 of the valid image, (B, L, 2) valid share of x, y."""
+        """All levels as one sequence. maps: L of (B, D, h, w); canvas (H, W) padded, sizes (B, 2) valid pixels.
+
+        Returns values and positions (B, S, D); padded (B, S); anchors (B, S, 4): cell centre and 0.05 * 2^level in 0..1 of the valid image; valid
+        share of x, y (B, L, 2).
+        """
         values, positions, padded, anchors, ratios = [], [], [], [], []
         for level, m in enumerate(maps):
             h, w = m.shape[-2:]
@@ -607,7 +617,7 @@ class DKDETR(nn.Module):
                     boxes.append((refine(h) + inverse_sigmoid(reference)).sigmoid())
                     reference = boxes[-1].detach()
             hidden.append(h)
-        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), boxes=torch.stack(boxes) if update else None, features=torch.stack(features))
+        return dict(inputs=inputs, references=used, hidden=torch.stack(hidden), features=torch.stack(features), boxes=torch.stack(boxes) if update else None)
 
     def kd_features(self, out, reference="shared", see_objects=True):
         """KD queries through the same decoder, after the object queries, which therefore cannot depend on them: features (layers, B, N, T)."""
@@ -650,8 +660,8 @@ def match_cost(logits, boxes, gt_boxes, scale):
 def match(costs, counts):
     """Hungarian matching of a whole step. costs: list of (layers, B, N, M) tensors; counts: objects of each image.
 
-    Returns one (4, n) long tensor a list entry, on its device: layer, image, query and object of each match. The costs cross to the host together, and the
-    matches return together: two transfers a step, not one per image and layer.
+    Returns one (4, n) long tensor a list entry, on its device: layer, image, query and object of each match. The costs cross to the host together,
+    and the matches return together: two transfers a step, not one per image and layer.
     """
     device = costs[0].device
     flat, found = torch.cat([c.flatten() for c in costs]).cpu(), []
@@ -816,7 +826,7 @@ class Learner(nn.Module):
         return index, there, take(boxes, index)
 
     def kd_losses(self, out, batch, matched, scale):
-        """SKD and RKD of the KD queries of the chosen boxes against CLIP's embeddings of their crops. matched (B, N): by the last layer's matching."""
+        """SKD and RKD of the KD queries of the chosen boxes against CLIP's embeddings of their crops. matched (B, N): in the last layer."""
         a = self.a
         index, there, crops = self.kd_targets(out, batch, matched, scale)
         image, slot = there.nonzero(as_tuple=True)  # here a step waits for the device: CLIP must know how many crops
@@ -849,7 +859,7 @@ class Learner(nn.Module):
 
     @staticmethod
     def cosines(f, v, there):
-        """Mean cosine of a feature with the crop of its own box and with those of others of its image: what is learnt, which losses alone do not tell."""
+        """Mean cosine of a feature with the crop of its own box and with the others of its image: the losses alone do not tell what is learnt."""
         cosine, both = F.normalize(f, dim=-1) @ v.transpose(1, 2), there[:, :, None] & there[:, None]
         mine = both & torch.eye(both.shape[1], dtype=torch.bool, device=v.device)
         return {name: (cosine * mask).sum() / mask.sum().clamp(min=1) for name, mask in (("own", mine), ("other", both & ~mine))}
@@ -907,8 +917,8 @@ def make_data(args, split):
     train = split == "train"
     options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks, originals=args.crop_source == "original")
     if args.dataset == "voc":
-        truth = read_voc(args.data, [("2007", "test")])
-        return CocoDataset(Path(args.data) / "VOCdevkit", Path(args.data) / "VOCdevkit", False, raw=truth, **options | dict(masks=False)), VOC_CLASSES, [], truth
+        truth, root = read_voc(args.data, [("2007", "test")]), Path(args.data) / "VOCdevkit"
+        return CocoDataset(root, root, False, raw=truth, **options | dict(masks=False)), VOC_CLASSES, [], truth
     root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
     if args.dataset == "lvis":
         images, annotations = find_lvis(root, split, root if args.data == "shapes" else args.images)
@@ -990,23 +1000,27 @@ def train(args, rank, world, device):
     seed_all(args.seed)
     has_kd = args.skd != "none" or args.rkd != "none"
     names = data.classes if args.train_vocab == "base" else data.classes + novel
-    model = DKDETR(args.backbone, clip.dim, args.dim, args.dim // 32 if args.dim < 256 else 8, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
-                   args.dropout, args.masks, args.init, args.bn, args.kd_embed)
+    heads = args.dim // 32 if args.dim < 256 else 8
+    model = DKDETR(args.backbone, clip.dim, args.dim, heads, args.hidden, args.levels, args.encoder, args.decoder, args.queries, args.dropout, args.masks,
+                   args.init, args.bn, args.kd_embed)
     clip_name = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
     model.arch.update(image_size=args.image_size, clip=clip_name or "", data=args.data,
                       dataset=args.dataset, data_seed=args.data_seed, tau=args.tau, templates=args.templates, name_style=args.name_style)
     seed_all(args.seed + rank)  # dropout differs from process to process
     if rank == 0:
-        print(f"CLIP {clip.name} | SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, from epoch {args.burn_in + 1} | {len(data.classes)} base and {len(novel)} "
-              f"novel classes")
+        when = f"from epoch {args.burn_in + 1}" if args.burn_in < args.epochs else f"never: --burn-in {args.burn_in} of {args.epochs} epochs"
+        print(f"CLIP {clip.name} | SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, {when if has_kd else 'no distillation'} | "
+              f"{len(data.classes)} base and {len(novel)} novel classes")
     learner = Learner(model.to(device), text_matrix(clip, names, args), clip, args)
     return fit(learner, data, val, clip, out, has_kd, args, rank, world, device)
 
 
 def parameter_groups(model, lr, decay, backbone=0.1):
-    """As the release has it: `backbone` (0.1) of the rate for the backbone, 0.1 for the sampling offsets; no decay on norms outside the backbone. None
-    on the KD queries either, which would shrink while they wait for the burn-in to end. Groups and their order do not depend on the numbers: --resume may
-    change these."""
+    """As the release has it: `backbone` (0.1) of the rate for the backbone, 0.1 for the sampling offsets; no decay on norms outside the backbone.
+
+    None on the KD queries either, which would shrink while they wait for the burn-in to end. The groups do not depend on the numbers: --resume may
+    change these.
+    """
     rate = dict(body=backbone, offsets=0.1, rest=1.0)
     norms = {id(p) for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     groups = {}
@@ -1058,8 +1072,8 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
             set_rng_state(state["rng"][rank])
     if rank == 0:
         n = sum(p.numel() for p in model.parameters())
-        print(f"DK-DETR {args.backbone}: {n:,} parameters, {sum(p.numel() for p in parameters):,} trained | {len(data)} images, dropped {data.dropped} | "
-              f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
+        print(f"DK-DETR {args.backbone}: {n:,} parameters, {sum(p.numel() for p in parameters):,} trained | {len(data)} images, "
+              f"dropped {data.dropped} | batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
               f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
     if args.compile:
         model.compile()
@@ -1151,7 +1165,8 @@ RENAMED = [  # mmdetection 3's Deformable DETR and the authors' release (mmdetec
     (r"^neck\.convs\.(\d)\.conv\.", r"neck.\1.0."), (r"^neck\.convs\.(\d)\.gn\.", r"neck.\1.1."),
     (r"^neck\.extra_convs\.0\.conv\.", r"neck.3.0."), (r"^neck\.extra_convs\.0\.gn\.", r"neck.3.1."),
     (r"^(bbox_head\.transformer\.)?level_embeds?$", "level_embed"),
-    (r"^(memory_trans_fc|bbox_head\.transformer\.enc_output)\.", "memory_trans."), (r"^(memory_trans_norm|bbox_head\.transformer\.enc_output_norm)\.", "memory_norm."),
+    (r"^(memory_trans_fc|bbox_head\.transformer\.enc_output)\.", "memory_trans."),
+    (r"^(memory_trans_norm|bbox_head\.transformer\.enc_output_norm)\.", "memory_norm."),
     (r"^(pos_trans_fc|bbox_head\.transformer\.pos_trans)\.", "query_trans."), (r"^(pos_trans_norm|bbox_head\.transformer\.pos_trans_norm)\.", "query_norm."),
     (r"^bbox_head\.reg_branches\.", "refine."), (r"^bbox_head\.cls_branches\.6\.", "objectness."), (r"^bbox_head\.cls_branches\.", "project."),
     (r"^bbox_head\.transformer\.seg_encoder\.layers\.0\.attentions\.0\.", "mask_head.encoder.attention."),
@@ -1222,7 +1237,7 @@ def load_detector(path, flag="--weights"):
 
 @torch.no_grad()
 def detect(out, text, sizes, tau, count=300):
-    """The best `count` (query, class) pairs of each image: list of (boxes (n, 4) xyxy network pixels, scores, labels, queries). No NMS, no threshold."""
+    """The best `count` (query, class) pairs of each image: list of (boxes (n, 4) xyxy network pixels, scores, labels, queries). No NMS."""
     scores = classify(out["features"][-1], text, tau).sigmoid()                                                 # (B, N, K), Eq. 2
     score, pair = scores.flatten(1).topk(min(count, scores[0].numel()), 1)
     query, label = pair // scores.shape[2], pair % scores.shape[2]
@@ -1236,7 +1251,8 @@ def detect_masks(model, out, image, queries, size, original_size, chunk=32):
     """Masks of some queries of one image: iterates over bool (h, w) of the file, in order. size: (h, w) valid in the network's input."""
     (h, w), (height, width) = size, original_size
     for part in queries.split(chunk):
-        logits = model.mask_head(out["hidden"][-1, image, part], out["boxes"][-1, image, part, :2], torch.full_like(part, image), **out["masks"], core=model.core)
+        hidden, center = out["hidden"][-1, image, part], out["boxes"][-1, image, part, :2]
+        logits = model.mask_head(hidden, center, torch.full_like(part, image), **out["masks"], core=model.core)
         masks = F.interpolate(logits.sigmoid()[:, None], scale_factor=2, mode="bilinear", align_corners=True)[..., :h, :w]  # as the release does
         yield from F.interpolate(masks, (height, width), mode="bilinear", align_corners=True)[:, 0] > 0.5
 
@@ -1278,7 +1294,8 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
         names = [n for n in names if n in chosen]
     ids, text = [data.category_ids[data.classes.index(n)] for n in names], text_matrix(clip, names, args)
     results, masks = [], args.masks
-    for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
+    loader = eval_loader(data, rank, world, args.workers, device.type == "cuda")
+    for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=masks)
         found = to_coco_results(batch["image_ids"][0], boxes, scores, labels, ids)
         results += [r | dict(segmentation=m) for r, m in zip(found, codes)] if masks else found
@@ -1295,16 +1312,19 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
             keys = ("AP", "APr", "APc", "APf", "AP50", "AP75")
         elif args.dataset == "voc":
             every = {iou: voc_evaluate(truth, results, iou, legacy=True) for iou in (0.5, 0.75)}
-            stats = dict(AP50=every[0.5]["AP11"], AP75=every[0.75]["AP11"], AP50_area=every[0.5]["AP"], AP75_area=every[0.75]["AP"], classes=every[0.5]["classes"])
+            stats = dict(AP50=every[0.5]["AP11"], AP75=every[0.75]["AP11"], AP50_area=every[0.5]["AP"], AP75_area=every[0.75]["AP"],
+                         classes=every[0.5]["classes"])
             keys = ("AP50", "AP75", "AP50_area", "AP75_area")
         else:
             stats = coco_evaluate(truth, results, kind)
             keys = ("AP", "AP50", "AP75")
             if novel:
-                stats |= {f"{group}_{key}": class_mean(stats, members, key) for group, members in (("novel", novel), ("base", base)) for key in ("AP50", "AR50")}
+                stats |= {f"{group}_{key}": class_mean(stats, members, key)
+                          for group, members in (("novel", novel), ("base", base)) for key in ("AP50", "AR50")}
                 keys = ("novel_AP50", "base_AP50", "AP50", "AP")
         metrics |= {prefix + k: v for k, v in stats.items()}
-        metrics["line"] = metrics.get("line", f"{len(data)} images") + (" | boxes " if not prefix else " | masks ") + " ".join(f"{k} {stats[k]:.1f}" for k in keys)
+        numbers = " ".join(f"{k} {stats[k]:.1f}" for k in keys)
+        metrics["line"] = metrics.get("line", f"{len(data)} images") + (" | boxes " if not prefix else " | masks ") + numbers
     metrics.update(seconds=time.time() - since, score=metrics["AP50" if args.dataset in ("ovcoco", "voc") else "AP"])
     metrics["line"] += f" | {metrics['seconds']:.0f}s"
     if out:
@@ -1320,7 +1340,7 @@ def follow(args, arch):
     if args.data == "shapes" and arch["data"] != "shapes":
         raise UserError("--data shapes: the checkpoint was trained on real classes")
     if arch["data"] == "shapes" and (args.data not in (None, "shapes") or args.dataset in ("voc", "objects365")):
-        raise UserError(f"--data {args.data}, --dataset {args.dataset}: the checkpoint was trained on shapes; it knows shapes only, as ovcoco, coco or lvis")
+        raise UserError(f"--data {args.data}, --dataset {args.dataset}: the checkpoint was trained on shapes and knows these only, as ovcoco, coco or lvis")
     if arch["data"] == "shapes":
         args.data, args.data_seed = "shapes", arch["data_seed"]
     args.dataset = args.dataset or arch["dataset"]
@@ -1391,7 +1411,8 @@ def compare(args, rank, world, device):
     if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start or (args.skd, args.rkd) == ("none", "none"):
         raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and neither --max-iters nor --start")
     rows, root, args.method = [], Path(args.out), (args.skd, args.rkd)
-    for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=str(root / "burn-in.pt"))), ("DK-DETR", dict(start=str(root / "burn-in.pt")))):
+    start = str(root / "burn-in.pt")
+    for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start=start))):
         since, out = time.time(), root / name.lower().replace(" ", "-")
         resume = args.resume and (out / "log.jsonl").exists()
         run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": False})
@@ -1419,8 +1440,7 @@ def main():
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
             predict(args, device)
-        elif args.table if args.table is not None else (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
-                                                       and args.max_iters is None and not args.start):
+        elif args.table:
             compare(args, rank, world, device)
         else:
             train(args, rank, world, device)

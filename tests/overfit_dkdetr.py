@@ -28,6 +28,6 @@ if __name__ == "__main__":
         subprocess.run([sys.executable, "dkdetr.py", "--dataset", "ovcoco", "--data", data, "--clip", tiny_clip(root, root.parent / "clip"), "--templates", "one", "--backbone",
                         a.backbone, "--init", "none", "--image-size", a.image_size, "--jitter", "1", "1", "--dim", "128", "--hidden", "256", "--levels", "3", "--encoder", "2",
                         "--decoder", "3", "--queries", "60", "--dropout", "0", "--crop-fit", "pad", "--kd-min-size", "8", "--epochs", a.epochs, "--batch-size", "4",
-                        "--lr", "0.016", "--out", out, *more], cwd=ROOT, check=True)
+                        "--lr", "0.016", "--backbone-lr", "1", "--out", out, *more], cwd=ROOT, check=True)
         m = json.loads((out / "results.json").read_text())
         print(f"{boxes} boxes of all classes: base AP50 {m['base_AP50']:.1f}, AR50 {m['base_AR50']:.1f} on the 16 photographs")

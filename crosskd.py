@@ -1169,7 +1169,6 @@ def evaluate(model, dataset, rank, world, device, args, out=None):
         return None
     metrics = dict(coco_evaluate(dataset.annotations, results), images=len(dataset), seconds=time.time() - since)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         (out / "results.json").write_text(json.dumps(metrics, indent=1))
         save_samples(dataset, results, out / "samples.jpg")
@@ -1183,7 +1182,6 @@ def predict(args, device):
     classes = classes or [f"class {k}" for k in range(model.num_classes)]
     size = max(parse_image_size(args.image_size or model.arch.get("image_size") or "800"))
     out, answer = Path(args.out), {}
-    out.mkdir(parents=True, exist_ok=True)
     paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
              if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
     if not paths:

@@ -189,6 +189,15 @@ def parse_args(argv=None):
             saved["skd"], saved["rkd"] = saved.get("method") or (None, None)
         p.set_defaults(**{k: v for k, v in saved.items() if v is not None})
         args = p.parse_args(argv)
+    if args.table is None:
+        args.table = (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
+                      and args.max_iters is None and not args.start)
+    check_flags(p, args)
+    return args
+
+
+def check_flags(p, args):
+    """Stops with one line where a flag makes no sense; turns --crop-scales into numbers."""
     try:
         scales = args.crop_scales if isinstance(args.crop_scales, list) else [float(x) for x in args.crop_scales.split(",")]
         if not all(x > 0 for x in scales):
@@ -196,9 +205,6 @@ def parse_args(argv=None):
     except ValueError:
         p.error(f"--crop-scales {args.crop_scales}: expected positive numbers as 1 or 1,1.5")
     args.crop_scales = scales
-    if args.table is None:
-        args.table = (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
-                      and args.max_iters is None and not args.start)
     at_least_1 = "epochs max_iters batch_size accumulate log_every save_every queries hidden decoder encoder kd_topk image_size".split()
     at_least_0 = "rfs workers weight_decay backbone_lr kd_dedupe kd_min_size w_skd w_rkd warmup burn_in".split()
     for low, names in ((1, at_least_1), (0, at_least_0), (1e-9, ("lr", "tau", "tau_s", "tau_r"))):
@@ -224,7 +230,6 @@ def parse_args(argv=None):
         p.error("--classes: belongs to --predict or --eval")
     if not (args.eval or args.predict) and args.dataset in ("coco", "objects365", "voc"):
         p.error(f"--dataset {args.dataset}: is for --eval; train on lvis or ovcoco")
-    return args
 
 
 def fill_defaults(args):
@@ -1329,7 +1334,6 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
     metrics.update(seconds=time.time() - since, score=metrics["AP50" if args.dataset in ("ovcoco", "voc") else "AP"])
     metrics["line"] += f" | {metrics['seconds']:.0f}s"
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         (out / "results.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "line"}, indent=1))
         save_samples(data, results, out / "samples.jpg")
@@ -1376,7 +1380,6 @@ def predict(args, device):
         classes = names_of(args.classes)
     text = text_matrix(clip, classes, args)
     out, answer = Path(args.out), {}
-    out.mkdir(parents=True, exist_ok=True)
     paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
              if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
     if not paths:

@@ -845,7 +845,6 @@ def evaluate(model, val, clip, rank, world, device, args, out=None):
 def write_results(out, metrics, results, val):
     """results.json, detections.json and samples.jpg into the folder out, if given."""
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         (out / "results.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "line"}, indent=1))
         save_samples(val, results, out / "samples.jpg")
@@ -875,7 +874,6 @@ def predict(args, device):
     text = clip_of(model, args, device).class_embeddings(classes)
     size = max(parse_image_size(args.image_size))
     out, answer = Path(args.out), {}
-    out.mkdir(parents=True, exist_ok=True)
     paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
              if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
     if not paths:

@@ -722,14 +722,12 @@ def test_checkpoint_without_kd_queries_gives_the_same_boxes(tmp_path):
 
 
 def test_bf16_stays_close(clip):
-    """Median of eight random detectors: in some, rounding swaps two of the best tokens, which random weights turn into another loss."""
-    ratios = []
-    for seed in range(8):
+    """Every token is a query, for rounding swaps tokens of almost equal objectness, and which ones become queries would be another loss."""
+    for seed in range(4):
         torch.manual_seed(seed)
-        learner = Learner(DKDETR(**SMALL), clip.class_embeddings(["circle", "square", "cross"]), clip, flags()).eval()
+        learner = Learner(DKDETR(**{**SMALL, "queries": 1000}), clip.class_embeddings(["circle", "square", "cross"]), clip, flags()).eval()
         exact = learner(batch_of())
         learner.a.amp = "bf16"
         rough = learner(batch_of())
         assert all(v.dtype == torch.float32 for v in rough.values())
-        ratios.append(sum(rough.values()).item() / sum(exact.values()).item())
-    assert abs(sorted(ratios)[3] - 1) < 0.02 and abs(sorted(ratios)[4] - 1) < 0.02, ratios
+        assert sum(rough.values()).item() == pytest.approx(sum(exact.values()).item(), rel=0.02), seed

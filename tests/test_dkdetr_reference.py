@@ -185,12 +185,14 @@ def test_fp32_rounds_no_more_than_the_written_out_one(fill, state, exact):
         near = torch.cdist(answer[2][-1].flatten(0, 1).double(), exact[2][-1].flatten(0, 1)).min(1)
         logits = (answer[3][-1].flatten(0, 1) - exact[3][-1].flatten(0, 1)[near.indices]).abs().amax(1)
         objectness, coarse = (a - b for a, b in zip(answer[:2], exact))
-        return {f"{name} {q:.0%}": t.abs().flatten().double().quantile(q).item() for q in (0.5, 0.9, 0.99)
+        return {f"{name} {q:.0%}": t.abs().flatten().double().quantile(q).item() for q in (0.5, 0.9, 0.98, 0.99)
                 for name, t in (("box", near.values), ("logit", logits), ("coarse", coarse), ("objectness", objectness))}
 
     images = fill.image(256, 320, 2, VALID).float()
-    ours, theirs = errors(detector(state, images)[1]), errors(reference(state, images, VALID))
+    mine = detector(state, images)[1]
+    assert all((got - want).abs().mean() < 1e-4 * max(1, want.std().item()) for got, want in zip(mine[:2], exact))
+    ours, theirs = errors(mine), errors(reference(state, images, VALID))
     print(ours, theirs, sep="\n")
-    assert ours["box 50%"] < 1e-4 and ours["coarse 99%"] < 1e-4
+    assert ours["box 50%"] < 5e-5 and ours["box 98%"] < 1e-3 and ours["coarse 99%"] < 1e-4
     for name, error in ours.items():
         assert error < 1.25 * theirs[name], name

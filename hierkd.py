@@ -1046,7 +1046,7 @@ def main():
     try:
         args = parse_args()
         rank, world, device = init_ddp()
-        if args.eval or args.predict:
+        if args.eval or args.predict or args.gt_upper_bound:
             answer_folder(args.out)
         if args.eval:
             model = load_detector(args.eval, "--eval").to(device)

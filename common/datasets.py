@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import RandomPhotometricDistort, functional as TF
 
 
 class DataError(Exception):
@@ -105,16 +105,17 @@ class CocoDataset(Dataset):
     canvas: instead of image_size, large-scale jitter (Ghiasi et al. 2021): the long side becomes jitter (low, high) times canvas, then a random
     window of at most canvas x canvas; in validation the long side becomes canvas. masks: items have `masks`, see window_masks. hidden: names
     whose boxes go to `hidden` (H, 4), never to boxes: for oracles. originals: items have the file's pixels and the window (6,) that was cut.
-    annotations may be LVIS v1's json. raw: its content, if that is read already.
+    annotations may be LVIS v1's json. raw: its content, if that is read already. photometric: colours are distorted, as SSD does.
     """
 
     def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32, classes=None, without=(), captions=None,
-                 canvas=None, jitter=(0.1, 2.0), masks=False, hidden=(), originals=False, raw=None):
+                 canvas=None, jitter=(0.1, 2.0), masks=False, hidden=(), originals=False, raw=None, photometric=False):
         self.folder, self.train, self.flip = Path(images), train, flip if train else 0.0
         self.sizes = parse_image_size(image_size)
         if not train:
             self.sizes = [max(self.sizes)]
         self.canvas, self.jitter, self.with_masks, self.originals = canvas, jitter, masks, originals
+        self.distort = RandomPhotometricDistort() if photometric else None
         self.annotations = Path(annotations)
         raw = raw or read_coco(annotations)
         categories = sorted(raw["categories"], key=lambda c: c["id"])
@@ -219,6 +220,10 @@ class CocoDataset(Dataset):
         if rng.random() < self.flip:
             image = image.flip(2)
             boxes[:, 0::2] = w - boxes[:, 0::2].flip(1)
+        if self.distort:
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
+                torch.manual_seed(rng.getrandbits(62))
+                image = self.distort(image)
         item = dict(image=image, size=(h, w), boxes=boxes, labels=torch.from_numpy(labels),
                     image_id=image_id, original_size=(height, width))
         if self.captions is not None:

@@ -149,7 +149,7 @@ def load_strict(model, state, where):
              if k in state and state[k].shape != own[k].shape]
     wrong = {"missing": missing, "unexpected": surplus, "of another shape": shape}
     if any(wrong.values()):
-        raise UserError(f"{where}: does not fit {'_'.join(str(model.arch[k]) for k in ('kind', 'backbone') if k in model.arch)}: " +
+        raise UserError(f"{where}: does not fit {'_'.join(str(model.arch[k]) for k in ('name', 'kind', 'backbone') if k in model.arch)}: " +
                         "; ".join(f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys))
     model.load_state_dict({**{k: own[k] for k in optional}, **state})
 
@@ -305,9 +305,9 @@ def plot_curves(log_path, out_path):
     import matplotlib.pyplot as plt
 
     rows = read_log(log_path)
-    train, val = [r for r in rows if "loss" in r], [r for r in rows if "loss" not in r]
+    train, val = [r for r in rows if "loss" in r], [r for r in rows if "loss" not in r and "refresh" not in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other", "tau_c", "tau_m", "s"}
+    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other", "tau_c", "tau_m", "s", "sigma", "muted"}
     for name in (n for n in (train[-1] if train else {}) if n not in skip):
         left.plot([r["it"] for r in train], [r.get(name, math.nan) for r in train], label=name, lw=1)
     left.set(xlabel="iteration", ylabel="loss", yscale="log")

@@ -171,7 +171,7 @@ def parse_args(argv=None):
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
     p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
-    p.add_argument("--start", metavar="WEIGHTS", help="begin as a copy of the run of this last.pt, in all but its flags, which are given anew")
+    p.add_argument("--from", dest="start_from", metavar="WEIGHTS", help="begin as a copy of the run of this last.pt, in all but its flags, which are given anew")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint, ours or the authors' (dkd_r50_70e_lvis)")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: a checkpoint")
@@ -191,7 +191,7 @@ def parse_args(argv=None):
         args = p.parse_args(argv)
     if args.table is None:
         args.table = (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
-                      and args.max_iters is None and not args.start)
+                      and args.max_iters is None and not args.start_from)
     check_flags(p, args)
     return args
 
@@ -223,7 +223,7 @@ def check_flags(p, args):
     if args.eval and args.predict:
         p.error("--eval, --predict: one at a time")
     if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, --start is where a run begins")
+        p.error("--weights: belongs to --predict; --eval takes its weights directly, --from is where a run begins")
     if args.predict and not args.weights:
         p.error("--predict needs --weights: a checkpoint")
     if args.classes is not None and not (args.predict or args.eval):
@@ -1057,9 +1057,9 @@ def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
     warmup = min(args.warmup, args.epochs * steps_per_epoch // 10)
     it, best, due = 0, -2.0, False  # a score is -1 where val holds no box
     resumed = can_resume(out, args.resume, rank, device)
-    if resumed or args.start:
-        flag = f"--resume {out / 'last.pt'}" if resumed else f"--start {args.start}"
-        state = load_checkpoint(out / "last.pt" if resumed else args.start)
+    if resumed or args.start_from:
+        flag = f"--resume {out / 'last.pt'}" if resumed else f"--from {args.start_from}"
+        state = load_checkpoint(out / "last.pt" if resumed else args.start_from)
         if not isinstance(state, dict) or not {"model", "optimizer", "it", "rng"} <= set(state):
             raise UserError(f"{flag}: holds no training state; give a last.pt of dkdetr.py")
         was = state.get("arch", {}).get("text_dim")
@@ -1414,8 +1414,8 @@ def compare(args, rank, world, device):
     if args.data == "shapes" and args.epochs is None:
         args.epochs = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
     fill_defaults(args)
-    if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start or (args.skd, args.rkd) == ("none", "none"):
-        raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and neither --max-iters nor --start")
+    if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start_from or (args.skd, args.rkd) == ("none", "none"):
+        raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and neither --max-iters nor --from")
     rows, root, args.method = [], Path(args.out), (args.skd, args.rkd)
     start = str(root / "burn-in.pt")
     for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start=start))):

@@ -14,10 +14,10 @@ long WITHOUT distillation and prints both (--control).
     python prototype_kd.py --data shapes                                  # teacher, student, continued student, distilled student on 2 cores
     torchrun --nproc_per_node 8 prototype_kd.py                           # COCO, Faster R-CNN R101 -> R50: paper 38.4 -> 40.6 AP
     torchrun --nproc_per_node 8 prototype_kd.py --teacher retina_r101     # RetinaNet R101 -> R50: paper 37.4 -> 39.8 AP
-    torchrun --nproc_per_node 8 prototype_kd.py --teacher fasterrcnn_resnet50_fpn_v2 --start fasterrcnn_resnet50_fpn   # torchvision's weights
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher none --student faster_r101 --start imagenet --out runs/t   # VOC: a teacher,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher none --start imagenet --out runs/s                         # a student,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher runs/t/best.pt --start runs/s/best.pt                      # and both
+    torchrun --nproc_per_node 8 prototype_kd.py --teacher fasterrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn   # torchvision's weights
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher none --student faster_r101 --init imagenet --out runs/t   # VOC: a teacher,
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher none --init imagenet --out runs/s                         # a student,
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher runs/t/best.pt --init runs/s/best.pt                      # and both
     python prototype_kd.py --eval fasterrcnn_resnet50_fpn_v2              # metrics of any of these, or of runs/x/best.pt
     python prototype_kd.py --predict photo.jpg dir/ --weights runs/x/best.pt
 Not run by us: COCO and VOC at full size. What was measured, with commands: README.
@@ -31,7 +31,6 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,6 +79,8 @@ def parse_args(argv=None):
     # data
     p.add_argument("--dataset", choices=("coco", "voc"), default="coco", help="layout of --data; voc: 07+12 trainval, 07 test")
     p.add_argument("--data", help="root, or 'shapes': the embedded dataset (default data/coco; voc: data, which holds VOCdevkit)")
+    p.add_argument("--voc-train", default="2007_trainval,2012_trainval", help="lists of VOC to train on, year_list")
+    p.add_argument("--voc-val", default="2007_test", help="and to evaluate on")
     p.add_argument("--data-seed", type=int, default=0, help="of the embedded dataset")
     p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 (default 800; shapes 72-120; --eval, --predict: as trained)")
     preset("photometric", "training images with other brightness, contrast, saturation and hue; shapes: off", action=argparse.BooleanOptionalAction)
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     # models
     p.add_argument("--teacher", help=f"one of {', '.join(ZOO)}, an mmdetection .pth or our .pt; none: plain training "
                    "(default faster_r101; shapes: trained on demand)")
-    p.add_argument("--start", help="what the student starts from: as --teacher; imagenet; none "
+    p.add_argument("--init", help="what the student starts from: as --teacher; imagenet; none "
                    "(default: the r50 of the teacher's kind, trained on COCO; shapes: trained on demand)")
     p.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, retina_r18, retina_tiny8 ... (default faster_r50)")
     # the method
@@ -140,7 +141,7 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
     p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags (the table of --data shapes: give them again)")
     p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: teacher, start, continued and distilled student in one table "
-                   "(default where no --teacher, --start, --max-iters is given)")
+                   "(default where no --teacher, --init, --max-iters is given)")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of what --teacher takes")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: as for --eval")
@@ -172,17 +173,22 @@ def check_flags(p, args):
     if args.predict and not args.weights:
         p.error("--predict needs --weights: a zoo name, an mmdetection .pth or our .pt")
     if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, --start is where a student starts")
+        p.error("--weights: belongs to --predict; --eval takes its weights directly, --init is where a student starts")
     if args.proto_method in ("kmeans", "dbscan") and args.proto_space == "both":
         p.error(f"--proto-method {args.proto_method}: clusters one space; add --proto-space student or teacher")
     if args.proto_method in ("ambiguous", "random") and args.proto_space != "both":
         p.error(f"--proto-space {args.proto_space}: --proto-method {args.proto_method} looks at no features")
+    for name in ("voc_train", "voc_val"):
+        if not re.fullmatch(r"\s*\d{4}_\w+\s*(,\s*\d{4}_\w+\s*)*", given[name]):
+            p.error(f"--{name.replace('_', '-')} {given[name]}: expected year_list, as 2007_trainval,2012_trainval")
     if args.schedule and args.epochs:
         p.error("--schedule and --epochs: one of them")
     if args.kd_relation == "rkd" and args.all_class_prototypes:
         p.error("--all-class-prototypes: belongs to --kd-relation global")
-    if args.student and args.start not in (None, "imagenet", "none"):
-        p.error(f"--student {args.student}: --start {args.start} says already what the student is")
+    if args.all_class_prototypes and (args.proj != "independent" or args.proj_lambda):
+        p.error("--all-class-prototypes: compares cosines; --proj and --proj-lambda must stay independent and 0")
+    if args.student and args.init not in (None, "imagenet", "none"):
+        p.error(f"--student {args.student}: --init {args.init} says already what the student is")
 
 
 def fp32(x):
@@ -284,7 +290,8 @@ def project(f_t, f_s, g_t, g_s, valid, how="independent", lam=0.0):
         order = torch.arange(k, device=b_t.device)
         blocks = blocks * (order[:, None, None, None] >= order[None, None, :, None])
     q, beta = blocks.flatten(-2).flatten(-3, -2), torch.stack([b_t, b_s], -1).flatten(-2)
-    z = torch.linalg.solve(q, beta).unflatten(-1, (k, 2))
+    q = q + 10 * torch.finfo(q.dtype).eps * torch.eye(2 * k, dtype=q.dtype, device=q.device)  # two prototypes may be alike in both spaces
+    z = torch.linalg.solve_ex(q, beta)[0].unflatten(-1, (k, 2))
     return z[..., 0] * valid, z[..., 1] * valid
 
 
@@ -302,8 +309,8 @@ def reliability(l_t, l_s, valid, how="l2", clamp=True):
 
 
 def global_gap(l_t, l_s, valid):
-    """Mean over its prototypes of an instance's squared gaps of coordinates (..., K) -> (...,): the norm of Eq. 6 over K. No gradient to the teacher's."""
-    return ((l_s - l_t.detach()).square() * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+    """Mean over its prototypes of an instance's squared gaps of coordinates (..., K) -> (...,): the norm of Eq. 6 over K."""
+    return ((l_s - l_t).square() * valid).sum(-1) / valid.sum(-1).clamp(min=1)
 
 
 def kl_softmax(z_t, z_s, tau):
@@ -370,7 +377,7 @@ def make_body(name, init):
     """A torchvision ResNet. init "imagenet": its weights, its BatchNorm frozen; "frozen": BatchNorm frozen, weights to come; "none"."""
     if name.startswith("tiny"):
         if init == "imagenet":
-            raise UserError(f"backbone {name}: has no ImageNet weights; use --start none")
+            raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
         return NarrowResNet(int(name[4:]))
     norm = nn.BatchNorm2d if init == "none" else FrozenBatchNorm2d
     if name.startswith("x101_32x4d"):  # mmdetection's; _dcn: deformable from the second stage on
@@ -402,7 +409,8 @@ def build(name, outputs, init="none", mmdet=False):
             model.roi_heads.mask_roi_pool = None  # has_mask() is false then; the weights stay
         return model
     kind, _, body = name.partition("_")
-    if kind not in ("faster", "retina", "cascade") or not (body in BACKBONES or re.fullmatch("tiny(8|16|24|32|48|64)|x101_32x4d(_dcn)?", body)):
+    if kind not in ("faster", "retina", "cascade") or not (body in BACKBONES or re.fullmatch("tiny(8|16|24|32|48|64)", body) or
+                                                             mmdet and body in ("x101_32x4d", "x101_32x4d_dcn")):
         raise UserError(f"--student {name}: expected faster_ or retina_ and one of {', '.join(BACKBONES)}, tiny8 ... tiny64")
     tiny, retina = body.startswith("tiny"), kind == "retina"
     dim, net, layers = 64 if tiny else 256, make_body(body, init), [2, 3, 4] if retina else [1, 2, 3, 4]
@@ -413,9 +421,8 @@ def build(name, outputs, init="none", mmdet=False):
     scale = 4 if tiny else 1  # the embedded dataset's images are of 100 pixels
     sides = [s // scale * 2 ** (k / 3) for s in (32, 64, 128, 256, 512) for k in range(3 if retina else 1)]
     sides = [tuple(sides[i:i + 3] if retina else sides[i:i + 1]) for i in range(0, len(sides), 3 if retina else 1)]
-    anchors = AnchorGenerator([tuple(int(s) for s in level) for level in sides], ((0.5, 1.0, 2.0),) * 5)
-    if mmdet:
-        anchors.cell_anchors = [exact_anchors(level) for level in sides]
+    anchors = (ExactAnchors(sides, STRIDES["retina" if retina else "faster"]) if mmdet else
+               AnchorGenerator([tuple(int(s) for s in level) for level in sides], ((0.5, 1.0, 2.0),) * 5))
     if retina:
         return RetinaNet(backbone, outputs, anchor_generator=anchors, detections_per_img=100)
     small = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_test=100,
@@ -433,15 +440,8 @@ def kind_of(model):
     return "retina" if isinstance(model, RetinaNet) else "faster"
 
 
-def exact_anchors(sides, ratios=(0.5, 1.0, 2.0)):
-    """Anchors of one cell around its corner, (len(ratios) * len(sides), 4); torchvision rounds them to whole pixels."""
-    h = torch.tensor(ratios).sqrt()
-    w, h = ((r[:, None] * torch.tensor(sides)).flatten() / 2 for r in (1 / h, h))
-    return torch.stack([-w, -h, w, h], 1)
-
-
 def images_of(batch, layout=torch.contiguous_format):
-    """torchvision's ImageList of a collated batch: what its own transform makes of the same pixels, bit by bit."""
+    """torchvision's ImageList of a collated batch: what its own transform makes of the same pixels, to the last bit."""
     x = batch["images"]
     mean, std = (constant(v, x.device, torch.float32).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     rows = torch.arange(x.shape[2], device=x.device) < batch["sizes"][:, :1]
@@ -502,6 +502,24 @@ class AlignedPool(nn.Module):
         return out
 
 
+class ExactAnchors(AnchorGenerator):
+    """mmdetection's anchors: not rounded to whole pixels, and a cell of level l is STRIDES[l] pixels wide; torchvision's is the image over the map,
+    61 pixels instead of 64 where an image of 800 has a map of 13. sides: of each level; ratios 0.5, 1, 2."""
+
+    def __init__(self, sides, strides):
+        super().__init__(sides, ((0.5, 1.0, 2.0),) * len(sides))
+        self.strides = strides
+        h = torch.tensor(self.aspect_ratios[0]).sqrt()[:, None]
+        halves = [((torch.tensor(level) / h).flatten() / 2, (torch.tensor(level) * h).flatten() / 2) for level in sides]
+        self.cell_anchors = [torch.stack([-w, -t, w, t], 1) for w, t in halves]
+
+    def forward(self, images, maps):
+        self.set_cell_anchors(maps[0].dtype, maps[0].device)
+        steps = [[constant(s, maps[0].device, torch.int64)] * 2 for s in self.strides]
+        anchors = torch.cat(self.grid_anchors([m.shape[-2:] for m in maps], steps))
+        return [anchors] * len(images.image_sizes)
+
+
 class PlainP6P7(LastLevelP6P7):
     """P7 from P6 without the ReLU, as in mmdetection's RetinaNet."""
 
@@ -532,20 +550,20 @@ class CascadeHeads(nn.Module):
         self.cls, self.reg = (nn.ModuleList(nn.Linear(1024, n) for _ in range(3)) for n in (outputs, 4))
 
     def logits(self, maps, boxes, image_sizes):
-        """Log of the mean probability of the three heads on the boxes as they are (R, C + 1): what is distilled."""
+        """The three heads' mean logits on the boxes as they are (R, C + 1): what is distilled."""
         x = self.box_roi_pool(maps, boxes, image_sizes)
-        return torch.stack([c(h(x)).softmax(-1) for h, c in zip(self.heads, self.cls)]).mean(0).clamp(min=1e-8).log()
+        return torch.stack([c(h(x)) for h, c in zip(self.heads, self.cls)]).mean(0)
 
     def forward(self, maps, boxes, image_sizes):
         """Detections of each image, as torchvision's RoIHeads returns them."""
         scores, counts = 0, [len(b) for b in boxes]
         for head, cls, reg, weights in zip(self.heads, self.cls, self.reg, self.WEIGHTS):
             x = head(self.box_roi_pool(maps, boxes, image_sizes))
-            scores = scores + cls(x).softmax(-1) / 3
+            scores = scores + cls(x) / 3  # mmdetection averages the logits
             moved = BoxCoder(weights).decode(reg(x), boxes)[:, 0].split(counts)
             boxes = [clip_boxes_to_image(b, size) for b, size in zip(moved, image_sizes)]
         found = []
-        for b, s in zip(boxes, scores.split(counts)):
+        for b, s in zip(boxes, scores.softmax(-1).split(counts)):
             roi, label = (s[:, 1:] > 0.05).nonzero(as_tuple=True)
             b, s, label = b[roi], s[roi, label + 1], label + 1
             keep = batched_nms(b, s, label, 0.5)[:100]
@@ -554,7 +572,7 @@ class CascadeHeads(nn.Module):
 
 
 MMDET = [  # mmdetection 2 and 3 -> torchvision, the first rule that fits
-    (r"^backbone\.", "backbone.body."), (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"^backbone\.(.*conv2)_offset\.", r"backbone.body.\1.conv_offset."), (r"^backbone\.", "backbone.body."), (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
     (r"^neck\.fpn_convs\.([012])\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
     (r"^rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."), (r"^rpn_head\.rpn_cls\.", "rpn.head.cls_logits."), (r"^rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
     (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "roi_heads.box_head.fc6."), (r"^roi_head\.bbox_head\.shared_fcs\.1\.", "roi_heads.box_head.fc7."),
@@ -577,7 +595,7 @@ def convert_mmdet(state, where):
         raise UserError(f"{where}: neither a checkpoint of this script nor mmdetection's Faster R-CNN, RetinaNet or Cascade R-CNN on a ResNet")
     body = bodies[blocks, bottleneck]
     if groups > 1:
-        body = "x101_32x4d" + "_dcn" * ("backbone.layer2.0.conv2.conv_offset.weight" in state)
+        body = "x101_32x4d" + "_dcn" * any("conv2.conv_offset" in k or "conv2_offset" in k for k in state)
     rules = MMDET + [(r"^neck\.fpn_convs\.3\.conv\.", "backbone.fpn.extra_blocks.p6." if retina else "backbone.fpn.layer_blocks.3.0."),
                      (r"^neck\.fpn_convs\.4\.conv\.", "backbone.fpn.extra_blocks.p7.")]
     ours = {}
@@ -631,7 +649,10 @@ def load_detector(spec, flag="--weights"):
             arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None, columns=list(range(first, first + count)), outputs=first + count)
     model = build(arch["name"], arch["outputs"], "none" if arch.get("plain_norm") else "frozen", arch["mmdet"])
     model.arch = dict(arch)
-    load_strict(model, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, f"{flag} {spec}")
+    if spec in ZOO and ZOO[spec] is None:
+        model.load_state_dict(dict(state))  # torchvision's loaders know the older names in its files
+    else:
+        load_strict(model, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, f"{flag} {spec}")
     return model.eval()
 
 
@@ -695,8 +716,8 @@ def inside_box(boxes, size, stride):
 
 def best_anchors(boxes, anchors, size):
     """(n, h, w) bool, FGFI (Wang et al. 2019): cells with an anchor whose IoU with the box is above half of the best that the level has."""
-    iou = box_iou(boxes, anchors)  # (n, h w A)
-    return (iou > 0.5 * iou.amax(1, keepdim=True)).view(len(boxes), *size, -1).any(-1)
+    iou = box_iou(boxes, anchors).view(len(boxes), *size, len(anchors) // size.numel())
+    return (iou > 0.5 * iou.amax((1, 2, 3), keepdim=True)).any(-1)
 
 
 def paint(cells, owner, value, count):
@@ -782,7 +803,7 @@ class Bank:
         if self.teacher is None:
             self.teacher = by_class(extract(teacher, self.instances, device, args), len(self.classes), rank, world)
         pupil = by_class(extract(student, self.instances, device, args), len(self.classes), rank, world)
-        count, mine, sums = {}, {}, {}
+        mine, sums = {}, {}
         for c, (ids, f_s) in pupil.items():
             f_t = self.teacher[c][1]
             sums[c] = len(ids), f_t.double().sum(0), f_s.double().sum(0)
@@ -879,51 +900,54 @@ class Distiller(nn.Module):
         return losses | more
 
     def knowledge(self, images, maps, teacher_maps, boxes, owner, label):
-        """Global and feature losses of instances boxes (n, 4), owner (n,), label (n,); and sigma (n,) of each on the level of its size."""
+        """Global and feature losses of instances boxes (n, 4), owner (n,), label (n,); and sigma (n,) of each on the level of its size. No bank: sigma 1."""
         args, bank, strides = self.args, self.outside["bank"], STRIDES[self.kind]
         s, t = list(maps.values()), list(teacher_maps.values())
-        f_s, f_t = descriptors(s, strides, boxes, owner), descriptors(t, strides, boxes, owner)                # (n, L, D)
-        u_s, u_t = F.normalize(f_s - bank.center_s, dim=-1), F.normalize(f_t - bank.center_t, dim=-1)
-        g_t, g_s, valid = bank.g_t[label], bank.g_s[label], bank.valid[label]                                  # (n, L, K, D), (n, L, K)
-        l_t, l_s = project(u_t, u_s, g_t, g_s, valid, args.proj, args.proj_lambda)                             # Lambda: (n, L, K)
-        cosines = project(u_t, u_s, g_t, g_s, valid) if args.sigma == "maxcos" else (l_t, l_s)
-        sigma = torch.where(valid.any(-1), reliability(*cosines, valid, args.sigma, args.sigma_clamp), 1.0)    # Eq. 8: (n, L)
         level, levels = level_of(boxes, self.kind), len(s)
-        own = F.one_hot(level, levels).bool() if args.level_assign == "fpn" else torch.ones_like(sigma, dtype=torch.bool)
-        n = reduce_mean(constant(float(len(boxes)), boxes.device, torch.float32), 1.0)                         # N of Eqs. 6, 7
-        losses = {}
+        own = F.one_hot(level, levels).bool() if args.level_assign == "fpn" else torch.ones(len(boxes), levels, dtype=torch.bool, device=boxes.device)
+        losses, sigma = {}, torch.ones(len(boxes), levels, device=boxes.device)
+        if bank or args.alpha_global:
+            f_s, f_t = descriptors(s, strides, boxes, owner), descriptors(t, strides, boxes, owner)            # (n, L, D)
+        if bank:
+            u_s, u_t = F.normalize(f_s - bank.center_s, dim=-1), F.normalize(f_t - bank.center_t, dim=-1)
+            g_t, g_s, valid = bank.g_t[label], bank.g_s[label], bank.valid[label]                              # (n, L, K, D), (n, L, K)
+            l_t, l_s = project(u_t, u_s, g_t, g_s, valid, args.proj, args.proj_lambda)                         # Lambda: (n, L, K)
+            cosines = project(u_t, u_s, g_t, g_s, valid) if args.sigma == "maxcos" else (l_t, l_s)
+            sigma = torch.where(valid.any(-1), reliability(*cosines, valid, args.sigma, args.sigma_clamp), sigma)     # Eq. 8: (n, L)
         if args.alpha_global and args.kd_relation == "rkd":
-            relation = sum(rkd_loss(f_t[:, i], f_s[:, i]) for i in range(levels)) / levels
-            losses["rkd"] = args.alpha_global * self.decay * relation
+            losses["rkd"] = args.alpha_global * self.decay * sum(rkd_loss(f_t[:, i], f_s[:, i]) for i in range(levels)) / levels
         elif args.alpha_global:
             if args.all_class_prototypes:
                 every = lambda x: x.transpose(0, 1).flatten(1, 2)                                              # (C, L, K, ...) -> (L, C K, ...)
                 l_t, l_s = ((u.transpose(0, 1) @ every(g).transpose(1, 2)).transpose(0, 1) for u, g in ((u_t, bank.g_t), (u_s, bank.g_s)))
                 valid = every(bank.valid).expand(len(boxes), -1, -1)
+            n = reduce_mean(constant(float(len(boxes)), boxes.device, torch.float32), 1.0)                     # N of Eq. 6
             share = 1 if args.level_assign == "fpn" else levels
             losses["global"] = args.alpha_global * self.decay * (sigma * global_gap(l_t, l_s, valid) * own).sum() / (2 * n * share)      # Eq. 6
         if args.alpha_feat:
             losses["feat"] = args.alpha_feat * self.decay * self.features(images, s, t, boxes, owner, sigma.clamp(min=0), own)
         with torch.no_grad():
             self.watch = dict(sigma=(sigma * own).sum() / own.sum().clamp(min=1), muted=((sigma <= 0) & own).sum() / own.sum().clamp(min=1))
-        return losses, sigma.gather(1, level[:, None])[:, 0]
+        read = level.clamp(max=3) if self.kind == "faster" else level  # the level that the box head reads
+        return losses, sigma.gather(1, read[:, None])[:, 0]
 
     def features(self, images, s, t, boxes, owner, sigma, own):
-        """Eq. 7 on each level's cells: squared gaps of H(student) and teacher, the mean over channels, weighed by the largest sigma there; over N cells."""
-        args, total = self.args, 0
+        """Eq. 7 on each level: squared gaps of H(student) and teacher, mean over channels, weighed by the largest sigma of the objects at a cell; over the
+        number of these cells where the paper has that of objects, so that the size of objects does not count; mean over levels."""
+        args, sums, norms = self.args, [], []
         anchors = self.anchors(images, s) if args.kd_local == "fgfi" else None
         for i, (x, y, stride, adapt) in enumerate(zip(s, t, STRIDES[self.kind], self.adapters)):
             gap = (adapt(x) - y).square().mean(1)                                                              # (B, h, w)
-            keep = own[:, i] if args.level_assign == "fpn" else slice(None)
-            b, o, size = boxes[keep], owner[keep], x.shape[-2:]
-            cells = inside_box(b, size, stride) if args.kd_local == "defeat" else best_anchors(b, anchors[i], size)
-            weight, inside = paint(cells, o, sigma[keep, i], len(x))
-            norm = inside.sum().float() if args.feat_norm == "cells" else weight.sum()
-            total = total + (weight * gap).sum() / (2 * reduce_mean(norm, 1.0))                                # Eq. 7
-            if args.bg_weight:
-                rest = reduce_mean((~inside).sum().float(), 1.0)
-                total = total + args.bg_weight * (gap * ~inside).sum() / (2 * rest)                            # DeFeat's background
-        return total / len(s)
+            mine = own[:, i] if args.level_assign == "fpn" else slice(None)
+            box, size = boxes[mine], x.shape[-2:]
+            cells = inside_box(box, size, stride) if args.kd_local == "defeat" else best_anchors(box, anchors[i], size)
+            weight, inside = paint(cells, owner[mine], sigma[mine, i], len(x))
+            if args.feat_norm == "sigma":  # released: what sigma mutes is background
+                inside = weight > 0
+            sums += [(weight * gap).sum() / 2, args.bg_weight * (gap * ~inside).sum() / 2]                     # Eq. 7; DeFeat's background
+            norms += [inside.sum().float() if args.feat_norm == "cells" else weight.sum(), (~inside).sum().float()]
+        norms = reduce_mean(torch.stack(norms), 1.0)
+        return (torch.stack(sums) / norms).sum() / len(s)
 
     def anchors(self, images, maps):
         """Anchors of each level of one image; all images of a batch have the same."""
@@ -958,18 +982,18 @@ class Distiller(nn.Module):
 
 # ================================================================== data
 
-def make_data(args, split, augmented=True):
-    """(CocoDataset, annotations for the evaluation) of "train" or "val"; augmented False: training images as evaluation sees them, for prototypes."""
+def make_data(args, split, augmented=True, raw=None):
+    """(CocoDataset, annotations) of "train" or "val"; augmented False: training images as evaluation sees them, for prototypes. raw: annotations read before."""
     args.data = args.data or ("data" if args.dataset == "voc" else "data/coco")
     args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "800")
     train, root = split == "train" and augmented, make_shapes(seed=args.data_seed) if args.data == "shapes" else Path(args.data)
-    options = dict(photometric=bool(args.photometric)) if train else {}
     if args.dataset == "voc":
-        raw = read_voc(root, [("2007", "trainval"), ("2012", "trainval")] if split == "train" else [("2007", "test")])
-        return CocoDataset(root / "VOCdevkit", root / "VOCdevkit", train, args.image_size, raw=raw, **options), raw
-    images, annotations = find_coco(root, split)
-    raw = read_coco(annotations)
-    return CocoDataset(images, annotations, train, args.image_size, raw=raw, **options), raw
+        images = annotations = root / "VOCdevkit"
+        raw = raw or read_voc(root, [tuple(x.strip().split("_", 1)) for x in (args.voc_train if split == "train" else args.voc_val).split(",")])
+    else:
+        images, annotations = find_coco(root, split)
+        raw = raw or read_coco(annotations)
+    return CocoDataset(images, annotations, train, args.image_size, raw=raw, photometric=train and args.photometric), raw
 
 
 def to_device(batch, device):
@@ -980,7 +1004,7 @@ def to_device(batch, device):
 
 class Instances:
     """The objects that prototypes are picked from: all of --proto-max-images images of each class, drawn once by --seed. An object's id: the place of its
-    image in the dataset times 10,000, plus its place there. Blocks of 16 neighbouring images are shared out to the processes: each image stands
+    image in the dataset times 10,000, plus its place there. Blocks of 8 neighbouring images are shared out to the processes: each image stands
     in one batch, and what shares a batch does not depend on the number of processes."""
 
     def __init__(self, data, args, rank, world):
@@ -989,83 +1013,75 @@ class Instances:
         for i in order:
             boxes, classes = data.items[i][4], data.items[i][5].tolist()
             sides = boxes[:, 2:] - boxes[:, :2]
-            big = [k for k in range(len(boxes)) if sides[k].min() > args.proto_min_size]
-            if any(count[classes[k]] < args.proto_max_images for k in big):
+            wanted = [k for k in range(len(boxes)) if sides[k].min() > args.proto_min_size and count[classes[k]] < args.proto_max_images]
+            if wanted:
                 chosen.append(i)
-                count.update({classes[k] for k in big})
-                self.area |= {i * 10000 + k: float(sides[k].prod()) for k in big}
+                count.update({classes[k] for k in wanted})
+                self.area |= {i * 10000 + k: float(sides[k].prod()) for k in wanted}
         chosen.sort()
         self.index = {data.items[i][0]: i for i in chosen}
-        blocks = [[(i, 0) for i in chosen[b:b + 16]] for b in range(0, len(chosen), 16)][rank::world]
+        blocks = [[(i, 0) for i in chosen[b:b + 8]] for b in range(0, len(chosen), 8)][rank::world]
         self.loader = DataLoader(data, batch_sampler=blocks, num_workers=args.workers, collate_fn=collate, generator=torch.Generator())
 
 
 # ================================================================== train
 
-def fill_defaults(args):
-    """Defaults that depend on the data, the preset and the pair."""
-    shapes = args.data == "shapes"
-    retina = (args.student or args.teacher or "").startswith("retina")
-    small = dict(epochs=4, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student="retina_tiny8" if retina else "faster_tiny8")
-    full = dict(epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if retina else 0.02, optimizer="sgd")
-    if args.start in (None, "imagenet", "none"):
-        full["student"] = "retina_r50" if retina else "faster_r50"
-    for name, value in (PRESETS[args.preset] | (small if shapes else full)).items():
-        if getattr(args, name) is None:
+def fill_defaults(args, kind):
+    """Defaults that depend on the data, the preset and the kind of the detectors."""
+    small = dict(epochs=4, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
+    full = dict(epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
+    for name, value in (PRESETS[args.preset] | (small if args.data == "shapes" else full)).items():
+        if getattr(args, name) is None and not (name == "student" and args.init not in (None, "imagenet", "none")):
             setattr(args, name, value)
-    if args.teacher == "none" or not (args.alpha_global or args.alpha_feat or args.alpha_resp):
-        args.alpha_global = args.alpha_feat = args.alpha_resp = 0.0
+    args.schedule = None  # --epochs says it
+    if not (args.alpha_global or args.alpha_feat or args.alpha_resp):
         args.teacher = "none"
-
-
-def start_student(args, classes, rank, world, device):
-    """The student before the first step, at --start."""
-    start = args.start
-    if start is None:
-        if args.data == "shapes":
-            start = shapes_detector(args.student, args, rank, world, device)
-        elif args.teacher == "none" or args.dataset == "voc":
-            start = "imagenet"
-        else:
-            start = args.student
-    args.start = str(start)
-    if args.teacher != "none" and start in ("imagenet", "none") and rank == 0:
-        print(f"warning: --start {start}: the paper distils students that are trained already; prototypes of an untrained one are noise", flush=True)
-    if start in ("imagenet", "none"):
-        student = new_detector(args.student, classes, start)
-    else:
-        student = load_detector(start, "--start")
-        if isinstance(student.roi_heads if kind_of(student) == "faster" else None, CascadeHeads):
-            raise UserError(f"--start {start}: a cascade can be a teacher only")
-    if start != "none" and "tiny" not in student.arch["name"]:
-        freeze(student)
-    check_classes(student, classes, f"--start {start}")
-    student.arch.update(classes=list(classes), image_size=args.image_size)
-    return student
+    if args.teacher == "none":
+        args.alpha_global = args.alpha_feat = args.alpha_resp = 0.0
 
 
 def train(args, rank, world, device):
     """Train the student under args; returns the last evaluation's metrics (rank 0) or None."""
-    fill_defaults(args)
-    out, args.control = open_run(args, rank, args.resume), args.control if args.teacher != "none" else "none"
-    (data, _), val = make_data(args, "train"), make_data(args, "val")
+    if rank == 0 and not args.resume:
+        answer_folder(args.out)  # a folder in use is refused before anything is trained or read
+    given = [spec for spec in (args.init, args.teacher) if spec not in (None, "imagenet", "none")]
+    kind = kind_of(load_detector(given[0])) if given else "retina" if (args.student or "").startswith("retina") else "faster"
+    fill_defaults(args, kind)
+    (data, raw), val = make_data(args, "train"), make_data(args, "val")
     if val[0].classes != data.classes:
         raise UserError(f"--data {args.data}: train and val annotations list different categories")
     teacher = None
     if args.teacher != "none":
-        kind = "retina" if (args.student or args.start or "").startswith("retina") else "faster"
         args.teacher = args.teacher or (shapes_detector(f"{kind}_tiny32", args, rank, world, device) if args.data == "shapes" else f"{kind}_r101")
         teacher = load_detector(args.teacher, "--teacher").requires_grad_(False).to(device)
         check_classes(teacher, data.classes, f"--teacher {args.teacher}")
+    else:
+        args.control = "none"
+    if args.init is None:
+        on_coco = args.teacher != "none" and args.dataset == "coco"
+        args.init = shapes_detector(args.student, args, rank, world, device) if args.data == "shapes" else args.student if on_coco else "imagenet"
     seed_all(args.seed)
-    student = start_student(args, data.classes, rank, world, device).to(device)
+    if args.init in ("imagenet", "none"):
+        student = new_detector(args.student, data.classes, args.init)
+        if teacher is not None and rank == 0:
+            print(f"warning: --init {args.init}: the paper distils students that are trained already; prototypes of an untrained one are noise", flush=True)
+    else:
+        student = load_detector(args.init, "--init")
+        if student.arch["name"].startswith(("cascade", "maskrcnn")):
+            raise UserError(f"--init {args.init}: can be a teacher only; a student is a Faster R-CNN or a RetinaNet")
+        args.student = None  # --init says it
+    check_classes(student, data.classes, f"--init {args.init}")
     if teacher is not None and kind_of(teacher) != kind_of(student):
         raise UserError(f"--teacher {args.teacher} is a {kind_of(teacher)}, the student a {kind_of(student)}: they must be of one kind")
+    if args.init != "none" and "tiny" not in student.arch["name"]:
+        freeze(student)
+    student.arch.update(classes=list(data.classes), image_size=args.image_size)  # --eval and --predict see the images as training did
+    out = open_run(args, rank, args.resume)
     other = {k: getattr(args, k) for k, v in PRESETS[args.preset].items() if getattr(args, k) != v and k != "photometric"}
     if teacher is not None and rank == 0:
         print(f"preset {args.preset}" + "".join(f", but --{k.replace('_', '-')} {v}" for k, v in other.items()), flush=True)
     control = None if args.control == "none" else continued(args, out, rank, world, device)
-    metrics = fit(student, teacher, data, val, out, args, rank, world, device)
+    metrics = fit(student.to(device), teacher, data, raw, val, out, args, rank, world, device)
     if rank == 0 and control:
         keys = [k for k in ("AP", "AP50", "AP75", "VOC11", "VOCarea") if k in metrics]
         for name, m in (("continued without distillation", control), ("distilled", metrics), ("difference", {k: metrics[k] - control[k] for k in keys})):
@@ -1076,14 +1092,15 @@ def train(args, rank, world, device):
 def continued(args, out, rank, world, device):
     """Metrics of the same student trained as long without distillation: of an earlier run's folder, or of one made now in OUT/control."""
     folder = out / "control" if args.control == "run" else Path(args.control)
-    same = ("data", "dataset", "data_seed", "image_size", "start", "student", "epochs", "max_iters", "batch_size", "accumulate", "optimizer", "lr", "weight_decay",
-            "photometric", "seed", "amp")
+    same = "data dataset voc_train data_seed image_size init student epochs max_iters optimizer lr weight_decay photometric seed amp".split()
     if (folder / "last.pt").exists():
-        before = saved_flags(folder / "last.pt")
-        wrong = [k for k in same if before.get(k) != getattr(args, k)]
-        if wrong or before["teacher"] != "none":
+        state = load_checkpoint(folder / "last.pt")
+        theirs, ours = ({**flags, "total batch": total} for flags, total in (
+            (state["args"], state["total_batch"]), (vars(args), args.batch_size * args.accumulate * world)))
+        wrong = [k for k in (*same, "total batch") if theirs.get(k) != ours[k]]
+        if wrong or theirs["teacher"] != "none":
             raise UserError(f"--control {folder}: is no continuation without distillation of this run" + (
-                f": its --{wrong[0].replace('_', '-')} is {before.get(wrong[0])}, here {getattr(args, wrong[0])}" if wrong else ""))
+                f": its {wrong[0].replace('_', '-')} is {theirs.get(wrong[0])}, here {ours[wrong[0]]}" if wrong else ""))
     elif args.control != "run":
         raise UserError(f"--control {folder}: no last.pt there")
     if (folder / "results.json").exists():  # written by the last evaluation
@@ -1094,17 +1111,20 @@ def continued(args, out, rank, world, device):
     return train(run, rank, world, device)
 
 
-def fit(student, teacher, data, val, out, args, rank, world, device):
+def fit(student, teacher, data, raw, val, out, args, rank, world, device):
     """The training loop, Alg. 2: prototypes every --refresh epochs, Eq. 9 in between."""
     classes = data.classes
-    bank = Bank(args, Instances(make_data(args, "train", False)[0], args, rank, world), classes) if teacher is not None else None
+    seed_all(args.seed)  # H does not depend on what ran before
+    needed = teacher is not None and (args.sigma != "none" or args.alpha_global > 0 and args.kd_relation == "global")
+    bank = Bank(args, Instances(make_data(args, "train", False, raw)[0], args, rank, world), classes) if needed else None
     learner = model = Distiller(student, teacher, bank, args).to(device).train()
     for net in filter(None, (student, teacher)):
         net.to(memory_format=learner.layout)
         if args.compile:
             net.backbone.compile()
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None)
+        model = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None,
+                                                    broadcast_buffers=not getattr(student, "norms_fixed", False))
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
     lr = args.lr * total_batch / 16
@@ -1113,7 +1133,7 @@ def fit(student, teacher, data, val, out, args, rank, world, device):
                  torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay))
     steps_per_epoch = -(-len(plan) // args.accumulate)
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
-    period = max(1, round(args.refresh * steps_per_epoch))
+    span = args.refresh * steps_per_epoch  # between two selections, not always a whole number
     milestones, warmup = (args.epochs * 2 / 3, args.epochs * 11 / 12), min(500, args.epochs * steps_per_epoch // 10)
     seed_all(args.seed + 1000 * rank)  # here: the samplers of RPN and box head draw alike with and without distillation
     it, best, due = 0, -2.0, False  # AP is -1 where val holds no box
@@ -1137,7 +1157,7 @@ def fit(student, teacher, data, val, out, args, rank, world, device):
             set_rng_state(state["rng"][rank])
     if rank == 0:
         n = [sum(p.numel() for p in student.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"student {student.arch['name']} from {args.start}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher} | "
+        print(f"student {student.arch['name']} from {args.init}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher} | "
               f"{len(data)} images, {len(classes)} classes, dropped {data.dropped} | batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | "
               f"lr {args.lr:g} at 16 -> {lr:g} | {args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
@@ -1182,7 +1202,7 @@ def fit(student, teacher, data, val, out, args, rank, world, device):
         learner.decay = 1 - epoch / args.epochs if args.kd_decay == "linear" else 1.0
         batches, left = iter(loader), len(plan)
         while left and it < total:
-            if bank and it % period == 0:
+            if bank and (it == 0 or it // span > (it - 1) // span):
                 refresh()                                                                                      # Alg. 2, lines 3 to 6
             factor = warmup_multistep(it, steps_per_epoch, milestones, warmup)
             for g in optimizer.param_groups:
@@ -1306,7 +1326,7 @@ def predict(args, device):
 def shapes_detector(name, args, rank, world, device):
     """Path of a plainly trained detector for shapes; trained by this script the first time, then cached beside the data."""
     if "_tiny" not in name:
-        raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on demand; others need --start and --teacher")
+        raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on demand; others need --init and --teacher")
     done = make_shapes(seed=args.data_seed).parent / "teachers" / f"{name}-s{args.data_seed}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is never taken for a detector
     if not (done / "best.pt").exists():
@@ -1315,7 +1335,7 @@ def shapes_detector(name, args, rank, world, device):
             if draft.exists() and not (draft / "last.pt").exists():
                 shutil.rmtree(draft)
         barrier()
-        flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--start", "none", "--student", name, "--epochs", "8", "--out", str(draft)]
+        flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "none", "--student", name, "--epochs", "8", "--out", str(draft)]
         flags += ["--workers", str(args.workers)] + ["--resume"] * (draft / "last.pt").exists()
         train(parse_args(flags), rank, world, device)
         if rank == 0:
@@ -1327,12 +1347,11 @@ def shapes_detector(name, args, rank, world, device):
 def shapes_table(args, rank, world, device):
     """Teacher, the student that is distilled, the same continued without distillation, and distilled, in one table."""
     since, rows, out = time.time(), [], Path(args.out)
-    fill_defaults(args)
-    for role in ("teacher", "start"):
-        name = args.student if role == "start" else args.student.split("_")[0] + "_tiny32"
+    kind = "retina" if (args.student or "").startswith("retina") else "faster"
+    for role, name in (("teacher", f"{kind}_tiny32"), ("init", args.student or f"{kind}_tiny8")):
         path = shapes_detector(name, args, rank, world, device)
         setattr(args, role, path)
-        rows.append((f"{role} {name}", json.loads((Path(path).parent / "results.json").read_text()), time.time() - since))
+        rows.append((f"{'teacher' if role == 'teacher' else 'student'} {name}", json.loads((Path(path).parent / "results.json").read_text()), time.time() - since))
         since = time.time()
     for name, teacher, folder in (("student continued", "none", "control"), ("student distilled", args.teacher, "distilled")):
         run = argparse.Namespace(**{**vars(args), "teacher": teacher, "student": None, "out": str(out / folder), "control": "none" if teacher == "none" else str(out / "control"),
@@ -1340,7 +1359,7 @@ def shapes_table(args, rank, world, device):
         rows.append((name, train(run, rank, world, device), time.time() - since))
         since = time.time()
     if rank == 0:
-        print(f"\nshapes, 300 validation images     AP  AP50  AP75   seconds")
+        print(f"\nshapes, {rows[-1][1]['images']} validation images     AP  AP50  AP75   seconds")
         for name, m, seconds in rows:
             print(f"{name:31s} {m['AP']:5.1f} {m['AP50']:5.1f} {m['AP75']:5.1f} {seconds:9.0f}")
 
@@ -1363,7 +1382,7 @@ def main():
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
             predict(args, device)
-        elif args.table if args.table is not None else args.data == "shapes" and not (args.teacher or args.start or args.max_iters):
+        elif args.table if args.table is not None else args.data == "shapes" and not (args.teacher or args.init or args.max_iters):
             shapes_table(args, rank, world, device)
         else:
             train(args, rank, world, device)

@@ -106,7 +106,7 @@ print(json.dumps(dict(novel_share=100 * right / max(targets, 1), novel_in_target
 def run(arm, seed, started):
     started.result()
     since, out = time.time(), RUNS / f"{''.join(c if c.isalnum() else '_' for c in arm)}-s{seed}"
-    m = dkdetr(out, [*ARMS[arm], "--seed", str(seed), "--data-seed", str(seed), "--start", str(RUNS / f"burn-in-s{seed}" / "last.pt")])
+    m = dkdetr(out, [*ARMS[arm], "--seed", str(seed), "--data-seed", str(seed), "--from", str(RUNS / f"burn-in-s{seed}" / "last.pt")])
     r = subprocess.run([sys.executable, "-c", DIAGNOSE, str(out / "last.pt"), *ARMS[arm]], cwd=ROOT, capture_output=True, text=True, env=ENV)
     found = json.loads(r.stdout.splitlines()[-1]) if r.returncode == 0 else {}
     row = dict(arm=arm, seed=seed, seconds=round(time.time() - since), flags=" ".join(ARMS[arm]), **{k: m[k] for k in ("novel_AP50", "novel_AR50", "base_AP50", "base_AR50", "AP50", "AP")},

@@ -2,6 +2,7 @@
 import argparse
 import errno
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -542,3 +543,14 @@ def test_watched_numbers_are_logged_but_are_no_part_of_the_loss(tmp_path):
         log.step(it, 1, dict(a=torch.tensor(1.0), b=torch.tensor(2.0)), 0.1, watch=dict(norm=torch.tensor(5.0)))
     row, = rows_of(tmp_path)
     assert row["loss"] == 3 and row["norm"] == 5 and row["b"] == 2
+
+
+@pytest.mark.parametrize("script", ["crosskd", "hierkd", "dkdetr", "prototype_kd"])
+def test_no_flag_is_the_beginning_of_one_of_torchruns(script, capsys):
+    """torchrun looks at all words of its command line: a script's --start would be refused as an abbreviation of its --start-method."""
+    from torch.distributed.run import get_args_parser
+    theirs = set(get_args_parser()._option_string_actions)
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    ours = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out.split("options:")[0]))
+    assert len(ours) > 20 and not [(a, b) for a in ours for b in theirs if b.startswith(a) and a != b]

@@ -1,0 +1,538 @@
+"""prototype_kd.py: the numbers of the paper's equations, by hand and by slow loops; torchvision's own training step, bit by bit; weights of others."""
+import argparse
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import prototype_kd
+from prototype_kd import (PRESETS, STRIDES, ZOO, Bank, Distiller, ExactAnchors, best_anchors, build, coefficients, convert_mmdet, dense, descriptors, detect, global_gap,
+                          images_of, inside_box, kind_of, kl_bernoulli, kl_softmax, level_of, load_detector, new_detector, paint, parse_args, project, reliability,
+                          rkd_loss, run_detector, select_prototypes, to_device, weights_of)
+
+
+def unit(d, n, seed=0, shift=0.0):
+    return F.normalize(torch.randn(d, n, generator=torch.Generator().manual_seed(seed)).double() + shift, dim=0)
+
+
+def gains(f_t, f_s, r_t, r_s, lam):
+    p_t, p_s = f_t.T @ r_t, f_s.T @ r_s
+    w_t, w_s = coefficients(p_t, p_s, f_t.square().sum(0)[:, None], f_s.square().sum(0)[:, None], lam)
+    return (p_t * w_t + p_s * w_s).sum(1)
+
+
+def transcription(f_t, f_s, k, lam):
+    """Alg. 1 as printed: every candidate's residuals, Eq. 4 in full. Returns (picks, L after each)."""
+    n, r_t, r_s, past, picks, values = f_t.shape[1], f_t.clone(), f_s.clone(), 0.0, [], []
+    for _ in range(k):
+        best = None
+        for c in range(n):
+            if c in picks:
+                continue
+            g_t, g_s = f_t[:, c], f_s[:, c]
+            w_t, w_s = coefficients(g_t @ r_t, g_s @ r_s, g_t @ g_t, g_s @ g_s, lam)
+            e_t, e_s = r_t - torch.outer(g_t, w_t), r_s - torch.outer(g_s, w_s)
+            value = e_t.square().sum() + e_s.square().sum() + lam * (past + (w_t - w_s).square().sum())
+            if best is None or value < best[0] - 1e-12:
+                best = value, c, e_t, e_s, (w_t - w_s).square().sum()
+        value, c, r_t, r_s, gap = best
+        past = past + gap
+        picks.append(c), values.append(value.item())
+    return picks, values
+
+
+def test_closed_form_of_eq_5():
+    for arguments, want in (((1, 0.4, 1, 1, 10), (15 / 21, 14.4 / 21)), ((6, 1, 4, 1, 2), (20 / 14, 18 / 14)), ((1, 0, 1, 1, 1), (2 / 3, 1 / 3))):
+        assert coefficients(*map(float, arguments)) == pytest.approx(want, abs=1e-12)
+    g = torch.Generator().manual_seed(0)
+    p_t, p_s = torch.randn(2, 1000, generator=g).double()
+    n_t, n_s = torch.rand(2, 1000, generator=g).double() * 4 + 0.1
+    for lam in (0, 1, 10, 1e6):
+        w_t, w_s = coefficients(p_t, p_s, n_t, n_s, lam)
+        assert ((w_t * (lam + n_t) - p_t - lam * w_s).abs() / (1 + lam)).max() < 1e-9 and ((w_s * (lam + n_s) - p_s - lam * w_t).abs() / (1 + lam)).max() < 1e-9
+    assert (w_t - w_s).abs().max() < 1e-5 and torch.allclose(w_t, (p_t + p_s) / (n_t + n_s), atol=1e-5)
+
+
+def test_gains_and_picks_by_hand():
+    e = torch.eye(2).double()
+    f = torch.stack([e[0], e[1], (e[0] + e[1]) / 2**0.5], 1)
+    for lam in (0, 1, 10):
+        assert gains(f, f, f, f, lam).tolist() == pytest.approx([3, 3, 4]) and select_prototypes(f, f, 3, lam).tolist() == [2, 0, 1]
+    assert transcription(f, f, 3, 10)[1] == pytest.approx([2, 1, 0], abs=1e-12)
+    t, s = torch.stack([e[0], e[1], e[0]], 1), torch.stack([e[0], e[1], e[1]], 1)
+    for lam in (0, 1, 10):
+        low, high = 2.5 + 0.5 / (1 + 2 * lam), 3 + 1 / (1 + 2 * lam)
+        assert gains(t, s, t, s, lam).tolist() == pytest.approx([low, low, high])
+    assert transcription(t, s, 2, 1)[1] == pytest.approx([6 - 10 / 3, 1.6296], abs=1e-4)
+
+
+@pytest.mark.parametrize("lam", [0, 1, 10, 100])
+def test_picks_equal_the_direct_transcription(lam):
+    for seed in range(10):
+        f_t, f_s = unit(8, 40, seed, 0.4), unit(6, 40, seed + 100, 0.2)
+        picks, values = transcription(f_t, f_s, 12, lam)
+        assert select_prototypes(f_t, f_s, 12, lam).tolist() == picks
+        assert all(b <= a + 1e-9 for a, b in zip(values, values[1:]))
+
+
+def test_few_and_equal_instances_and_candidates():
+    for n in (0, 1, 2, 9):
+        picks = select_prototypes(unit(8, n), unit(6, n, 1), 10, 10.0)
+        assert len(picks) == len(set(picks.tolist())) == n
+    same = torch.ones(4, 5) / 2
+    assert sorted(select_prototypes(same, same, 3, 10.0).tolist()) == [0, 1, 2]
+    allowed = torch.tensor([False, True, False, True, True])
+    assert set(select_prototypes(unit(8, 5), unit(8, 5, 1), 10, 10.0, allowed).tolist()) == {1, 3, 4}
+    zero = unit(8, 5).index_fill(1, torch.tensor([2]), 0.0)
+    assert 2 not in select_prototypes(zero, zero, 5, 0.0).tolist()
+
+
+def test_orthonormal_columns_are_all_picked():
+    f, lam = torch.eye(5).double(), 10.0
+    assert sorted(select_prototypes(f, f, 5, lam).tolist()) == list(range(5)) and transcription(f, f, 5, lam)[1] == pytest.approx([8, 6, 4, 2, 0], abs=1e-9)
+
+
+def test_projections():
+    k, f_t, f_s = 4, unit(6, 3).T, unit(5, 3, 1).T
+    g_t, g_s = unit(6, k, 2).T, unit(5, k, 3).T
+    valid = torch.ones(3, k, dtype=torch.bool)
+    stack = lambda g: g.expand(3, *g.shape)
+
+    def objective(w_t, w_s, lam):
+        return ((f_t - w_t @ g_t).square().sum() + (f_s - w_s @ g_s).square().sum() + lam * (w_t - w_s).square().sum()).item()
+
+    for lam in (0.5, 10.0):
+        ways = {how: project(f_t, f_s, stack(g_t), stack(g_s), valid, how, lam) for how in ("independent", "sequential", "joint")}
+        assert objective(*ways["joint"], lam) < objective(*ways["sequential"], lam) < objective(*ways["independent"], lam)
+        w_t, w_s = torch.zeros(2, 3, k).double()
+        for sweep in range(400):
+            for i in range(k):
+                w_t[:, i] = w_s[:, i] = 0
+                w_t[:, i], w_s[:, i] = coefficients((f_t - w_t @ g_t) @ g_t[i], (f_s - w_s @ g_s) @ g_s[i], 1.0, 1.0, lam)
+            if sweep == 0:
+                assert torch.allclose(ways["sequential"][0], w_t) and torch.allclose(ways["sequential"][1], w_s)
+        assert torch.allclose(ways["joint"][0], w_t, atol=1e-6) and torch.allclose(ways["joint"][1], w_s, atol=1e-6)
+        less = valid.clone()
+        less[:, 2] = False
+        a, b = project(f_t, f_s, stack(g_t), stack(g_s), less, "joint", lam), project(f_t, f_s, stack(g_t[[0, 1, 3]]), stack(g_s[[0, 1, 3]]), valid[:, :3], "joint", lam)
+        assert torch.allclose(a[0][:, [0, 1, 3]], b[0]) and a[0][:, 2].abs().max() == 0
+    cosines = project(f_t, f_s, stack(g_t), stack(g_s), valid)
+    assert torch.allclose(cosines[0], f_t @ g_t.T) and torch.allclose(cosines[1], f_s @ g_s.T)
+
+
+def test_sigma():
+    t, valid = torch.zeros(1, 10), torch.ones(1, 10, dtype=torch.bool)
+    assert reliability(t, t + 0.1, valid).item() == pytest.approx(1 - 0.1 * 10**0.5, abs=1e-6)
+    assert reliability(t, t + 0.1 / 21, valid).item() == pytest.approx(0.984942, abs=1e-6)
+    assert reliability(t, t + 2, valid, clamp=False).item() == pytest.approx(1 - 2 * 10**0.5, abs=1e-5) and reliability(t, t + 2, valid).item() == 0
+    a, b = torch.tensor([[0.7, 0.1]]), torch.tensor([[0.9, 0.3]])
+    assert reliability(a, b, torch.tensor([[True, True]]), "maxcos").item() == pytest.approx(0.8)
+
+
+def test_responses():
+    assert kl_softmax(torch.tensor([[0, math.log(3)]]), torch.zeros(1, 2), 1.0).item() == pytest.approx(0.130812, abs=1e-6)
+    z = torch.tensor([[1.0, -2]])
+    assert kl_softmax(z * 2, z * 0, 2.0).item() == pytest.approx(4 * kl_softmax(z, z * 0, 1.0).item(), rel=1e-6)
+    assert kl_bernoulli(z, z, 1.0).item() == pytest.approx(0, abs=1e-7) and kl_bernoulli(z, -z, 1.0).item() > 0
+
+
+def test_relations_of_few_instances_are_finite():
+    for n in (0, 1, 2, 3):
+        f = torch.randn(n, 4, requires_grad=True)
+        rkd_loss(torch.randn(n, 4), f).backward()
+        assert f.grad is None or f.grad.isfinite().all()
+
+
+def test_levels():
+    side = torch.tensor([111.0, 112, 224, 448, 896])
+    boxes = torch.stack([side * 0, side * 0, side, side], 1)
+    assert level_of(boxes, "faster").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cells_of_boxes_and_their_weights():
+    boxes, owner = torch.tensor([[8.0, 8, 24, 24], [16.0, 16, 32, 32], [0.0, 0, 8, 8], [9.0, 9, 10, 10]]), torch.tensor([0, 0, 1, 1])
+    cells = inside_box(boxes, (4, 4), 8)
+    assert cells.sum((1, 2)).tolist() == [4, 4, 1, 1] and cells[3, 1, 1]  # a box between the centres has the cell it lies in
+    weight, inside = paint(cells, owner, torch.tensor([0.5, 0.9, 0.0, 0.2]), 2)
+    want = [[0, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0.5, 0.9, 0.9], [0, 0, 0.9, 0.9]]  # the largest where two overlap
+    assert torch.allclose(weight[0], torch.tensor(want)) and inside[1].sum() == 2 and weight[1].sum() == pytest.approx(0.2)
+    empty = paint(cells[:0], owner[:0], torch.zeros(0), 2)
+    assert empty[0].abs().sum() == 0 and not empty[1].any()
+
+
+def test_best_anchors_by_hand():
+    """One anchor of 16 pixels a cell of 8: the box of the middle anchor overlaps it wholly, a neighbour by half (IoU 1/3), so only cells above 1/2 stay."""
+    y, x = torch.meshgrid(torch.arange(4) * 8.0, torch.arange(4) * 8.0, indexing="ij")
+    anchors = torch.stack([x - 8, y - 8, x + 8, y + 8], -1).view(-1, 4)
+    found = best_anchors(anchors[5:6], anchors, torch.Size([4, 4]))
+    assert found.sum() == 1 and found[0, 1, 1]
+    between = anchors[5:6] + torch.tensor([4.0, 0, 4, 0])  # overlaps two alike
+    assert best_anchors(between, anchors, torch.Size([4, 4]))[0].nonzero().tolist() == [[1, 1], [1, 2]]
+
+
+def test_descriptor_is_the_mean_of_the_box():
+    m = torch.randn(2, 3, 16, 16)
+    d = descriptors([m], [4], torch.tensor([[8.0, 4, 40, 36]]), torch.tensor([1]))
+    assert torch.allclose(d[0, 0], m[1, :, 1:9, 2:10].mean((1, 2)), atol=1e-5)
+
+
+def test_picking_a_prototype_again_would_still_gain():
+    """Facts 9a, 6: after a pick its own residual correlation is +- lambda (p_t - p_s) / (1 + 2 lambda); without a mask it could come back."""
+    lam, p_t, p_s = 10.0, 0.9, 0.7
+    w_t, w_s = coefficients(p_t, p_s, 1.0, 1.0, lam)
+    r_t, r_s = p_t - w_t, p_s - w_s
+    v_t, v_s = coefficients(r_t, r_s, 1.0, 1.0, lam)
+    assert r_t * v_t + r_s * v_s == pytest.approx(8.638e-4, abs=1e-7)
+
+
+def test_as_many_prototypes_as_instances():
+    """Joint projection reconstructs exactly; the greedy coefficients, never fitted again, do not (their objective stays above zero)."""
+    f_t, f_s = unit(4, 6).T, unit(5, 6, 1).T
+    valid = torch.ones(6, 6, dtype=torch.bool)
+    w_t, w_s = project(f_t, f_s, f_t.expand(6, 6, 4), f_s.expand(6, 6, 5), valid, "joint", 10.0)
+    assert torch.allclose(w_t, torch.eye(6).double(), atol=1e-8) and torch.allclose(w_s, torch.eye(6).double(), atol=1e-8)
+    assert transcription(f_t.T, f_s.T, 6, 10.0)[1][-1] > 0.01
+
+
+def test_equal_teacher_and_student_have_no_gap_and_no_gradient():
+    f, g, valid = unit(6, 5).T, unit(6, 4, 1).T, torch.ones(5, 4, dtype=torch.bool)
+    s = f.clone().requires_grad_()
+    l_t, l_s = project(f, s, g.expand(5, 4, 6), g.expand(5, 4, 6), valid)
+    loss = (reliability(l_t, l_s, valid) * global_gap(l_t, l_s, valid)).sum()
+    loss.backward()
+    assert loss == 0 and s.grad.abs().max() == 0 and (reliability(l_t, l_s, valid) == 1).all()
+
+
+def test_global_loss_by_hand_and_its_gradient():
+    t, valid = torch.zeros(1, 10), torch.ones(1, 10, dtype=torch.bool)
+    assert global_gap(t, t + 0.1, valid).item() / 2 == pytest.approx(0.005) and global_gap(t, t + 0.1 / 21, valid).item() / 2 == pytest.approx(1.134e-5, abs=1e-8)
+    half = valid.clone()
+    half[:, 5:] = False  # five prototypes only: the mean is over those
+    assert global_gap(t, t + 0.1, half).item() == pytest.approx(0.01)
+    f_t, g_t, g_s = unit(6, 3).T, unit(6, 4, 1).T.expand(3, 4, 6), unit(5, 4, 2).T.expand(3, 4, 5)
+    all_valid = torch.ones(3, 4, dtype=torch.bool)
+
+    def loss(f_s, how="independent"):
+        return global_gap(*project(f_t, F.normalize(f_s, dim=-1), g_t, g_s, all_valid, how, 0.5), all_valid).sum()  # lambda ties Lambda_t to the student, too
+
+    start = torch.randn(3, 5, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for how in ("independent", "sequential", "joint"):
+        assert torch.autograd.gradcheck(lambda x: loss(x, how), start)
+        assert loss(start * 7, how).item() == pytest.approx(loss(start, how).item(), rel=1e-9)  # the length of a feature does not count
+    weight = torch.full((3,), 0.5).requires_grad_()
+    l_t, l_s = project(f_t, start, g_t, g_s * weight[:, None, None], all_valid)
+    assert not reliability(l_t, l_s, all_valid).requires_grad
+
+
+def test_order_of_instances_moves_the_picks_along():
+    f_t, f_s = unit(8, 30, 1, 0.3), unit(6, 30, 2, 0.3)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(3))
+    assert order[select_prototypes(f_t[:, order], f_s[:, order], 8, 10.0)].tolist() == select_prototypes(f_t, f_s, 8, 10.0).tolist()
+
+
+def test_density_keeps_the_crowded_part():
+    f = torch.cat([unit(8, 1).expand(8, 12) + 0.01 * unit(8, 12, 1), unit(8, 8, 2)], 1)
+    keep = dense(F.normalize(f, dim=0), 0.4)
+    assert keep[:12].all() and keep.sum() == 12 and dense(unit(8, 2), 0.4).all()
+
+
+@pytest.mark.parametrize("method", ["kmeans", "dbscan"])
+def test_clusters_give_distinct_instances_one_of_each_group(method):
+    pytest.importorskip("sklearn")
+    f = F.normalize(torch.cat([torch.eye(4)[:, [k]] + 0.05 * torch.randn(4, 6, generator=torch.Generator().manual_seed(k)) for k in range(3)], 1), dim=0)
+    picks = prototype_kd.cluster_medoids(f, 3, method, 0)
+    assert sorted((picks // 6).tolist()) == [0, 1, 2]
+    assert len(set(prototype_kd.cluster_medoids(f, 10, method, 0).tolist())) == 10  # more than there are clusters
+
+
+def test_levels_of_retinanet():
+    side = torch.tensor([31.0, 63, 64, 128, 600])
+    assert level_of(torch.stack([side * 0, side * 0, side, side], 1), "retina").tolist() == [0, 0, 1, 2, 4]
+
+
+def test_mmdetections_anchors_have_their_exact_sides_and_strides():
+    """On maps of 100 x 168, 50 x 84, ..., 7 x 11 of an image of 800 x 1344: torchvision's own would lie 114 pixels apart on the last, not 128."""
+    sides = [(s * 1.0, s * 2 ** (1 / 3)) for s in (32, 64, 128, 256, 512)]
+    made = ExactAnchors(sides, STRIDES["retina"])
+    images = torchvision.models.detection.image_list.ImageList(torch.zeros(2, 3, 800, 1344), [(800, 1344)] * 2)
+    maps = [torch.zeros(2, 1, *size) for size in ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))]
+    a, b = made(images, maps)
+    assert a.shape == (6 * sum(m.shape[2] * m.shape[3] for m in maps), 4) and torch.equal(a, b)
+    last = a[-6 * 77:].view(7, 11, 3, 2, 4)
+    assert torch.allclose(last[1, 2] - last[0, 0], torch.tensor([256.0, 128, 256, 128]).expand(3, 2, 4))
+    w, h = (last[0, 0, ..., k + 2] - last[0, 0, ..., k] for k in (0, 1))
+    assert torch.allclose((w * h).sqrt(), torch.tensor([512.0, 512 * 2 ** (1 / 3)]).expand(3, 2)) and torch.allclose(h / w, torch.tensor([[0.5], [1], [2]]).expand(3, 2))
+
+
+# ------------------------------------------------------------------ detectors
+
+def arguments(*flags):
+    args = parse_args(["--data", "shapes", *flags])
+    prototype_kd.fill_defaults(args, "faster")
+    return args
+
+
+def some_batch(count=2, seed=0, boxes=3):
+    """Images of 96 x 128, the second 64 x 128, and boxes."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 96, 128), generator=g, dtype=torch.uint8)
+    sizes = torch.tensor([[96, 128]] + [[64, 128]] * (count - 1))
+    xy = torch.rand(count, boxes, 2, generator=g) * 30
+    where = torch.cat([xy, xy + 10 + 20 * torch.rand(count, boxes, 2, generator=g)], 2)
+    for i, (h, _) in enumerate(sizes.tolist()):
+        images[i, :, h:] = 0
+    return to_device(dict(images=images, sizes=sizes, boxes=where, labels=torch.randint(0, 5, (count, boxes), generator=g), image_ids=[*range(count)],
+                          original_sizes=[(96, 128)] * count), torch.device("cpu"))
+
+
+NAMES = [f"class {k}" for k in range(5)]
+
+
+@pytest.mark.parametrize("name", ["faster_tiny8", "retina_tiny8"])
+def test_training_without_a_teacher_is_torchvisions_bit_by_bit(name):
+    """Facts 9a, 19: losses, gradients and the random stream, so the same RoIs are sampled; inference, too."""
+    torch.manual_seed(0)
+    student = new_detector(name, NAMES, "none")
+    batch, first = some_batch(), 1 if name.startswith("faster") else 0
+    theirs = torchvision.models.detection.transform.GeneralizedRCNNTransform(0, 10**6, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], _skip_resize=True)
+    student.transform = theirs
+    pictures = [image[:, :h, :w] / 255 for image, (h, w) in zip(batch["images"], batch["image_sizes"])]
+    targets = [dict(boxes=b, labels=k + first) for b, k in zip(batch["boxes"], batch["labels"])]
+    results = []
+    for run in (lambda: student.train()(pictures, targets), lambda: Distiller(student, None, None, arguments("--teacher", "none")).train()(batch)):
+        torch.manual_seed(5)
+        student.zero_grad()
+        losses = run()
+        sum(losses.values()).backward()
+        results.append((sorted(v.item() for v in losses.values()), [p.grad.clone() for p in student.parameters()], torch.rand(1)))
+    assert results[0][0] == results[1][0] and results[0][2] == results[1][2]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+    student.eval()
+    student.transform = torchvision.models.detection.transform.GeneralizedRCNNTransform(96, 200, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    batch, pictures = some_batch(1), pictures[:1]
+    if name.startswith("retina"):  # untrained, it has no score above 0.05
+        student.head.classification_head.cls_logits.bias.data.zero_()
+    images = images_of(batch)
+    with torch.no_grad():
+        want, found = student(pictures), detect(student, images, student.backbone(images.tensors))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(want, found) for k in ("boxes", "scores", "labels")) and sum(len(w["boxes"]) for w in want) > 0
+
+
+def make_bank(student, teacher, args, classes=5):
+    """A bank with random prototypes."""
+    bank, g = Bank(args, None, NAMES), torch.Generator().manual_seed(4)
+    d = 64
+    vectors = [F.normalize(torch.randn(classes, 5, args.k, d, generator=g), dim=-1) for _ in range(2)]
+    bank.load(dict(g_t=vectors[0], g_s=vectors[1], valid=torch.ones(classes, 5, args.k, dtype=torch.bool), ids=torch.zeros(classes, 5, args.k).long(),
+                   center_t=torch.zeros(5, d), center_s=torch.zeros(5, d)), torch.device("cpu"))
+    return bank
+
+
+EVERY = [[], ["--preset", "released"], ["--preset", "released", "--alpha-global", "1", "--sigma-clamp"], ["--kd-relation", "rkd", "--sigma", "none"],
+         ["--proj", "joint", "--proj-lambda", "10", "--adapt", "conv1x1"], ["--proj", "sequential", "--proj-lambda", "1", "--center"],
+         ["--all-class-prototypes", "--level-assign", "fpn", "--resp-rois", "all"], ["--kd-local", "defeat", "--bg-weight", "4", "--feat-norm", "sigma", "--kd-decay", "linear"]]
+
+
+@pytest.mark.parametrize("flags", EVERY, ids=lambda f: " ".join(f) or "paper")
+@pytest.mark.parametrize("name", ["faster", "retina"])
+@pytest.mark.parametrize("boxes", [3, 0])
+def test_every_choice_trains_also_without_any_object(name, flags, boxes):
+    """Finite losses; every parameter of the student's backbone and of H gets a gradient, the teacher none (facts 9a, 17)."""
+    torch.manual_seed(0)
+    args = arguments("--student", f"{name}_tiny8", *flags)
+    teacher, student = new_detector(f"{name}_tiny16", NAMES, "none").eval().requires_grad_(False), new_detector(f"{name}_tiny8", NAMES, "none")
+    learner = Distiller(student, teacher, make_bank(student, teacher, args), args).train()
+    batch = some_batch(boxes=3)
+    if boxes == 0:
+        batch.update(labels=torch.full((2, 1), -1), boxes=torch.zeros(2, 1, 4), counts=[0, 0])
+    losses = learner(batch)
+    sum(losses.values()).backward()
+    assert all(v.isfinite() for v in losses.values()) and all(p.grad is not None and p.grad.isfinite().all() for p in learner.parameters())
+    assert all(p.grad is None for p in teacher.parameters()) and 0 <= learner.watch["muted"] <= 1
+    distilled = {"global", "rkd", "feat", "resp"} & set(losses)
+    assert distilled and (boxes == 0 or all(losses[k] > 0 for k in distilled))
+    assert not [k for k in learner.state_dict() if k.split(".")[0] not in ("student", "adapters")]
+
+
+def test_losses_of_a_step_by_slow_loops():
+    """Eqs. 6 and 8 and the responses again, instance by instance, level by level, from the student's maps: preset paper on Faster R-CNN."""
+    torch.manual_seed(0)
+    args = arguments("--student", "faster_tiny8", "--alpha-resp", "1", "--adapt", "conv1x1", "--kd-local", "defeat")
+    teacher, student = new_detector("faster_tiny16", NAMES, "none").eval().requires_grad_(False), new_detector("faster_tiny8", NAMES, "none")
+    learner = Distiller(student, teacher, make_bank(student, teacher, args), args).train()
+    batch = some_batch()
+    torch.manual_seed(1)
+    losses = learner(batch)
+    bank, images = learner.outside["bank"], images_of(batch)
+    s, t = (list(m.backbone(images.tensors).values()) for m in (student, teacher))
+    total, sigmas = 0.0, {}
+    for i in range(2):
+        for j in range(3):
+            box, c = batch["boxes"][i, j], batch["labels"][i, j]
+            for level, stride in enumerate((4, 8, 16, 32, 64)):
+                f = [descriptors([m[level]], [stride], box[None], torch.tensor([i]))[0, 0] for m in (t, s)]
+                lam_t, lam_s = ([torch.dot(F.normalize(x, dim=0), g) for g in table[c, level]] for x, table in zip(f, (bank.g_t, bank.g_s)))
+                gap = sum((a - b) ** 2 for a, b in zip(lam_t, lam_s))
+                sigmas[i, j, level] = max(0.0, 1 - gap.sqrt().item())
+                total += sigmas[i, j, level] * gap.item() / (2 * 6 * args.k * 5)
+    assert losses["global"].item() == pytest.approx(total, rel=1e-4)
+    feat = 0.0
+    for level, stride in enumerate((4, 8, 16, 32, 64)):
+        gap = (learner.adapters[level](s[level]) - t[level]).square().mean(1)
+        cells = {}
+        for i in range(2):
+            for j in range(3):
+                for y, x in inside_box(batch["boxes"][i, j][None], gap.shape[1:], stride)[0].nonzero().tolist():
+                    cells[i, y, x] = max(cells.get((i, y, x), 0.0), sigmas[i, j, level])
+        feat += sum(w * gap[cell].item() for cell, w in cells.items()) / (2 * len(cells)) / 5
+    assert losses["feat"].item() == pytest.approx(feat, rel=1e-4)
+    torch.manual_seed(1)  # the same RoIs again
+    maps_s, maps_t = student.backbone(images.tensors), teacher.backbone(images.tensors)
+    targets = [dict(boxes=b, labels=k + 1) for b, k in zip(batch["boxes"], batch["labels"])]
+    proposals, _ = student.rpn(images, maps_s, targets)
+    rois, objects, labels, _ = student.roi_heads.select_training_samples(proposals, targets)
+    kl, m = 0.0, 0
+    for i in range(2):
+        for roi, o, k in zip(rois[i], objects[i], labels[i]):
+            if k > 0:
+                z = []
+                for model, maps in ((teacher, maps_t), (student, maps_s)):
+                    here = {n: v[i:i + 1] for n, v in maps.items()}
+                    z.append(prototype_kd.box_logits(model, here, [roi[None]], images.image_sizes[i:i + 1])[0].log_softmax(0))
+                level = level_of(batch["boxes"][i, o][None], "faster").item()
+                kl, m = kl + sigmas[i, o.item(), level] * (z[0].exp() * (z[0] - z[1])).sum().item(), m + 1
+    assert m > 0 and losses["resp"].item() == pytest.approx(kl / m, rel=1e-3)
+
+
+def test_student_loads_strictly_into_the_plain_torchvision_model(tmp_path):
+    """What --out holds is torchvision's state dict: no teacher, no H, no prototypes (facts 9a, 18)."""
+    student = new_detector("faster_r18", NAMES, "none")
+    torch.save(weights_of(student), tmp_path / "a.pt")
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    plain = torchvision.models.detection.FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d), num_classes=6)
+    plain.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["model"])
+    again = load_detector(tmp_path / "a.pt")
+    assert kind_of(again) == "faster" and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), plain.state_dict().values()))
+    retina = torchvision.models.detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
+    retina.load_state_dict(build("retinanet_resnet50_fpn_v2", 91).state_dict())
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if ZOO[n] is None])
+def test_torchvisions_weights_load_with_their_labels(name, monkeypatch, tmp_path):
+    """Random numbers under the names of torchvision's COCO files. Version 1 was trained with a BatchNorm whose eps is 0; labels are COCO's ids."""
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91)
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    if not name.endswith("_v2"):  # the files of version 1 are older than some names
+        old = [(r"(fpn\.(inner|layer)_blocks\.\d)\.0\.", r"\1."), (r"rpn\.head\.conv\.0\.0\.", "rpn.head.conv."), (r"(_head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.")]
+        for pattern, new in old:
+            state = {re.sub(pattern, new, k): v for k, v in state.items()}
+        assert not set(state) <= set(model.state_dict())
+    torch.save(state, tmp_path / "w.pth")
+    monkeypatch.setattr(prototype_kd, "fetch", lambda url, sha: tmp_path / "w.pth")
+    ours = load_detector(name)
+    assert len(ours.arch["classes"]) == len(ours.arch["columns"]) == 80 and ours.arch["columns"][-1] == 90 and ours.arch["outputs"] == 91
+    norms = {m.eps for m in ours.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert norms == ({1e-5} if name.endswith("_v2") else {0.0})
+    prototype_kd.freeze(ours)
+    learner = Distiller(ours, None, None, arguments("--teacher", "none")).train()
+    assert ours.training and not any(m.training for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert not ours.backbone.body.conv1.weight.requires_grad and ours.backbone.body.layer2[0].conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_r50", "faster_rcnn_r101", "retinanet_r18", "retinanet_r50", "retinanet_r101"])
+def test_mmdetections_keys_load_strictly(golden, name, tmp_path):
+    """Every key of mmdetection 3.3.0 finds its place; the background moves from the last output to the first."""
+    keys = json.loads((golden / "mmdet_keys" / f"{name}.json").read_text())
+    g = torch.Generator().manual_seed(0)
+    state = {k: torch.randn(shape, generator=g) * 0.01 if dtype == "float32" else torch.zeros(shape, dtype=torch.long) for k, (shape, dtype) in keys.items()}
+    torch.save(dict(state_dict=state, meta=dict(CLASSES=("a",) * 80)), tmp_path / "m.pth")
+    model = load_detector(tmp_path / "m.pth")
+    assert model.arch["name"] == name.replace("faster_rcnn", "faster").replace("retinanet", "retina") and len(model.arch["columns"]) == 80
+    if name.startswith("faster"):
+        theirs, ours = state["roi_head.bbox_head.fc_cls.bias"], model.roi_heads.box_predictor.cls_score.bias
+        assert torch.equal(ours[1:], theirs[:-1]) and ours[0] == theirs[-1]
+        assert torch.equal(model.roi_heads.box_predictor.bbox_pred.bias[4:], state["roi_head.bbox_head.fc_reg.bias"])
+    batch = some_batch(1)
+    with torch.no_grad():
+        run_detector(model, batch, torch.device("cpu"), arguments())
+    used = sum(not k.endswith("num_batches_tracked") for k in state)
+    assert used == len(model.state_dict())
+
+
+def cascade_state(model):
+    """The state of a cascade under mmdetection's names."""
+    names = {"roi_heads.cls": "fc_cls", "roi_heads.reg": "fc_reg"}
+    out = {}
+    for k, v in model.state_dict().items():
+        if k.startswith("backbone.body."):
+            k = k.replace("backbone.body.", "backbone.")
+        elif k.startswith("backbone.fpn."):
+            k = k.replace("backbone.fpn.inner_blocks.", "neck.lateral_convs.").replace("backbone.fpn.layer_blocks.", "neck.fpn_convs.").replace(".0.weight", ".conv.weight").replace(".0.bias", ".conv.bias")
+        elif k.startswith("rpn."):
+            k = k.replace("rpn.head.conv.0.0.", "rpn_head.rpn_conv.").replace("rpn.head.cls_logits.", "rpn_head.rpn_cls.").replace("rpn.head.bbox_pred.", "rpn_head.rpn_reg.")
+        elif k.startswith("roi_heads.heads."):
+            k = k.replace("roi_heads.heads.", "roi_head.bbox_head.").replace("fc6", "shared_fcs.0").replace("fc7", "shared_fcs.1")
+        else:
+            part, stage, kind = k.rsplit(".", 2)
+            v, k = v.roll(-1, 0) if part == "roi_heads.cls" else v, f"roi_head.bbox_head.{stage}.{names[part]}.{kind}"
+        out[k] = v
+    return out | {"roi_head.mask_head.0.conv_logits.weight": torch.zeros(80, 256, 1, 1)}
+
+
+def test_cascade_teacher_loads_detects_and_answers_proposals(tmp_path):
+    """ResNeXt-101 32x4d with deformable convolutions, three box heads, a mask head that is left out."""
+    torch.manual_seed(0)
+    source = build("cascade_x101_32x4d_dcn", 6, "frozen", True)
+    torch.save(dict(state_dict=cascade_state(source)), tmp_path / "c.pth")
+    teacher = load_detector(tmp_path / "c.pth")
+    assert teacher.arch["name"] == "cascade_x101_32x4d_dcn" and teacher.arch["classes"] is None and teacher.arch["columns"] == [1, 2, 3, 4, 5]
+    for (k, a), b in zip(source.state_dict().items(), teacher.state_dict().values()):
+        assert torch.equal(a, b), k
+    batch = some_batch(1)
+    with torch.no_grad():
+        images = images_of(batch)
+        maps = teacher.backbone(images.tensors)
+        logits = prototype_kd.box_logits(teacher, maps, [batch["boxes"][0]], images.image_sizes)
+        found = detect(teacher, images, maps)
+    assert logits.shape == (3, 6) and logits.isfinite().all() and set(found[0]) == {"boxes", "scores", "labels"}
+
+
+def test_deformable_convolution_without_offsets_is_a_convolution():
+    conv = torch.nn.Conv2d(8, 8, 3, 2, 1, groups=4, bias=False)
+    deformable = prototype_kd.DeformConv(conv)
+    deformable.weight.data.copy_(conv.weight.data)
+    torch.nn.init.zeros_(deformable.conv_offset.weight), torch.nn.init.zeros_(deformable.conv_offset.bias)
+    x = torch.randn(1, 8, 9, 9)
+    assert torch.allclose(deformable(x), conv(x), atol=1e-5)
+
+
+def test_aligned_pool_is_the_mean_of_whole_cells():
+    """One bin of a box that lies on the grid is the mean of its cells: no half pixel to the side."""
+    m = torch.randn(1, 2, 16, 16)
+    out = prototype_kd.AlignedPool()({"0": m, "1": m, "2": m, "3": m}, [torch.tensor([[0.0, 0, 56, 56]])], [(64, 64)])
+    assert torch.allclose(out[0, :, 0, 0], m[0, :, :2, :2].mean((1, 2)), atol=1e-6) and torch.allclose(out[0, :, 3, 4], m[0, :, 6:8, 8:10].mean((1, 2)), atol=1e-6)
+
+
+# ------------------------------------------------------------------ flags
+
+def test_presets_differ_where_the_facts_say_and_a_flag_beats_its_preset():
+    paper, released = arguments("--student", "faster_tiny8"), arguments("--preset", "released", "--resp-tau", "3")
+    assert (paper.alpha_global, paper.alpha_feat, paper.alpha_resp, paper.k, paper.lam, paper.refresh) == (1, 1, 5, 10, 10, 1) and not paper.bg_weight
+    assert released.alpha_global == 0 and released.sigma == "maxcos" and released.resp_tau == 3 and released.adapt == "conv3x3"
+    assert set(PRESETS["paper"]) == set(PRESETS["released"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--k", "0"], "--k 0: must be at least 1"), (["--refresh", "0"], "--refresh 0.0: must be positive"), (["--lam", "nan"], "--lam nan"),
+    (["--density-filter", "1"], "below 1"), (["--proto-method", "kmeans"], "add --proto-space"), (["--proto-method", "random", "--proto-space", "student"], "looks at no features"),
+    (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "b"], "belongs to --predict"),
+    (["--voc-train", "2007"], "expected year_list"), (["--schedule", "1x", "--epochs", "3"], "one of them"), (["--student", "faster_r50", "--init", "x.pt"], "says already"),
+    (["--kd-relation", "rkd", "--all-class-prototypes"], "belongs to")])
+def test_bad_flags_give_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags)
+    assert words in capsys.readouterr().err.splitlines()[-1]

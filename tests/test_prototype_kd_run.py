@@ -1,0 +1,266 @@
+"""prototype_kd.py from its command line: real photographs and VOC's XML, two processes, kill and resume, the table, bad input."""
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+
+import prototype_kd
+from common.datasets import CocoDataset, VOC_CLASSES, find_coco
+from conftest import ROOT, SHARED, launch
+
+run = lambda *flags, **how: launch("prototype_kd", flags, **how)
+TINY = ["--image-size", "96", "--workers", "0", "--log-every", "2"]
+
+
+def losses(out):
+    """{iteration: losses} of a log; refreshes without their seconds under "refresh"."""
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    table = {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
+    return table, [{k: v for k, v in r.items() if k != "seconds"} for r in rows if "refresh" in r]
+
+
+def detector(name, classes):
+    """Untrained, but with scores that differ from class to class and box to box."""
+    model = prototype_kd.new_detector(name, classes, "none")
+    torch.nn.init.normal_((model.head.classification_head.cls_logits if name.startswith("retina") else model.roi_heads.box_predictor.cls_score).weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{(kind, "coco" | "voc"): (teacher, start)}: untrained detectors as checkpoints; what they know does not matter here."""
+    folder, table = tmp_path_factory.mktemp("detectors"), {}
+    names = dict(voc=VOC_CLASSES)
+    if (SHARED / "data/coco_mini").exists():
+        names["coco"] = CocoDataset(*find_coco(SHARED / "data/coco_mini", "val"), False).classes
+    for data, classes in names.items():
+        for kind in ("faster", "retina"):
+            torch.manual_seed(3)
+            for role, width in (("teacher", 16), ("start", 8)):
+                torch.save(prototype_kd.weights_of(detector(f"{kind}_tiny{width}", classes)), folder / f"{kind}-{data}-{role}.pt")
+            table[kind, data] = folder / f"{kind}-{data}-teacher.pt", folder / f"{kind}-{data}-start.pt"
+    return table
+
+
+@pytest.fixture
+def voc_mini():
+    path = SHARED / "data" / "voc_mini"
+    if not path.exists():
+        pytest.skip(f"real photographs are not here: {path}")
+    return ["--dataset", "voc", "--data", path, "--voc-train", "2007_train,2012_train", "--voc-val", "2007_val"]
+
+
+def pair(made, kind, data):
+    return ["--teacher", made[kind, data][0], "--init", made[kind, data][1]]
+
+
+@pytest.mark.parametrize("kind", ["faster", "retina"])
+def test_two_processes_distil_on_real_photographs_evaluate_and_predict(made, coco_mini, tmp_path, kind):
+    out = tmp_path / "run"
+    r = run("--data", coco_mini, *pair(made, kind, "coco"), "--batch-size", 4, "--max-iters", 6, "--refresh", 0.3, *TINY, "--out", out, procs=2)
+    assert "80 classes" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout and "difference" in r.stdout and "preset paper" in r.stdout
+    files = ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*files, "control"]) and sorted(p.name for p in (out / "control").iterdir()) == files
+    results, (table, refreshes) = json.loads((out / "results.json").read_text()), losses(out)
+    assert results["images"] == 79 and len(results["classes"]) == 80
+    assert [x["it"] for x in refreshes] == [0, 3] and refreshes[0]["kept"] == -1 and 0 <= refreshes[1]["kept"] <= 1  # 10 steps an epoch, 0.3 of them
+    assert all(table[6][k] > 0 for k in ("global", "feat", "resp")) and 0 < table[6]["sigma"] <= 1
+    assert not {"global", "feat", "resp"} & set(losses(out / "control")[0][6])
+    run("--eval", out / "best.pt", "--data", coco_mini, *TINY[:4], "--out", tmp_path / "eval")
+    again = json.loads((tmp_path / "eval/results.json").read_text())
+    assert again["AP"] == pytest.approx(results["AP"], abs=1e-9) and again["AR100"] == pytest.approx(results["AR100"], abs=1e-9)
+    photo = next((coco_mini / "val2017").iterdir())
+    run("--predict", photo, "--weights", out / "best.pt", "--score", "0.0", "--out", tmp_path / "predict")
+    (name, boxes), = json.loads((tmp_path / "predict/predictions.json").read_text()).items()
+    assert Path(name) == photo and len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1
+
+
+def test_killed_run_resumes_bit_exactly_with_its_prototypes(made, coco_mini, tmp_path):
+    """Killed between two selections: the prototypes of the middle of a period are an earlier student's and come from last.pt."""
+    flags = [str(x) for x in ("--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 8, "--max-iters", 14, "--refresh", 0.5, *TINY, "--save-every", 3, "--control", "none")]
+    run(*flags, "--out", tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, "prototype_kd.py", *flags, "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, until = tmp_path / "killed/log.jsonl", time.time() + 100
+    while time.time() < until and not (log.exists() and '"it": 8' in log.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run("--resume", "--out", tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("killed", "whole"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"]) and all(torch.equal(a["bank"][k], b["bank"][k]) for k in b["bank"])
+    assert all(torch.equal(a["adapters"][k], b["adapters"][k]) for k in b["adapters"]) and len(b["adapters"]) == 10
+
+
+def test_prototypes_are_the_same_for_one_and_three_processes(made, coco_mini, tmp_path):
+    """The first selection of a run, every bit of it; classes are shared out, images in blocks."""
+    banks = []
+    for procs in (1, 3):
+        out = tmp_path / str(procs)
+        run("--data", coco_mini, *pair(made, "retina", "coco"), "--batch-size", 12 // procs, "--max-iters", 1, "--center", "--proto-max-images", 5, "--control", "none",
+            *TINY, "--out", out, procs=procs)
+        banks.append(torch.load(out / "last.pt", weights_only=True)["bank"])
+    assert all(torch.equal(banks[0][k], banks[1][k]) for k in banks[0]) and banks[0]["valid"].any(-1).sum() > 100
+    ids, valid = banks[0]["ids"], banks[0]["valid"]
+    assert all(len(set(i[v].tolist())) == int(v.sum()) for i, v in zip(ids.flatten(0, 1), valid.flatten(0, 1)))  # distinct
+
+
+def test_two_processes_have_the_losses_of_one(made, tmp_path):
+    """RetinaNet samples nothing, so equal global batches give equal losses; Faster R-CNN draws RoIs in each process."""
+    torch.manual_seed(0)
+    classes = CocoDataset(*find_coco(prototype_kd.make_shapes(), "val"), False).classes
+    for role, width in (("t", 16), ("s", 8)):
+        torch.save(prototype_kd.weights_of(detector(f"retina_tiny{width}", classes)), tmp_path / f"{role}.pt")
+    flags = ["--data", "shapes", "--teacher", tmp_path / "t.pt", "--init", tmp_path / "s.pt", "--max-iters", 6, "--image-size", "96", "--workers", 0, "--log-every", 1,
+             "--optimizer", "sgd", "--lr", "0.01", "--control", "none", "--proto-max-images", 20, "--bg-weight", "1"]
+    run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
+    run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
+    one, two = losses(tmp_path / "one")[0], losses(tmp_path / "two")[0]
+    assert len(one) == 6 and all(one[6][k] > 0 for k in ("global", "feat", "resp"))
+    for it in one:
+        for k in set(one[it]) - {"sigma", "muted"}:  # logged as the mean of the processes' means
+            assert two[it][k] == pytest.approx(one[it][k], rel=1e-4, abs=2e-6), (it, k)
+
+
+@pytest.mark.parametrize("kind", ["faster", "retina"])
+def test_voc_trains_in_two_processes_and_its_ap_is_what_a_slow_count_says(made, voc_mini, tmp_path, kind):
+    """XML with difficult flags, photometric distortion; 11-point and area AP50 from the written detections and the files, to 1e-6."""
+    out = tmp_path / "run"
+    r = run(*voc_mini, *pair(made, kind, "voc"), "--batch-size", 4, "--max-iters", 4, "--lr", "0.05", *TINY, "--out", out, procs=2)
+    assert "VOC11" in r.stdout and "difference" in r.stdout
+    results = json.loads((out / "results.json").read_text())
+    # detections that find something: true boxes, moved, with some wrong ones; scored by the script's own function and by loops
+    args = argparse.Namespace(data=str(voc_mini[3]), dataset="voc", image_size="96", photometric=False, data_seed=0, voc_val="2007_val")
+    dataset, truth = prototype_kd.make_data(args, "val")
+    g = torch.Generator().manual_seed(0)
+    found = json.loads((out / "detections.json").read_text())
+    for a in truth["annotations"]:
+        for shift in (0.02, 0.3):
+            x, y, w, h = a["bbox"]
+            found.append(dict(image_id=a["image_id"], category_id=a["category_id"], bbox=[x + shift * w, y, w, h], score=torch.rand(1, generator=g).item()))
+    voc = prototype_kd.voc_evaluate(truth, found)
+    slow = slow_voc(voc_mini[3], truth, found)
+    assert voc["AP11"] == pytest.approx(slow[0], abs=1e-6) and voc["AP"] == pytest.approx(slow[1], abs=1e-6) and 20 < voc["AP"] < 100
+    own = slow_voc(voc_mini[3], truth, json.loads((out / "detections.json").read_text()))
+    assert results["VOC11"] == pytest.approx(own[0], abs=1e-6) and results["VOCarea"] == pytest.approx(own[1], abs=1e-6)
+
+
+def slow_voc(root, truth, found):
+    """VOC AP50 in percent, 11-point and area, straight from the XML files, detection by detection."""
+    eleven, area = [], []
+    for name in VOC_CLASSES:
+        objects = {}
+        for image in truth["images"]:
+            for o in ET.parse(root / "VOCdevkit" / image["file_name"].replace("JPEGImages", "Annotations").replace(".jpg", ".xml")).getroot().iter("object"):
+                if o.find("name").text == name:
+                    x1, y1, x2, y2 = (float(o.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax"))
+                    objects.setdefault(image["id"], []).append([x1 - 1, y1 - 1, x2, y2, int(o.findtext("difficult") or 0), False])
+        total = sum(o[4] == 0 for many in objects.values() for o in many)
+        if not total:
+            continue
+        tp = fp = 0
+        points = [(0.0, 1.0)]
+        for d in sorted((d for d in found if d["category_id"] == VOC_CLASSES.index(name) + 1), key=lambda d: -d["score"]):
+            x, y, w, h = d["bbox"]
+            best, which = 0.0, None
+            for o in objects.get(d["image_id"], []):
+                iw, ih = max(0.0, min(o[2], x + w) - max(o[0], x)), max(0.0, min(o[3], y + h) - max(o[1], y))
+                iou = iw * ih / ((o[2] - o[0]) * (o[3] - o[1]) + w * h - iw * ih)
+                if iou > best:
+                    best, which = iou, o
+            if best >= 0.5 and which[4]:
+                continue
+            if best >= 0.5 and not which[5]:
+                which[5], tp = True, tp + 1
+            else:
+                fp += 1
+            points.append((tp / total, tp / (tp + fp)))
+        eleven.append(sum(max([p for r, p in points[1:] if r >= t / 10 - 1e-12], default=0.0) for t in range(11)) / 11)
+        area.append(sum((points[i][0] - points[i - 1][0]) * max(p for _, p in points[i:]) for i in range(1, len(points))))
+    return 100 * sum(eleven) / len(eleven), 100 * sum(area) / len(area)
+
+
+def test_a_class_without_usable_objects_and_classes_with_few(made, voc_mini, tmp_path):
+    """A class that occurs only as difficult has no prototype: sigma 1, no global term, one line; the run goes on. min-size takes more classes away."""
+    r = run(*voc_mini, *pair(made, "faster", "voc"), "--batch-size", 4, "--max-iters", 2, *TINY, "--control", "none", "--proto-min-size", 150,
+            "--out", tmp_path / "run")
+    bank = torch.load(tmp_path / "run/last.pt", weights_only=True)["bank"]
+    count = bank["valid"][:, 0].sum(1)
+    without = [VOC_CLASSES[k] for k in (count == 0).nonzero()[:, 0].tolist()]
+    assert without and all(name in r.stdout for name in without) and "no prototype for" in r.stdout
+    r = run(*voc_mini, *pair(made, "faster", "voc"), "--max-iters", 2, *TINY, "--control", "none", "--proto-min-size", 5000, "--out", tmp_path / "none", fail=True)
+    assert "no image holds an object to make them of; lower --proto-min-size" in r.stderr
+
+
+def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch):
+    """teacher, start, continued, distilled; run again it reuses all; --control of another seed is refused by name."""
+    real = prototype_kd.make_shapes()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / real.name).symlink_to(real.resolve())
+    monkeypatch.setattr(prototype_kd, "make_shapes", lambda seed=0: tmp_path / "data" / real.name)
+    parse = prototype_kd.parse_args
+    monkeypatch.setattr(prototype_kd, "parse_args", lambda argv=None: parse([*(argv if argv is not None else sys.argv[1:]), "--max-iters", "2"]))
+    flags = ["--data", "shapes", "--table", "--student", "retina_tiny8", "--workers", 0, "--proto-max-images", 5]
+    r = run(*flags, "--out", tmp_path / "out")
+    rows = r.stdout[r.stdout.index("shapes, 300 validation"):].splitlines()
+    assert [x.split("  ")[0].strip() for x in rows[1:5]] == ["teacher retina_tiny32", "student retina_tiny8", "student continued", "student distilled"]
+    assert "difference" in r.stdout
+    again = run(*flags, "--out", tmp_path / "out", "--resume")
+    assert [x.split()[:5] for x in again.stdout[again.stdout.index("shapes, 300 validation"):].splitlines()[1:5]] == [x.split()[:5] for x in rows[1:5]]
+    teacher = tmp_path / "data/teachers/retina_tiny32-s0/best.pt"
+    start = tmp_path / "data/teachers/retina_tiny8-s0/best.pt"
+    r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--seed", 4, "--workers", 0, "--control", tmp_path / "out/control", "--out", tmp_path / "other", fail=True)
+    assert "its --seed is 0, here 4" in r.stderr
+
+
+def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
+    few = [*TINY, "--max-iters", 1, "--control", "none"]
+    nan = torch.load(made["faster", "coco"][0], weights_only=True)
+    nan["model"]["backbone.fpn.inner_blocks.0.0.weight"].fill_(float("nan"))
+    torch.save(nan, tmp_path / "nan.pt")
+    other = torch.load(made["faster", "coco"][0], weights_only=True)
+    other["arch"]["classes"] = ["person", "wheel", *other["arch"]["classes"][2:]]
+    torch.save(other, tmp_path / "other.pt")
+    torch.save(dict(arch=dict(kind="gfl"), model={}), tmp_path / "foreign.pt")
+    torch.save(dict(state_dict=dict(a=torch.zeros(1))), tmp_path / "mm.pt")
+    short = torch.load(made["faster", "coco"][0], weights_only=True)
+    del short["model"]["rpn.head.cls_logits.bias"]
+    torch.save(short, tmp_path / "short.pt")
+    coco, teacher, start = ["--data", coco_mini], *made["faster", "coco"]
+    for n, (flags, words) in enumerate((
+            ([*coco, "--teacher", tmp_path / "nan.pt", "--init", start], "the teacher's features are not finite"),
+            ([*coco, "--teacher", teacher, "--init", tmp_path / "nan.pt"], "the student's features are not finite"),
+            ([*coco, "--teacher", tmp_path / "other.pt", "--init", start], "its class 1 is 'wheel', --data has 'bicycle'"),
+            ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "knows 20 classes, --data has 80"),
+            ([*coco, "--teacher", made["retina", "coco"][0], "--init", start], "they must be of one kind"),
+            ([*coco, "--teacher", tmp_path / "foreign.pt", "--init", start], "is a detector of another script"),
+            ([*coco, "--teacher", tmp_path / "mm.pt", "--init", start], "neither a checkpoint of this script nor mmdetection's"),
+            ([*coco, "--teacher", tmp_path / "short.pt", "--init", start], "1 missing (first rpn.head.cls_logits.bias)"),
+            ([*coco, "--teacher", "gfl_r101", "--init", start], "neither a file nor one of faster_r101"),
+            ([*coco, "--teacher", "none", "--init", "none", "--student", "yolo_r50"], "expected faster_ or retina_"),
+            ([*coco, "--teacher", "none", "--init", "imagenet", "--student", "faster_tiny8"], "has no ImageNet weights"),
+            ([*coco, "--teacher", teacher, "--init", start, "--control", tmp_path], "no last.pt there"),
+            (["--data", tmp_path, "--teacher", teacher, "--init", start], "is missing; COCO 2017 is at"))):
+        r = run(*flags, *(few if "--control" not in flags else few[:-2]), "--out", tmp_path / f"out{n}", fail=True)
+        assert words in r.stderr.strip().splitlines()[-1] and "Traceback" not in r.stderr, r.stderr[-500:]
+    r = run("--predict", coco_mini, "--weights", start, "--out", tmp_path / "p", fail=True)
+    assert "no image there" in r.stderr
+
+
+def test_fast_flags_run_together_and_keep_the_losses_close(made, coco_mini, tmp_path):
+    flags = ["--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2]
+    run(*flags, "--out", tmp_path / "plain")
+    run(*flags, "--amp", "bf16", "--channels-last", "--accumulate", 1, "--out", tmp_path / "fast")
+    a, b = losses(tmp_path / "plain")[0][1], losses(tmp_path / "fast")[0][1]
+    assert b["feat"] == pytest.approx(a["feat"], rel=0.02) and b["rpn_cls"] == pytest.approx(a["rpn_cls"], rel=0.02)
+    run(*flags, "--accumulate", 2, "--preset", "released", "--out", tmp_path / "accumulated")
+    assert list(losses(tmp_path / "accumulated")[0]) == [1, 2]

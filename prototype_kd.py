@@ -82,6 +82,7 @@ def parse_args(argv=None):
     p.add_argument("--voc-train", default="2007_trainval,2012_trainval", help="lists of VOC to train on, year_list")
     p.add_argument("--voc-val", default="2007_test", help="and to evaluate on")
     p.add_argument("--data-seed", type=int, default=0, help="of the embedded dataset")
+    p.add_argument("--train-images", type=int, help="train on the first so many images only, 0 for all (default 0; shapes 300, its teacher all)")
     p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 (default 800; shapes 72-120; --eval, --predict: as trained)")
     preset("photometric", "training images with other brightness, contrast, saturation and hue; shapes: off", action=argparse.BooleanOptionalAction)
     p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
@@ -124,7 +125,7 @@ def parse_args(argv=None):
     p.add_argument("--control", default="run", help="the same student continued without distillation: run it too, in OUT/control; the folder of such a run; or none")
     # schedule
     p.add_argument("--schedule", choices=("1x", "2x"), help="12 or 24 epochs (default 2x)")
-    p.add_argument("--epochs", type=int, help="instead of --schedule (shapes 4); x0.1 at 2/3 and 11/12")
+    p.add_argument("--epochs", type=int, help="instead of --schedule (shapes 16); x0.1 at 2/3 and 11/12")
     p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
     p.add_argument("--batch-size", type=int, help="images per process and step (default 2; shapes 16)")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
@@ -162,7 +163,7 @@ def check_flags(p, args):
     for names, ok, text in (
             (("k", "epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "proto_max_images"), lambda v: v >= 1, "must be at least 1"),
             (("lr", "refresh", "resp_tau"), lambda v: 0 < v < math.inf, "must be positive"),
-            (("workers", "lam", "proj_lambda", "alpha_global", "alpha_feat", "alpha_resp", "bg_weight", "proto_min_size", "weight_decay"),
+            (("workers", "lam", "proj_lambda", "alpha_global", "alpha_feat", "alpha_resp", "bg_weight", "proto_min_size", "weight_decay", "train_images"),
              lambda v: 0 <= v < math.inf, "must be 0 or more"),
             (("density_filter",), lambda v: 0 <= v < 1, "must be at least 0 and below 1")):
         for name in names:
@@ -993,6 +994,9 @@ def make_data(args, split, augmented=True, raw=None):
     else:
         images, annotations = find_coco(root, split)
         raw = raw or read_coco(annotations)
+    if split == "train" and args.train_images:
+        kept = {i["id"] for i in raw["images"][:args.train_images]}
+        raw = raw | dict(images=[i for i in raw["images"] if i["id"] in kept], annotations=[a for a in raw["annotations"] if a["image_id"] in kept])
     return CocoDataset(images, annotations, train, args.image_size, raw=raw, photometric=train and args.photometric), raw
 
 
@@ -1028,8 +1032,8 @@ class Instances:
 
 def fill_defaults(args, kind):
     """Defaults that depend on the data, the preset and the kind of the detectors."""
-    small = dict(epochs=4, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
-    full = dict(epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
+    small = dict(epochs=16, train_images=300, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
+    full = dict(train_images=0, epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
     for name, value in (PRESETS[args.preset] | (small if args.data == "shapes" else full)).items():
         if getattr(args, name) is None and not (name == "student" and args.init not in (None, "imagenet", "none")):
             setattr(args, name, value)
@@ -1092,7 +1096,7 @@ def train(args, rank, world, device):
 def continued(args, out, rank, world, device):
     """Metrics of the same student trained as long without distillation: of an earlier run's folder, or of one made now in OUT/control."""
     folder = out / "control" if args.control == "run" else Path(args.control)
-    same = "data dataset voc_train data_seed image_size init student epochs max_iters optimizer lr weight_decay photometric seed amp".split()
+    same = "data dataset voc_train data_seed train_images image_size init student epochs max_iters optimizer lr weight_decay photometric seed amp".split()
     if (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt")
         theirs, ours = ({**flags, "total batch": total} for flags, total in (
@@ -1335,7 +1339,8 @@ def shapes_detector(name, args, rank, world, device):
             if draft.exists() and not (draft / "last.pt").exists():
                 shutil.rmtree(draft)
         barrier()
-        flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "none", "--student", name, "--epochs", "8", "--out", str(draft)]
+        flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "none", "--student", name, "--out", str(draft)]
+        flags += ["--epochs", "8", "--train-images", "0"] if name.endswith("32") else ["--epochs", "32"]  # the teacher sees all images
         flags += ["--workers", str(args.workers)] + ["--resume"] * (draft / "last.pt").exists()
         train(parse_args(flags), rank, world, device)
         if rank == 0:

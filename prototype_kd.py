@@ -5,11 +5,11 @@ features span BOTH spaces well: the prototypes (PGM, Eqs. 2-5, Alg. 1). An objec
 that mean the same in either space: global knowledge. The student is pulled to the teacher's coordinates (Eq. 6). Where teacher and student disagree
 about an object's coordinates, what the teacher says of it may be noise: sigma, one minus the gap (Eq. 8), weighs that loss and the two usual ones, on
 features (Eq. 7) and on class scores (RDM, Eq. 9). All of it once per FPN level; prototypes are picked anew every T epochs, as the student moves
-(Alg. 2). The detectors are torchvision's own, called stage by stage; the student that comes out is a plain torchvision model.
+(Alg. 2). The detectors are torchvision's own, called stage by stage; the student that comes out has torchvision's parameters and their names.
 
-The authors' code never evaluates Eq. 6 and adds what the paper does not say: --preset released does as it does, --preset paper (default) as the
-paper says. Both detectors are trained already when distillation starts, so beside every distilled student this script trains the same student for as
-long WITHOUT distillation and prints both (--control).
+The authors' code never evaluates Eq. 6 and adds what the paper does not say: --preset released follows its configuration, --preset paper (default) the
+paper, as far as it says; what remains open, and what we chose, stands at PRESETS. Both detectors are trained already when distillation starts, so beside
+every distilled student this script trains the same student for as long WITHOUT distillation and prints both (--control).
 
     python prototype_kd.py --data shapes                                  # teacher, student, continued student, distilled student on 2 cores
     torchrun --nproc_per_node 8 prototype_kd.py                           # COCO, Faster R-CNN R101 -> R50: paper 38.4 -> 40.6 AP
@@ -45,6 +45,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, box_iou, clip_boxes_to_image, deform_conv2d, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -58,7 +59,14 @@ from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume
 from common.shapes import ShapesError, make_shapes
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
-PRESETS = dict(  # where the paper and the authors' code differ; each is a flag of its own
+# Where the paper and the authors' code differ; each is a flag of its own. Choices of ours, in both presets:
+# - Projections (Eqs. 6, 8) are cosines, as in the code: with lambda = 10 in them, "exactly as in Eq. 5", the gap shrinks by 21 and Eq. 6 by 441 (--proj-lambda).
+# - Eq. 7 is a mean over channels, cells and levels, not a sum over them; FGFI's threshold (IoU above half of a box's best) holds level by level.
+# - Prototypes come from --proto-max-images images of a class. Features are unit vectors; a picked instance cannot be picked again.
+# - RetinaNet's class scores are compared as independent probabilities (Bernoulli KL), as its focal loss sees them; levels are averaged.
+# "released" keeps: mean features by 8 x 8 RoIAlign samples (code: whole cells), the largest sigma where boxes overlap (code: the last box's), fp64
+# selection (code: half precision, in which prototypes come out other and repeated), torchvision's losses and proposals.
+PRESETS = dict(
     paper=dict(alpha_global=1.0, alpha_feat=1.0, alpha_resp=5.0, sigma="l2", sigma_clamp=True, instances="gt", level_assign="all", kd_local="fgfi",
                bg_weight=0.0, feat_norm="cells", adapt="conv1x1relu", resp_tau=1.0, resp_norm="sum", kd_decay="none", density_filter=0.0,
                proto_min_size=0.0, photometric=True),
@@ -90,8 +98,9 @@ def parse_args(argv=None):
     p.add_argument("--teacher", help=f"one of {', '.join(ZOO)}, an mmdetection .pth or our .pt; none: plain training "
                    "(default faster_r101; shapes: trained on demand)")
     p.add_argument("--init", help="what the student starts from: as --teacher; imagenet; none "
-                   "(default: the r50 of the teacher's kind, trained on COCO; shapes: trained on demand)")
-    p.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, retina_r18, retina_tiny8 ... (default faster_r50)")
+                   "(default: the r50 of the teacher's kind, trained on COCO; --teacher none, or voc: imagenet; shapes: trained on demand)")
+    p.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, retina_r18, retina_tiny8 ... (default: the teacher's kind, else "
+                   "faster, on r50; shapes on tiny8)")
     # the method
     p.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="what the flags below are where they are not given")
     preset("alpha-global", "alpha_1 of Eq. 9", type=float)
@@ -106,7 +115,8 @@ def parse_args(argv=None):
     preset("proto-min-size", "prototypes only from objects wider and taller than this, pixels of the file", type=float)
     preset("density-filter", "share of a class, the least dense in features, that may not be prototype", type=float)
     p.add_argument("--proj", choices=("independent", "sequential", "joint"), default="independent", help="projection P of Eqs. 6, 8")
-    p.add_argument("--proj-lambda", type=float, default=0.0, help="lambda in the projection; 0 and independent: cosines")
+    p.add_argument("--proj-lambda", type=float, default=0.0, help="lambda in the projection; 0 and independent: cosines; 10, the paper's word, "
+                   "shrinks Eq. 6 by 441")
     p.add_argument("--center", action="store_true", help="subtract each space's mean feature first (not in the paper; see README)")
     p.add_argument("--all-class-prototypes", action="store_true", help="Eq. 6 over the prototypes of all classes, not of the object's own")
     preset("sigma", "Eq. 8 by the l2 norm, by the largest cosine, or 1", choices=("l2", "maxcos", "none"))
@@ -121,7 +131,7 @@ def parse_args(argv=None):
     preset("resp-tau", "temperature of the class scores", type=float)
     preset("resp-norm", "KL as the sum over classes, or their mean", choices=("sum", "mean"))
     p.add_argument("--resp-rois", choices=("pos", "all"), default="pos", help="whose class scores: positive proposals (anchors), or all")
-    preset("kd-decay", "linear: the global and feature losses fall to 0 over the run", choices=("none", "linear"))
+    preset("kd-decay", "linear: the global and feature losses fall epoch by epoch, to 0 after the last", choices=("none", "linear"))
     p.add_argument("--control", default="run", help="the same student continued without distillation: run it too, in OUT/control; the folder of such a run; or none")
     # schedule
     p.add_argument("--schedule", choices=("1x", "2x"), help="12 or 24 epochs (default 2x)")
@@ -424,8 +434,9 @@ def build(name, outputs, init="none", mmdet=False):
     sides = [tuple(sides[i:i + 3] if retina else sides[i:i + 1]) for i in range(0, len(sides), 3 if retina else 1)]
     anchors = (ExactAnchors(sides, STRIDES["retina" if retina else "faster"]) if mmdet else
                AnchorGenerator([tuple(int(s) for s in level) for level in sides], ((0.5, 1.0, 2.0),) * 5))
-    if retina:
-        return RetinaNet(backbone, outputs, anchor_generator=anchors, detections_per_img=100)
+    if retina:  # tiny: GroupNorm in the head, as in torchvision's version 2; without it the head does not learn from random weights
+        head = RetinaNetHead(dim, 9, outputs, norm_layer=lambda c: nn.GroupNorm(8, c)) if tiny else None
+        return RetinaNet(backbone, outputs, anchor_generator=anchors, head=head, detections_per_img=100)
     small = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_test=100,
                  rpn_batch_size_per_image=64, box_batch_size_per_image=32) if tiny else {}
     hidden = 256 if tiny else 1024
@@ -730,7 +741,7 @@ def paint(cells, owner, value, count):
 
 # ================================================================== the bank: prototypes of every class and level
 
-def everywhere(item):
+def all_gather(item):
     """The items of all processes, as a list, on all of them."""
     if not (dist.is_available() and dist.is_initialized()):
         return [item]
@@ -803,36 +814,41 @@ class Bank:
         since, args, before = time.time(), self.args, getattr(self, "ids", None)
         if self.teacher is None:
             self.teacher = by_class(extract(teacher, self.instances, device, args), len(self.classes), rank, world)
-        pupil = by_class(extract(student, self.instances, device, args), len(self.classes), rank, world)
-        mine, sums = {}, {}
-        for c, (ids, f_s) in pupil.items():
-            f_t = self.teacher[c][1]
-            sums[c] = len(ids), f_t.double().sum(0), f_s.double().sum(0)
-        sums = dict(sorted(x for part in everywhere(sums) for x in part.items()))
-        if not sums:
-            raise UserError("prototypes: no image holds an object to make them of; lower --proto-min-size")
-        count = torch.tensor([sums[c][0] if c in sums else 0 for c in range(len(self.classes))])
-        center = [sum(s[i] for s in sums.values()) / count.sum() for i in (1, 2)]  # in the order of classes: the same bits for any number of processes
-        for name, x in zip(("teacher", "student"), center):
-            if not x.isfinite().all():
-                raise UserError(f"prototypes: the {name}'s features are not finite; its weights are damaged, or --lr is too high")
-        center_t, center_s = (x.float() if args.center else torch.zeros_like(x).float() for x in center)
-        for c, (ids, f_s) in pupil.items():
-            u_t, u_s = F.normalize(self.teacher[c][1] - center_t, dim=-1), F.normalize(f_s - center_s, dim=-1)
+        pairs = {c: (ids, self.teacher[c][1], f_s) for c, (ids, f_s) in by_class(extract(student, self.instances, device, args), len(self.classes), rank, world).items()}
+        count, center_t, center_s = self.centers(pairs)
+        picked = {}
+        for c, (ids, f_t, f_s) in pairs.items():
+            u_t, u_s = F.normalize(f_t - center_t, dim=-1), F.normalize(f_s - center_s, dim=-1)
             area = torch.tensor([self.instances.area[i] for i in ids.tolist()])
             for level in range(f_s.shape[1]):
                 picks = choose(u_t[:, level].T, u_s[:, level].T, ids, area, args)
-                mine[c, level] = u_t[picks, level], u_s[picks, level], ids[picks]
+                picked[c, level] = ids[picks], u_t[picks, level], u_s[picks, level]
         (levels, d_t), d_s = center_t.shape, center_s.shape[1]
         shape = len(self.classes), levels, args.k
-        g_t, g_s, valid, ids = torch.zeros(*shape, d_t), torch.zeros(*shape, d_s), torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
-        for (c, level), (a, b, names) in (x for part in everywhere(mine) for x in part.items()):
-            n = len(names)
-            g_t[c, level, :n], g_s[c, level, :n], ids[c, level, :n], valid[c, level, :n] = a, b, names, True
-        self.load(dict(g_t=g_t, g_s=g_s, valid=valid, ids=ids, center_t=center_t, center_s=center_s), device)
-        kept = -1.0 if before is None else len(set(before[before >= 0].tolist()) & set(ids[ids >= 0].tolist())) / len(set(ids[ids >= 0].tolist()))
-        return dict(prototypes=int(valid.sum()), instances=int(count.sum()), kept=kept, without=[n for n, k in zip(self.classes, count.tolist()) if k == 0],
-                    few=[n for n, k in zip(self.classes, count.tolist()) if 0 < k < args.k], seconds=time.time() - since)
+        tensors = dict(g_t=torch.zeros(*shape, d_t), g_s=torch.zeros(*shape, d_s), valid=torch.zeros(shape, dtype=torch.bool), ids=torch.full(shape, -1),
+                       center_t=center_t, center_s=center_s)
+        for part in all_gather(picked):
+            for (c, level), (ids, g_t, g_s) in part.items():
+                for name, value in (("ids", ids), ("g_t", g_t), ("g_s", g_s), ("valid", True)):
+                    tensors[name][c, level, :len(ids)] = value
+        self.load(tensors, device)
+        now, then = (set() if x is None else set(x[x >= 0].tolist()) for x in (tensors["ids"], before))
+        return dict(prototypes=int(tensors["valid"].sum()), instances=int(count.sum()), kept=len(now & then) / len(now) if then else -1.0,
+                    without=[n for n, k in zip(self.classes, count.tolist()) if k == 0], few=[n for n, k in zip(self.classes, count.tolist()) if 0 < k < args.k],
+                    seconds=time.time() - since)
+
+    def centers(self, pairs):
+        """(instances of each class (C,), what is subtracted from teacher's and student's features (L, D): their means with --center, else 0)."""
+        sums = {c: (len(ids), f_t.double().sum(0), f_s.double().sum(0)) for c, (ids, f_t, f_s) in pairs.items()}
+        sums = dict(sorted(item for part in all_gather(sums) for item in part.items()))  # summed class by class: the same bits for any number of processes
+        if not sums:
+            raise UserError("prototypes: no image holds an object to make them of; lower --proto-min-size")
+        count = torch.tensor([sums[c][0] if c in sums else 0 for c in range(len(self.classes))])
+        means = [sum(s[i] for s in sums.values()) / count.sum() for i in (1, 2)]
+        for name, x in zip(("teacher", "student"), means):
+            if not x.isfinite().all():
+                raise UserError(f"prototypes: the {name}'s features are not finite; its weights are damaged, or --lr is too high")
+        return count, *(x.float() * self.args.center for x in means)
 
     def load(self, tensors, device):
         for name in self.NAMES:
@@ -1139,7 +1155,7 @@ def fit(student, teacher, data, raw, val, out, args, rank, world, device):
     total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
     span = args.refresh * steps_per_epoch  # between two selections, not always a whole number
     milestones, warmup = (args.epochs * 2 / 3, args.epochs * 11 / 12), min(500, args.epochs * steps_per_epoch // 10)
-    seed_all(args.seed + 1000 * rank)  # here: the samplers of RPN and box head draw alike with and without distillation
+    seed_all(args.seed + 1000 * rank)  # here: the samplers of RPN and box head draw from the same stream with and without distillation
     it, best, due = 0, -2.0, False  # AP is -1 where val holds no box
     if can_resume(out, args.resume, rank, device):
         state = load_checkpoint(out / "last.pt")
@@ -1166,7 +1182,7 @@ def fit(student, teacher, data, raw, val, out, args, rank, world, device):
               f"lr {args.lr:g} at 16 -> {lr:g} | {args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
     def save_last(due=False):  # due: the evaluation of this step is still to come
-        rng = everywhere(rng_state())
+        rng = all_gather(rng_state())
         if rank == 0:
             adapters = {k: v for k, v in learner.state_dict().items() if k.startswith("adapters.")}
             save_checkpoint(dict(weights_of(student), adapters=adapters, bank=bank and bank.tensors(), optimizer=optimizer.state_dict(), it=it, best=best,
@@ -1243,7 +1259,8 @@ def fit(student, teacher, data, raw, val, out, args, rank, world, device):
 
 
 def weights_of(model):
-    """What a detector is, as plain values and tensors; "model" loads strictly into the plain torchvision detector."""
+    """What a detector is, as plain values and tensors. "model" has the names of torchvision's detector; load_detector also restores what names do not
+    tell: mmdetection's anchors and pooling, version 1's eps."""
     return dict(arch=model.arch, classes=model.arch["classes"], model=model.state_dict())
 
 

@@ -300,6 +300,21 @@ def test_flip_depends_on_the_key_only_and_happens_half_the_time(tiny):
     assert mirrored["boxes"].tolist() == [[85 - 29.21875, 4, 85 - 2.65625, 24]]
 
 
+def test_colours_are_distorted_by_the_key_alone(tiny):
+    """The same key, the same colours, whatever the global stream; boxes and flips are those without distortion; the stream is left alone."""
+    plain, distorted = (CocoDataset(*find_coco(tiny, "train"), True, "64", photometric=p) for p in (False, True))
+    changed = 0
+    for seed in range(12):
+        a, state = plain[0, seed], torch.get_rng_state()
+        b = distorted[0, seed]
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(seed)
+        c = distorted[0, seed]
+        assert torch.equal(b["image"], c["image"]) and torch.equal(a["boxes"], b["boxes"]) and b["image"].dtype == torch.uint8
+        changed += not torch.equal(a["image"], b["image"])
+    assert changed > 6
+
+
 def test_evaluation_never_flips_and_takes_the_largest_size(tiny):
     ds = dataset(tiny, "val", image_size="32,96", flip=1.0)
     items = [ds[0, seed] for seed in range(8)]

@@ -108,7 +108,7 @@ def parse_args(argv=None):
     preset("alpha-resp", "alpha_3 of Eq. 9", type=float)
     p.add_argument("--k", type=int, default=10, help="K: prototypes of a class and level")
     p.add_argument("--lam", type=float, default=10.0, help="lambda of Eq. 2, in the selection")
-    p.add_argument("--refresh", type=float, default=1.0, help="T: epochs between two selections; 0.5 is twice an epoch")
+    p.add_argument("--refresh", type=float, help="T: epochs between two selections; 0.5 is twice an epoch (default 1; shapes 4, of 19 steps each)")
     p.add_argument("--proto-method", choices=("pgm", "kmeans", "dbscan", "ambiguous", "random"), default="pgm", help="how prototypes are picked, Table 6")
     p.add_argument("--proto-space", choices=("both", "student", "teacher"), default="both", help="whose features they are picked by, Table 6")
     p.add_argument("--proto-max-images", type=int, default=800, help="images drawn of each class for the selection")
@@ -753,18 +753,18 @@ def all_gather(item):
 @torch.no_grad()
 def extract(model, instances, device, args):
     """(ids (n,), labels (n,), features (n, L, D) on the CPU) of this process's share of the Instances."""
-    training, found, ids = model.training, [], set(instances.area)
+    training, found, wanted = model.training, [], set(instances.area)
     model.eval()
     for batch in tqdm(instances.loader, desc="instances", leave=False, mininterval=1, disable=instances.rank != 0):
         batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             maps = list(model.backbone(images_of(batch).tensors).values())
         image, slot = (batch["labels"] >= 0).nonzero(as_tuple=True)
-        names = [instances.index[batch["image_ids"][i]] * 10000 + k for i, k in zip(image.tolist(), slot.tolist())]
-        keep = [k for k, name in enumerate(names) if name in ids]
+        ids = [instances.index[batch["image_ids"][i]] * 10000 + k for i, k in zip(image.tolist(), slot.tolist())]
+        keep = [k for k, i in enumerate(ids) if i in wanted]
         image, slot = image[keep], slot[keep]
         f = descriptors(maps, STRIDES[kind_of(model)], batch["boxes"][image, slot], image)
-        found.append((torch.tensor([names[k] for k in keep], dtype=torch.long), batch["labels"][image, slot].cpu(), f.cpu()))
+        found.append((torch.tensor([ids[k] for k in keep], dtype=torch.long), batch["labels"][image, slot].cpu(), f.cpu()))
     model.train(training)
     return tuple(torch.cat(part) for part in zip(*found)) if found else (torch.zeros(0).long(), torch.zeros(0).long(), None)
 
@@ -818,11 +818,11 @@ class Bank:
         count, center_t, center_s = self.centers(pairs)
         picked = {}
         for c, (ids, f_t, f_s) in pairs.items():
-            u_t, u_s = F.normalize(f_t - center_t, dim=-1), F.normalize(f_s - center_s, dim=-1)
+            u_t, u_s = (F.normalize(f - center, dim=-1).to(device) for f, center in ((f_t, center_t), (f_s, center_s)))
             area = torch.tensor([self.instances.area[i] for i in ids.tolist()])
             for level in range(f_s.shape[1]):
-                picks = choose(u_t[:, level].T, u_s[:, level].T, ids, area, args)
-                picked[c, level] = ids[picks], u_t[picks, level], u_s[picks, level]
+                picks = choose(u_t[:, level].T, u_s[:, level].T, ids, area, args).cpu()
+                picked[c, level] = ids[picks], u_t[picks, level].cpu(), u_s[picks, level].cpu()
         (levels, d_t), d_s = center_t.shape, center_s.shape[1]
         shape = len(self.classes), levels, args.k
         tensors = dict(g_t=torch.zeros(*shape, d_t), g_s=torch.zeros(*shape, d_s), valid=torch.zeros(shape, dtype=torch.bool), ids=torch.full(shape, -1),
@@ -1048,8 +1048,8 @@ class Instances:
 
 def fill_defaults(args, kind):
     """Defaults that depend on the data, the preset and the kind of the detectors."""
-    small = dict(epochs=16, train_images=300, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
-    full = dict(train_images=0, epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
+    small = dict(epochs=16, train_images=300, refresh=4.0, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
+    full = dict(train_images=0, refresh=1.0, epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
     for name, value in (PRESETS[args.preset] | (small if args.data == "shapes" else full)).items():
         if getattr(args, name) is None and not (name == "student" and args.init not in (None, "imagenet", "none")):
             setattr(args, name, value)

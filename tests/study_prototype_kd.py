@@ -37,13 +37,13 @@ ARMS = {
     "feature": only("feat", 1),
     "response": only("resp", 5),
     "released": ["--preset", "released", "--proto-min-size", "0"],
-    "response, sigma 1": [*only("resp", 5), "--sigma", "none"],
     "global x 10, raw": [x for x in CENTRED if x != "--center"],
     "global x 10, centred": CENTRED,
     "centred, random": [*CENTRED, "--proto-method", "random"],
-    "centred, k-means": [*CENTRED, "--proto-method", "kmeans", "--proto-space", "student"],
     "centred, untrained teacher": [*CENTRED, "--teacher", "UNTRAINED"],
+    "centred, k-means": [*CENTRED, "--proto-method", "kmeans", "--proto-space", "student"],
     "all three, centred": ["--center"],
+    "response, sigma 1": [*only("resp", 5), "--sigma", "none"],
 }
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 

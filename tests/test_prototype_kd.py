@@ -521,8 +521,11 @@ def test_aligned_pool_is_the_mean_of_whole_cells():
 
 def test_presets_differ_where_the_facts_say_and_a_flag_beats_its_preset():
     paper, released = arguments("--student", "faster_tiny8"), arguments("--preset", "released", "--resp-tau", "3")
-    assert (paper.alpha_global, paper.alpha_feat, paper.alpha_resp, paper.k, paper.lam, paper.refresh) == (1, 1, 5, 10, 10, 1) and not paper.bg_weight
+    assert (paper.alpha_global, paper.alpha_feat, paper.alpha_resp, paper.k, paper.lam) == (1, 1, 5, 10, 10) and not paper.bg_weight
     assert released.alpha_global == 0 and released.sigma == "maxcos" and released.resp_tau == 3 and released.adapt == "conv3x3"
+    full = parse_args([])
+    prototype_kd.fill_defaults(full, "retina")
+    assert (full.refresh, full.epochs, full.lr, full.student, full.batch_size) == (1, 24, 0.01, "retina_r50", 2)
     assert set(PRESETS["paper"]) == set(PRESETS["released"])
 
 

@@ -1,5 +1,5 @@
 """prototype_kd.py: the numbers of the paper's equations, by hand and by slow loops; torchvision's own training step, bit by bit; weights of others."""
-import argparse
+import importlib.util
 import json
 import math
 import re
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import crosskd
 import prototype_kd
 from prototype_kd import (PRESETS, STRIDES, ZOO, Bank, Distiller, ExactAnchors, best_anchors, build, coefficients, convert_mmdet, dense, descriptors, detect, global_gap,
                           images_of, inside_box, kind_of, kl_bernoulli, kl_softmax, level_of, load_detector, new_detector, paint, parse_args, project, reliability,
@@ -539,3 +540,76 @@ def test_bad_flags_give_one_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags)
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------ mmdetection's detectors, written down a second time
+
+def filled(golden, name, tmp_path):
+    """(state under mmdetection's keys with the golden set's reproducible numbers, the file, normalised images of two sizes)."""
+    spec = importlib.util.spec_from_file_location("fill", golden / "fill.py")
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    keys = json.loads((golden / "mmdet_keys" / f"{name}.json").read_text())
+    state = fill.fill({k: torch.zeros(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in keys.items()})
+    torch.save(dict(state_dict=state), tmp_path / "m.pth")
+    return {k: v.double() for k, v in state.items()}, tmp_path / "m.pth", fill.image(256, 320, 2, [(256, 320), (230, 270)]).double()
+
+
+def test_retinanet_of_mmdetection_detects_what_crosskds_does(golden, tmp_path):
+    """crosskd.py's RetinaNet, its own code from anchors to NMS, is held to mmdetection by other goldens; torchvision's, with our anchors and P7, must agree."""
+    _, path, images = filled(golden, "retinanet_r18", tmp_path)
+    ours, (theirs, _) = load_detector(path).double(), crosskd.load_detector(str(path))
+    theirs = theirs.double()
+    sizes = [(256, 320), (230, 270)]
+    with torch.no_grad():
+        maps = theirs(images)[0]
+        out = theirs.flatten(maps)
+        levels = list(ours.backbone(images).values())
+        head = ours.head(levels)
+        found = detect(ours, torchvision.models.detection.image_list.ImageList(images, sizes), dict(enumerate(levels)))
+        want = theirs.detect(maps, torch.tensor(sizes))
+    assert torch.allclose(head["cls_logits"], out["cls"], atol=1e-9) and torch.allclose(head["bbox_regression"], out["reg"], atol=1e-9)
+    anchors = ours.anchor_generator(torchvision.models.detection.image_list.ImageList(images, sizes), levels)[0]
+    assert torch.allclose(anchors.double(), theirs.priors([x.shape[-2:] for x in levels], "cpu").double(), atol=1e-4)
+    for f, (boxes, scores, labels) in zip(found, want):
+        keep = ((f["boxes"][:, 2:] - f["boxes"][:, :2]) > 0).all(1)  # torchvision keeps boxes that lie wholly outside, where they have no area
+        n = int(keep.sum())
+        assert n > 80 and torch.equal(f["labels"][keep], labels[:n]) and torch.allclose(f["scores"][keep], scores[:n], atol=1e-9)
+        assert torch.allclose(f["boxes"][keep], boxes[:n], atol=1e-3)
+
+
+def test_faster_rcnn_of_mmdetection_stage_by_stage(golden, tmp_path):
+    """FPN, RPN and box head as their configuration says, from their keys, in plain functions; fp64."""
+    state, path, images = filled(golden, "faster_rcnn_r50", tmp_path)
+    ours = load_detector(path).double()
+    body = torchvision.models.resnet50(weights=None)
+    body.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, strict=False)
+    body = body.double().eval()
+    conv = lambda x, name, **how: F.conv2d(x, state[name + ".weight"], state[name + ".bias"], **how)
+    with torch.no_grad():
+        x, stages = body.maxpool(body.relu(body.bn1(body.conv1(images)))), []
+        for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+            x = stage(x)
+            stages.append(x)
+        lateral = [conv(x, f"neck.lateral_convs.{k}.conv") for k, x in enumerate(stages)]
+        for k in (2, 1, 0):
+            lateral[k] = lateral[k] + F.interpolate(lateral[k + 1], size=lateral[k].shape[-2:], mode="nearest")
+        levels = [conv(x, f"neck.fpn_convs.{k}.conv", padding=1) for k, x in enumerate(lateral)]
+        levels.append(levels[3][:, :, ::2, ::2])
+        maps = ours.backbone(images)
+        assert list(maps) == ["0", "1", "2", "3", "pool"] and all(torch.allclose(a, b, atol=1e-9) for a, b in zip(maps.values(), levels))
+        objectness, deltas = ours.rpn.head(levels)
+        for level, a, b in zip(levels, objectness, deltas):
+            hidden = conv(level, "rpn_head.rpn_conv", padding=1).relu()
+            assert torch.allclose(a, conv(hidden, "rpn_head.rpn_cls"), atol=1e-9) and torch.allclose(b, conv(hidden, "rpn_head.rpn_reg"), atol=1e-9)
+        boxes = torch.tensor([[10.0, 20, 60, 70], [0, 0, 300, 250], [40, 30, 200, 150], [5.5, 7.25, 118.75, 119.5]]).double()  # sides 50, 274, 139, 113
+        logits, offsets = ours.roi_heads.box_predictor(ours.roi_heads.box_head(ours.roi_heads.box_roi_pool(maps, [boxes[:2], boxes[2:]], [(256, 320)] * 2)))
+        for i, (box, image, level) in enumerate(zip(boxes, (0, 0, 1, 1), (0, 2, 1, 1))):  # floor(log2(side / 56)), 0 to 3
+            roi = torchvision.ops.roi_align(levels[level], torch.cat([torch.tensor([image]).double(), box])[None], 7, 1 / 2 ** (level + 2), 0, True)
+            hidden = roi.flatten(1)
+            for k in (0, 1):
+                hidden = F.linear(hidden, state[f"roi_head.bbox_head.shared_fcs.{k}.weight"], state[f"roi_head.bbox_head.shared_fcs.{k}.bias"]).relu()
+            z = F.linear(hidden, state["roi_head.bbox_head.fc_cls.weight"], state["roi_head.bbox_head.fc_cls.bias"])[0]
+            r = F.linear(hidden, state["roi_head.bbox_head.fc_reg.weight"], state["roi_head.bbox_head.fc_reg.bias"])[0]
+            assert torch.allclose(logits[i], torch.cat([z[80:], z[:80]]), atol=1e-9) and torch.allclose(offsets[i, 4:], r, atol=1e-9)
+    assert ours.roi_heads.box_coder.weights == (10.0, 10.0, 5.0, 5.0) and ours.rpn.box_coder.weights == (1.0, 1.0, 1.0, 1.0)

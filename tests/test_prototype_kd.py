@@ -575,7 +575,8 @@ def test_retinanet_of_mmdetection_detects_what_crosskds_does(golden, tmp_path):
         keep = ((f["boxes"][:, 2:] - f["boxes"][:, :2]) > 0).all(1)  # torchvision keeps boxes that lie wholly outside, where they have no area
         n = int(keep.sum())
         assert n > 80 and torch.equal(f["labels"][keep], labels[:n]) and torch.allclose(f["scores"][keep], scores[:n], atol=1e-9)
-        assert torch.allclose(f["boxes"][keep], boxes[:n], atol=1e-3)
+        large = ((boxes[:n, 2:] - boxes[:n, :2]) > 20).all(1)  # mmdetection never shrinks an anchor by more than 62.5, torchvision does: sides below 15 pixels
+        assert large.sum() > 30 and (f["boxes"][keep] - boxes[:n])[large].abs().max() < 1e-3
 
 
 def test_faster_rcnn_of_mmdetection_stage_by_stage(golden, tmp_path):

@@ -5,7 +5,8 @@ features span BOTH spaces well: the prototypes (PGM, Eqs. 2-5, Alg. 1). An objec
 that mean the same in either space: global knowledge. The student is pulled to the teacher's coordinates (Eq. 6). Where teacher and student disagree
 about an object's coordinates, what the teacher says of it may be noise: sigma, one minus the gap (Eq. 8), weighs that loss and the two usual ones, on
 features (Eq. 7) and on class scores (RDM, Eq. 9). All of it once per FPN level; prototypes are picked anew every T epochs, as the student moves
-(Alg. 2). The detectors are torchvision's own, called stage by stage; the student that comes out has torchvision's parameters and their names.
+(Alg. 2). The detectors are torchvision's own, called stage by stage; the student that comes out has torchvision's parameters and their names (one that started from mmdetection's
+weights has that library's anchors and pooling, too, which load_detector restores).
 
 The authors' code never evaluates Eq. 6 and adds what the paper does not say: --preset released follows its configuration, --preset paper (default) the
 paper, as far as it says; what remains open, and what we chose, stands at PRESETS. Both detectors are trained already when distillation starts, so beside
@@ -13,11 +14,11 @@ every distilled student this script trains the same student for as long WITHOUT 
 
     python prototype_kd.py --data shapes                                  # teacher, student, continued student, distilled student on 2 cores
     torchrun --nproc_per_node 8 prototype_kd.py                           # COCO, Faster R-CNN R101 -> R50: paper 38.4 -> 40.6 AP
-    torchrun --nproc_per_node 8 prototype_kd.py --teacher retina_r101     # RetinaNet R101 -> R50: paper 37.4 -> 39.8 AP
-    torchrun --nproc_per_node 8 prototype_kd.py --teacher fasterrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn   # torchvision's weights
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher none --student faster_r101 --init imagenet --out runs/t   # VOC: a teacher,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher none --init imagenet --out runs/s                         # a student,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --data data --teacher runs/t/best.pt --init runs/s/best.pt                      # and both
+    torchrun --nproc_per_node 8 prototype_kd.py --teacher retina_r101 --out runs/retina      # RetinaNet R101 -> R50: paper 37.4 -> 39.8 AP
+    torchrun --nproc_per_node 8 prototype_kd.py --teacher fasterrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn --out runs/tv   # torchvision's weights
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --student faster_r101 --out runs/voc_teacher                     # VOC: a teacher,
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --student faster_r50 --out runs/voc_student                      # a student,
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher runs/voc_teacher/best.pt --init runs/voc_student/best.pt --out runs/voc   # and both
     python prototype_kd.py --eval fasterrcnn_resnet50_fpn_v2              # metrics of any of these, or of runs/x/best.pt
     python prototype_kd.py --predict photo.jpg dir/ --weights runs/x/best.pt
 Not run by us: COCO and VOC at full size. What was measured, with commands: README.
@@ -47,8 +48,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, box_iou, clip_boxes_to_image, deform_conv2d, roi_align
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, deform_conv2d, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 from tqdm import tqdm
 
 from common.boxes import constant
@@ -102,7 +104,7 @@ def parse_args(argv=None):
     p.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, retina_r18, retina_tiny8 ... (default: the teacher's kind, else "
                    "faster, on r50; shapes on tiny8)")
     # the method
-    p.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="what the flags below are where they are not given")
+    p.add_argument("--preset", choices=tuple(PRESETS), help="what the flags below are where they are not given (default paper)")
     preset("alpha-global", "alpha_1 of Eq. 9", type=float)
     preset("alpha-feat", "alpha_2 of Eq. 9", type=float)
     preset("alpha-resp", "alpha_3 of Eq. 9", type=float)
@@ -158,10 +160,14 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="for --predict: as for --eval")
     p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
     args = p.parse_args(argv)
+    check_conflicts(p, args)
     args.out = args.out or "runs/prototype_kd" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    last = Path(args.out) / "last.pt"
-    if args.resume and last.exists():  # the flags of that run, then those given now
-        p.set_defaults(**saved_flags(last))
+    last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
+    if args.resume and (last.exists() or first.exists()):  # the flags of that run (it may have got no further than its control), then those given now
+        saved = saved_flags(last) if last.exists() else json.loads(first.read_text())["args"]
+        if args.preset not in (None, saved["preset"]):
+            p.error(f"--preset {args.preset}: the run in {args.out} has {saved['preset']}, and --resume keeps its flags; give the single flags that shall change")
+        p.set_defaults(**saved | dict(resume=False))
         args = p.parse_args(argv)
     check_flags(p, args)
     return args
@@ -179,6 +185,14 @@ def check_flags(p, args):
         for name in names:
             if name in given and not ok(given[name]):
                 p.error(f"--{name.replace('_', '-')} {given[name]}: {text}")
+
+    for name in ("voc_train", "voc_val"):
+        if not re.fullmatch(r"\s*\d{4}_\w+\s*(,\s*\d{4}_\w+\s*)*", given[name]):
+            p.error(f"--{name.replace('_', '-')} {given[name]}: expected year_list, as 2007_trainval,2012_trainval")
+
+
+def check_conflicts(p, args):
+    """Stops with a line where flags that were given contradict each other."""
     if args.eval and args.predict:
         p.error("--eval and --predict: one at a time")
     if args.predict and not args.weights:
@@ -189,9 +203,6 @@ def check_flags(p, args):
         p.error(f"--proto-method {args.proto_method}: clusters one space; add --proto-space student or teacher")
     if args.proto_method in ("ambiguous", "random") and args.proto_space != "both":
         p.error(f"--proto-space {args.proto_space}: --proto-method {args.proto_method} looks at no features")
-    for name in ("voc_train", "voc_val"):
-        if not re.fullmatch(r"\s*\d{4}_\w+\s*(,\s*\d{4}_\w+\s*)*", given[name]):
-            p.error(f"--{name.replace('_', '-')} {given[name]}: expected year_list, as 2007_trainval,2012_trainval")
     if args.schedule and args.epochs:
         p.error("--schedule and --epochs: one of them")
     if args.kd_relation == "rkd" and args.all_class_prototypes:
@@ -200,6 +211,12 @@ def check_flags(p, args):
         p.error("--all-class-prototypes: compares cosines; --proj and --proj-lambda must stay independent and 0")
     if args.student and args.init not in (None, "imagenet", "none"):
         p.error(f"--student {args.student}: --init {args.init} says already what the student is")
+    if args.data == "shapes" and args.dataset == "voc":
+        p.error("--dataset voc: --data shapes is read as COCO")
+    if args.table and (args.data != "shapes" or args.teacher or args.init or args.control != "run"):
+        p.error("--table: belongs to --data shapes and makes its own teacher, student and control")
+    if args.proj == "joint" and not args.proj_lambda:
+        p.error("--proj joint: needs --proj-lambda above 0; two prototypes may be almost alike")
 
 
 def fp32(x):
@@ -418,7 +435,7 @@ def build(name, outputs, init="none", mmdet=False):
                 m.eps = 0.0  # version 1 was trained so
         if name.startswith("maskrcnn"):
             model.roi_heads.mask_roi_pool = None  # has_mask() is false then; the weights stay
-        return model
+        return with_scales(model)
     kind, _, body = name.partition("_")
     if kind not in ("faster", "retina", "cascade") or not (body in BACKBONES or re.fullmatch("tiny(8|16|24|32|48|64)", body) or
                                                              mmdet and body in ("x101_32x4d", "x101_32x4d_dcn")):
@@ -445,6 +462,14 @@ def build(name, outputs, init="none", mmdet=False):
         model.roi_heads = CascadeHeads(dim, outputs)
     elif mmdet:
         model.roi_heads.box_roi_pool = AlignedPool()
+    return with_scales(model)
+
+
+def with_scales(model):
+    """torchvision's RoI pooling guesses the maps' scales from the first image it sees, and wrongly where padding adds half of a side: tell it."""
+    pool = getattr(getattr(model, "roi_heads", None), "box_roi_pool", None)
+    if isinstance(pool, MultiScaleRoIAlign):
+        pool.scales, pool.map_levels = [1 / s for s in STRIDES["faster"][:4]], initLevelMapper(2, 5, pool.canonical_scale, pool.canonical_level)
     return model
 
 
@@ -548,12 +573,14 @@ class DeformConv(nn.Conv2d):
         self.conv_offset = nn.Conv2d(conv.in_channels, 18, 3, conv.stride, 1)
 
     def forward(self, x):
-        return deform_conv2d(x, self.conv_offset(x), self.weight, None, self.stride, self.padding)
+        offset = fp32(self.conv_offset(x))
+        with torch.autocast(x.device.type, enabled=False):  # it has no bf16 kernel on the CPU
+            return deform_conv2d(fp32(x), offset, self.weight, None, self.stride, self.padding)
 
 
 class CascadeHeads(nn.Module):
     """Three box heads (Cai and Vasconcelos 2018), class-agnostic boxes, each working on the boxes of the one before; only for teachers: no training."""
-    WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+    WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067))  # mmdetection's
 
     def __init__(self, dim, outputs):
         super().__init__()
@@ -655,6 +682,8 @@ def load_detector(spec, flag="--weights"):
                 raise UserError(f"{flag} {path}: is a detector of another script of this project")
         else:
             meta, state = checkpoint.get("meta") or {}, checkpoint.get("state_dict", checkpoint)
+            if "style='caffe'" in str(meta.get("config", "")):
+                raise UserError(f"{flag} {path}: a backbone in caffe's style (BGR pixels, other strides), which this script does not have; use one in pytorch's style")
             name, count, state = convert_mmdet(state, f"{flag} {path}")
             classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
             first = 0 if name.startswith("retina") else 1
@@ -832,7 +861,8 @@ class Bank:
                 for name, value in (("ids", ids), ("g_t", g_t), ("g_s", g_s), ("valid", True)):
                     tensors[name][c, level, :len(ids)] = value
         self.load(tensors, device)
-        now, then = (set() if x is None else set(x[x >= 0].tolist()) for x in (tensors["ids"], before))
+        now, then = (set() if x is None else {(*at, i) for *at, i in torch.cat([(x >= 0).nonzero()[:, :2], x[x >= 0][:, None]], 1).tolist()}
+                     for x in (tensors["ids"], before if before is None else before.cpu()))
         return dict(prototypes=int(tensors["valid"].sum()), instances=int(count.sum()), kept=len(now & then) / len(now) if then else -1.0,
                     without=[n for n, k in zip(self.classes, count.tolist()) if k == 0], few=[n for n, k in zip(self.classes, count.tolist()) if 0 < k < args.k],
                     seconds=time.time() - since)
@@ -1048,8 +1078,11 @@ class Instances:
 
 def fill_defaults(args, kind):
     """Defaults that depend on the data, the preset and the kind of the detectors."""
+    args.preset = args.preset or "paper"
+    if args.schedule:
+        args.epochs = {"1x": 12, "2x": 24}[args.schedule]
     small = dict(epochs=16, train_images=300, refresh=4.0, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
-    full = dict(train_images=0, refresh=1.0, epochs=12 if args.schedule == "1x" else 24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
+    full = dict(train_images=0, refresh=1.0, epochs=24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
     for name, value in (PRESETS[args.preset] | (small if args.data == "shapes" else full)).items():
         if getattr(args, name) is None and not (name == "student" and args.init not in (None, "imagenet", "none")):
             setattr(args, name, value)
@@ -1063,7 +1096,8 @@ def fill_defaults(args, kind):
 def train(args, rank, world, device):
     """Train the student under args; returns the last evaluation's metrics (rank 0) or None."""
     if rank == 0 and not args.resume:
-        answer_folder(args.out)  # a folder in use is refused before anything is trained or read
+        if (Path(args.out) / "log.jsonl").exists():  # before anything is read or trained
+            raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or delete it")
     given = [spec for spec in (args.init, args.teacher) if spec not in (None, "imagenet", "none")]
     kind = kind_of(load_detector(given[0])) if given else "retina" if (args.student or "").startswith("retina") else "faster"
     fill_defaults(args, kind)
@@ -1078,7 +1112,7 @@ def train(args, rank, world, device):
     else:
         args.control = "none"
     if args.init is None:
-        on_coco = args.teacher != "none" and args.dataset == "coco"
+        on_coco = args.teacher != "none" and args.dataset == "coco" and args.student in ZOO
         args.init = shapes_detector(args.student, args, rank, world, device) if args.data == "shapes" else args.student if on_coco else "imagenet"
     seed_all(args.seed)
     if args.init in ("imagenet", "none"):
@@ -1093,6 +1127,10 @@ def train(args, rank, world, device):
     check_classes(student, data.classes, f"--init {args.init}")
     if teacher is not None and kind_of(teacher) != kind_of(student):
         raise UserError(f"--teacher {args.teacher} is a {kind_of(teacher)}, the student a {kind_of(student)}: they must be of one kind")
+    if teacher is not None and kind == "retina":  # its anchors are compared one by one
+        pairs = list(zip(teacher.anchor_generator.cell_anchors, student.anchor_generator.cell_anchors))
+        if any(a.shape != b.shape or (a - b).abs().max() > 1 for a, b in ((a.cpu(), b.cpu()) for a, b in pairs)):
+            raise UserError(f"--teacher {args.teacher}: has other anchors than the student; tiny RetinaNets have smaller ones")
     if args.init != "none" and "tiny" not in student.arch["name"]:
         freeze(student)
     student.arch.update(classes=list(data.classes), image_size=args.image_size)  # --eval and --predict see the images as training did
@@ -1112,7 +1150,7 @@ def train(args, rank, world, device):
 def continued(args, out, rank, world, device):
     """Metrics of the same student trained as long without distillation: of an earlier run's folder, or of one made now in OUT/control."""
     folder = out / "control" if args.control == "run" else Path(args.control)
-    same = "data dataset voc_train data_seed train_images image_size init student epochs max_iters optimizer lr weight_decay photometric seed amp".split()
+    same = "data dataset voc_train voc_val data_seed train_images image_size init student epochs max_iters optimizer lr weight_decay photometric seed amp".split()
     if (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt")
         theirs, ours = ({**flags, "total batch": total} for flags, total in (
@@ -1120,9 +1158,11 @@ def continued(args, out, rank, world, device):
         wrong = [k for k in (*same, "total batch") if theirs.get(k) != ours[k]]
         if wrong or theirs["teacher"] != "none":
             raise UserError(f"--control {folder}: is no continuation without distillation of this run" + (
-                f": its {wrong[0].replace('_', '-')} is {theirs.get(wrong[0])}, here {ours[wrong[0]]}" if wrong else ""))
+                f": its {wrong[0].replace('_', '-')} is {theirs.get(wrong[0])}, here {ours[wrong[0]]}; give another folder, or --control none" if wrong else ""))
     elif args.control != "run":
         raise UserError(f"--control {folder}: no last.pt there")
+    if args.control != "run" and not (folder / "results.json").exists():
+        raise UserError(f"--control {folder}: that run is not finished; --resume it first")
     if (folder / "results.json").exists():  # written by the last evaluation
         return json.loads((folder / "results.json").read_text()) if rank == 0 else None
     if rank == 0:
@@ -1135,7 +1175,7 @@ def fit(student, teacher, data, raw, val, out, args, rank, world, device):
     """The training loop, Alg. 2: prototypes every --refresh epochs, Eq. 9 in between."""
     classes = data.classes
     seed_all(args.seed)  # H does not depend on what ran before
-    needed = teacher is not None and (args.sigma != "none" or args.alpha_global > 0 and args.kd_relation == "global")
+    needed = teacher is not None and (args.alpha_global > 0 and args.kd_relation == "global" or args.sigma != "none" and args.alpha_feat + args.alpha_resp > 0)
     bank = Bank(args, Instances(make_data(args, "train", False, raw)[0], args, rank, world), classes) if needed else None
     learner = model = Distiller(student, teacher, bank, args).to(device).train()
     for net in filter(None, (student, teacher)):
@@ -1205,7 +1245,7 @@ def fit(student, teacher, data, raw, val, out, args, rank, world, device):
         learner.train()
         if it == 0 and rank == 0 and (news["without"] or news["few"]):
             print(f"warning: no prototype for {', '.join(news['without']) or '-'} (sigma is 1, no global loss there); fewer than {args.k} for {', '.join(news['few']) or '-'}", flush=True)
-        log.write(dict(it=it, epoch=epoch + 1, refresh=True, **{k: news[k] for k in ("prototypes", "instances", "kept", "seconds")}),
+        log.write(dict(it=it + 1, epoch=epoch + 1, refresh=True, **{k: news[k] for k in ("prototypes", "instances", "kept", "seconds")}),
                   f"ep {epoch + 1:02d} {news['prototypes']} prototypes of {news['instances']} instances, {100 * max(0, news['kept']):.0f} % as before | {news['seconds']:.0f}s")
         log.restart_clock()
 
@@ -1222,7 +1262,7 @@ def fit(student, teacher, data, raw, val, out, args, rank, world, device):
         learner.decay = 1 - epoch / args.epochs if args.kd_decay == "linear" else 1.0
         batches, left = iter(loader), len(plan)
         while left and it < total:
-            if bank and (it == 0 or it // span > (it - 1) // span):
+            if bank and (it == 0 or not hasattr(bank, "ids") or it // span > (it - 1) // span):
                 refresh()                                                                                      # Alg. 2, lines 3 to 6
             factor = warmup_multistep(it, steps_per_epoch, milestones, warmup)
             for g in optimizer.param_groups:
@@ -1375,8 +1415,8 @@ def shapes_table(args, rank, world, device):
         setattr(args, role, path)
         rows.append((f"{'teacher' if role == 'teacher' else 'student'} {name}", json.loads((Path(path).parent / "results.json").read_text()), time.time() - since))
         since = time.time()
-    for name, teacher, folder in (("student continued", "none", "control"), ("student distilled", args.teacher, "distilled")):
-        run = argparse.Namespace(**{**vars(args), "teacher": teacher, "student": None, "out": str(out / folder), "control": "none" if teacher == "none" else str(out / "control"),
+    for name, teacher, folder in (("student continued", "none", "continued"), ("student distilled", args.teacher, "distilled")):
+        run = argparse.Namespace(**{**vars(args), "teacher": teacher, "student": None, "out": str(out / folder), "control": "none" if teacher == "none" else str(out / "continued"),
                                     "resume": args.resume and (out / folder / "last.pt").exists(), "table": False})
         rows.append((name, train(run, rank, world, device), time.time() - since))
         since = time.time()

@@ -1,4 +1,5 @@
 """prototype_kd.py: the numbers of the paper's equations, by hand and by slow loops; torchvision's own training step, bit by bit; weights of others."""
+import argparse
 import importlib.util
 import json
 import math
@@ -138,6 +139,9 @@ def test_responses():
     assert kl_softmax(torch.tensor([[0, math.log(3)]]), torch.zeros(1, 2), 1.0).item() == pytest.approx(0.130812, abs=1e-6)
     z = torch.tensor([[1.0, -2]])
     assert kl_softmax(z * 2, z * 0, 2.0).item() == pytest.approx(4 * kl_softmax(z, z * 0, 1.0).item(), rel=1e-6)
+    three = torch.tensor([[math.log(3)]])  # a probability of 3/4 against 1/2: the same number as of two softmax classes
+    assert kl_bernoulli(three, three * 0, 1.0).item() == pytest.approx(0.130812, abs=1e-6)
+    assert kl_bernoulli(three, three * 0, 2.0).item() == pytest.approx(4 * (lambda q: q * math.log(2 * q) + (1 - q) * math.log(2 - 2 * q))(3**0.5 / (1 + 3**0.5)), abs=1e-6)
     assert kl_bernoulli(z, z, 1.0).item() == pytest.approx(0, abs=1e-7) and kl_bernoulli(z, -z, 1.0).item() > 0
 
 
@@ -146,6 +150,19 @@ def test_relations_of_few_instances_are_finite():
         f = torch.randn(n, 4, requires_grad=True)
         rkd_loss(torch.randn(n, 4), f).backward()
         assert f.grad is None or f.grad.isfinite().all()
+
+
+def test_relations_by_hand():
+    """Two instances: the one distance over its mean is 1 in both spaces. Three on a line against a right angle: distances (1, 1, 2) / (4/3) against (1, 1, sqrt 2) / mean."""
+    assert rkd_loss(torch.randn(2, 4), torch.randn(2, 4)).item() == pytest.approx(0, abs=1e-7)
+    line, corner = torch.tensor([[0.0, 0], [1, 0], [2, 0]]), torch.tensor([[1.0, 0], [0, 0], [0, 1]])
+    a, b = [3 / 4, 3 / 4, 3 / 2], [x / ((2 + 2**0.5) / 3) for x in (1, 1, 2**0.5)]
+    distance = sum(0.5 * (x - y) ** 2 for x, y in zip(a, b)) / 3
+    angles = lambda f: torch.tensor([[[0.0 if i in (j, k) else torch.dot(F.normalize(f[j] - f[i], dim=0), F.normalize(f[k] - f[i], dim=0)).item() for k in range(3)]
+                                      for j in range(3)] for i in range(3)])
+    gap = (angles(line) - angles(corner)).abs()
+    angle = torch.where(gap < 1, gap.square() / 2, gap - 0.5).mean().item()
+    assert rkd_loss(line, corner).item() == pytest.approx(distance + 2 * angle, rel=1e-5)
 
 
 def test_levels():
@@ -333,6 +350,42 @@ def make_bank(student, teacher, args, classes=5):
     return bank
 
 
+def test_bank_keeps_classes_and_levels_apart_and_asks_the_teacher_once(monkeypatch):
+    """Facts 9a, 12, 13, 16: min(K, N) distinct prototypes and a mask; other features of class 2 or of level 3 leave all other prototypes as they are."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 30 + [1] * 9 + [2] * 12 + [3])  # class 4 has none
+    ids = torch.randperm(len(labels), generator=g) * 10000
+    f = {"teacher": torch.randn(len(labels), 5, 8, generator=g), "student": torch.randn(len(labels), 5, 6, generator=g)}
+    calls = []
+    monkeypatch.setattr(prototype_kd, "extract", lambda model, *rest: calls.append(model) or (ids, labels, f[model]))
+    instances = argparse.Namespace(area={i: 1.0 for i in ids.tolist()})
+    bank = Bank(arguments("--student", "faster_tiny8"), instances, NAMES)
+    refresh = lambda: bank.refresh("student", "teacher", torch.device("cpu"), 0, 1)
+    news = refresh()
+    first = {k: v.clone() for k, v in bank.tensors().items()}
+    assert first["valid"].sum(-1).tolist() == [[n] * 5 for n in (10, 9, 10, 1, 0)] and news["without"] == ["class 4"] and news["few"] == ["class 1", "class 3"]
+    for c in range(5):
+        for level in range(5):
+            picks = first["ids"][c, level][first["valid"][c, level]]
+            assert len(set(picks.tolist())) == len(picks) and set(picks.tolist()) <= set(ids[labels == c].tolist())
+            rows = [int((ids == i).nonzero()) for i in picks]
+            assert torch.allclose(first["g_s"][c, level, :len(picks)], F.normalize(f["student"][rows, level], dim=-1))
+    assert refresh()["kept"] == 1 and calls == ["teacher", "student", "student"]
+    f["student"] = torch.where((labels == 2)[:, None, None], torch.randn(len(labels), 5, 6, generator=g), f["student"])
+    assert 0.5 < refresh()["kept"] < 1
+    second = {k: v.clone() for k, v in bank.tensors().items()}
+    others = torch.tensor([0, 1, 3, 4])
+    assert all(torch.equal(first[k][others], second[k][others]) for k in ("ids", "g_t", "g_s")) and not torch.equal(first["ids"][2], second["ids"][2])
+    f["student"] = f["student"].clone()
+    f["student"][:, 3] = torch.randn(len(labels), 6, generator=g)
+    refresh()
+    others = torch.tensor([0, 1, 2, 4])
+    assert all(torch.equal(second[k][:, others], bank.tensors()[k][:, others]) for k in ("ids", "g_t", "g_s")) and not torch.equal(second["ids"][:, 3], bank.ids[:, 3])
+    bank.args.center = True
+    refresh()
+    assert torch.allclose(bank.center_t, f["teacher"].mean(0), atol=1e-5) and bank.center_s.abs().max() > 0
+
+
 EVERY = [[], ["--preset", "released"], ["--preset", "released", "--alpha-global", "1", "--sigma-clamp"], ["--kd-relation", "rkd", "--sigma", "none"],
          ["--proj", "joint", "--proj-lambda", "10", "--adapt", "conv1x1"], ["--proj", "sequential", "--proj-lambda", "1", "--center"],
          ["--all-class-prototypes", "--level-assign", "fpn", "--resp-rois", "all"], ["--kd-local", "defeat", "--bg-weight", "4", "--feat-norm", "sigma", "--kd-decay", "linear"]]
@@ -499,6 +552,20 @@ def test_cascade_teacher_loads_detects_and_answers_proposals(tmp_path):
         maps = teacher.backbone(images.tensors)
         logits = prototype_kd.box_logits(teacher, maps, [batch["boxes"][0]], images.image_sizes)
         found = detect(teacher, images, maps)
+        pool, heads = teacher.roi_heads.box_roi_pool, teacher.roi_heads
+        rois, score = teacher.rpn(images, maps)[0][0][:20], 0.0
+        cascaded, _ = heads(maps, [rois], images.image_sizes)
+        for stage, std in enumerate(((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))):  # mmdetection's deltas, by hand
+            x = heads.heads[stage](pool(maps, [rois], images.image_sizes))
+            score = score + heads.cls[stage](x) / 3
+            dx, dy, dw, dh = (heads.reg[stage](x) * torch.tensor(std)).unbind(1)
+            w, h = rois[:, 2] - rois[:, 0], rois[:, 3] - rois[:, 1]
+            cx, cy, w, h = rois[:, 0] + w / 2 + dx * w, rois[:, 1] + h / 2 + dy * h, w * dw.clamp(max=math.log(62.5)).exp(), h * dh.clamp(max=math.log(62.5)).exp()
+            rois = torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1)
+            rois = torch.stack([rois[:, 0].clamp(0, 128), rois[:, 1].clamp(0, 96), rois[:, 2].clamp(0, 128), rois[:, 3].clamp(0, 96)], 1)
+        score = score.softmax(1)
+        assert len(cascaded[0]["scores"]) and all((rois - b).abs().amax(1).min() < 1e-3 and (score[:, k] - s).abs().min() < 1e-5 for b, s, k in zip(
+            cascaded[0]["boxes"], cascaded[0]["scores"], cascaded[0]["labels"]))
     assert logits.shape == (3, 6) and logits.isfinite().all() and set(found[0]) == {"boxes", "scores", "labels"}
 
 
@@ -521,6 +588,9 @@ def test_aligned_pool_is_the_mean_of_whole_cells():
 # ------------------------------------------------------------------ flags
 
 def test_presets_differ_where_the_facts_say_and_a_flag_beats_its_preset():
+    want = dict(alpha_global=0, alpha_feat=1, alpha_resp=1, sigma="maxcos", sigma_clamp=False, instances="proposals", level_assign="fpn", kd_local="defeat", bg_weight=4,
+                feat_norm="sigma", adapt="conv3x3", resp_tau=2, resp_norm="mean", kd_decay="linear", density_filter=0.4, proto_min_size=30, photometric=False)
+    assert PRESETS["released"] == want
     paper, released = arguments("--student", "faster_tiny8"), arguments("--preset", "released", "--resp-tau", "3")
     assert (paper.alpha_global, paper.alpha_feat, paper.alpha_resp, paper.k, paper.lam) == (1, 1, 5, 10, 10) and not paper.bg_weight
     assert released.alpha_global == 0 and released.sigma == "maxcos" and released.resp_tau == 3 and released.adapt == "conv3x3"
@@ -535,6 +605,7 @@ def test_presets_differ_where_the_facts_say_and_a_flag_beats_its_preset():
     (["--density-filter", "1"], "below 1"), (["--proto-method", "kmeans"], "add --proto-space"), (["--proto-method", "random", "--proto-space", "student"], "looks at no features"),
     (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "b"], "belongs to --predict"),
     (["--voc-train", "2007"], "expected year_list"), (["--schedule", "1x", "--epochs", "3"], "one of them"), (["--student", "faster_r50", "--init", "x.pt"], "says already"),
+    (["--table"], "belongs to --data shapes"), (["--data", "shapes", "--dataset", "voc"], "is read as COCO"), (["--proj", "joint"], "needs --proj-lambda"),
     (["--kd-relation", "rkd", "--all-class-prototypes"], "belongs to")])
 def test_bad_flags_give_one_line(flags, words, capsys):
     with pytest.raises(SystemExit):
@@ -574,7 +645,7 @@ def test_retinanet_of_mmdetection_detects_what_crosskds_does(golden, tmp_path):
     for f, (boxes, scores, labels) in zip(found, want):
         keep = ((f["boxes"][:, 2:] - f["boxes"][:, :2]) > 0).all(1)  # torchvision keeps boxes that lie wholly outside, where they have no area
         n = int(keep.sum())
-        assert n > 80 and torch.equal(f["labels"][keep], labels[:n]) and torch.allclose(f["scores"][keep], scores[:n], atol=1e-9)
+        assert n > 70 and torch.equal(f["labels"][keep], labels[:n]) and torch.allclose(f["scores"][keep], scores[:n], atol=1e-9)
         large = ((boxes[:n, 2:] - boxes[:n, :2]) > 20).all(1)  # mmdetection never shrinks an anchor by more than 62.5, torchvision does: sides below 15 pixels
         assert large.sum() > 30 and (f["boxes"][keep] - boxes[:n])[large].abs().max() < 1e-3
 

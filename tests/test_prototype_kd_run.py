@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,15 +66,18 @@ def pair(made, kind, data):
 @pytest.mark.parametrize("kind", ["faster", "retina"])
 def test_two_processes_distil_on_real_photographs_evaluate_and_predict(made, coco_mini, tmp_path, kind):
     out = tmp_path / "run"
-    r = run("--data", coco_mini, *pair(made, kind, "coco"), "--batch-size", 4, "--max-iters", 6, "--refresh", 0.3, *TINY, "--out", out, procs=2)
+    r = run("--data", coco_mini, *pair(made, kind, "coco"), "--batch-size", 4, "--max-iters", 6, "--refresh", 0.3, *TINY, "--log-every", 1, "--out", out, procs=2)
     assert "80 classes" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout and "difference" in r.stdout and "preset paper" in r.stdout
     files = ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
     assert sorted(p.name for p in out.iterdir()) == sorted([*files, "control"]) and sorted(p.name for p in (out / "control").iterdir()) == files
     results, (table, refreshes) = json.loads((out / "results.json").read_text()), losses(out)
     assert results["images"] == 79 and len(results["classes"]) == 80
-    assert [x["it"] for x in refreshes] == [0, 3] and refreshes[0]["kept"] == -1 and 0 <= refreshes[1]["kept"] <= 1  # 10 steps an epoch, 0.3 of them
+    assert [x["it"] for x in refreshes] == [1, 4] and refreshes[0]["kept"] == -1 and 0 <= refreshes[1]["kept"] <= 1  # 10 steps an epoch, 0.3 of them
     assert all(table[6][k] > 0 for k in ("global", "feat", "resp")) and 0 < table[6]["sigma"] <= 1
-    assert not {"global", "feat", "resp"} & set(losses(out / "control")[0][6])
+    control = losses(out / "control")[0]
+    assert not {"global", "feat", "resp"} & set(control[6])
+    assert all(control[1][k] == table[1][k] for k in control[1] if k not in ("loss", "lr"))  # the same images, flips and RoIs until the first step
+    assert control[6]["cls"] != table[6]["cls"]
     run("--eval", out / "best.pt", "--data", coco_mini, *TINY[:4], "--out", tmp_path / "eval")
     again = json.loads((tmp_path / "eval/results.json").read_text())
     assert again["AP"] == pytest.approx(results["AP"], abs=1e-9) and again["AR100"] == pytest.approx(results["AR100"], abs=1e-9)
@@ -94,6 +98,7 @@ def test_killed_run_resumes_bit_exactly_with_its_prototypes(made, coco_mini, tmp
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert 0 < torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"] < 14
     run("--resume", "--out", tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("killed", "whole"))
@@ -189,16 +194,56 @@ def slow_voc(root, truth, found):
     return 100 * sum(eleven) / len(eleven), 100 * sum(area) / len(area)
 
 
-def test_a_class_without_usable_objects_and_classes_with_few(made, voc_mini, tmp_path):
-    """A class that occurs only as difficult has no prototype: sigma 1, no global term, one line; the run goes on. min-size takes more classes away."""
-    r = run(*voc_mini, *pair(made, "faster", "voc"), "--batch-size", 4, "--max-iters", 2, *TINY, "--control", "none", "--proto-min-size", 150,
-            "--out", tmp_path / "run")
+def test_a_class_that_is_only_difficult_and_prototypes_of_large_objects_only(made, voc_mini, tmp_path):
+    """No prototype for such a class: sigma 1, no global term, one line; the run goes on."""
+    devkit = tmp_path / "data/VOCdevkit"
+    shutil.copytree(voc_mini[3] / "VOCdevkit", devkit)
+    for path in devkit.glob("VOC20*/Annotations/*.xml"):
+        tree = ET.parse(path)
+        for o in tree.getroot().iter("object"):
+            if o.find("name").text == "person":
+                o.find("difficult").text = "1"
+        tree.write(path)
+    flags = [*voc_mini[:3], tmp_path / "data", *voc_mini[4:], *pair(made, "faster", "voc"), "--batch-size", 4, "--max-iters", 2, *TINY, "--control", "none"]
+    r = run(*flags, "--proto-min-size", 20, "--out", tmp_path / "run")
     bank = torch.load(tmp_path / "run/last.pt", weights_only=True)["bank"]
     count = bank["valid"][:, 0].sum(1)
-    without = [VOC_CLASSES[k] for k in (count == 0).nonzero()[:, 0].tolist()]
-    assert without and all(name in r.stdout for name in without) and "no prototype for" in r.stdout
-    r = run(*voc_mini, *pair(made, "faster", "voc"), "--max-iters", 2, *TINY, "--control", "none", "--proto-min-size", 5000, "--out", tmp_path / "none", fail=True)
+    assert count[VOC_CLASSES.index("person")] == 0 and "person" in r.stdout and "no prototype for" in r.stdout
+    assert [bool(n) for n in count.tolist()].count(True) > 5 and losses(tmp_path / "run")[0][2]["global"] > 0
+    r = run(*flags, "--proto-min-size", 5000, "--out", tmp_path / "none", fail=True)
     assert "no image holds an object to make them of; lower --proto-min-size" in r.stderr
+
+
+def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_mini, tmp_path):
+    """last.pt of the run is not there yet; its flags are in args.json. --schedule given again is no contradiction to the epochs it stood for."""
+    flags = [*map(str, ("--data", coco_mini, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--schedule", "1x", "--seed", 5))]
+    real = prototype_kd.fit
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(prototype_kd, "fit", lambda *a: (_ for _ in ()).throw(prototype_kd.UserError("killed")) if a[1] is None else real(*a))
+        run(*flags, "--out", tmp_path / "run", fail=True)
+    assert not (tmp_path / "run/last.pt").exists()
+    r = run("--resume", "--schedule", "1x", "--out", tmp_path / "run")
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["args"]
+    assert "difference" in r.stdout and saved["seed"] == 5 and saved["epochs"] == 12 and saved["max_iters"] == 2
+    r = run("--resume", "--preset", "released", "--out", tmp_path / "run", fail=True)
+    assert "--resume keeps its flags" in r.stderr
+
+
+def test_a_process_without_objects_trains_on(made, coco_mini, tmp_path):
+    """Two photographs, one with a crowd only: at batch 1 one of two processes has neither objects nor positives; H and all collectives are reached all the same."""
+    raw = json.loads((coco_mini / "annotations/instances_train2017.json").read_text())
+    raw["images"] = raw["images"][:2]
+    ids = [i["id"] for i in raw["images"]]
+    raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] == ids[0] and not a["iscrowd"]] + [
+        dict(id=10**9, image_id=ids[1], category_id=1, bbox=[5, 5, 50, 50], area=2500, iscrowd=1, segmentation=dict(counts=[], size=[1, 1]))]
+    assert len(raw["annotations"]) > 1
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"data/{split}2017").symlink_to(coco_mini / "train2017")
+        (tmp_path / f"data/annotations/instances_{split}2017.json").write_text(json.dumps(raw))
+    r = run("--data", tmp_path / "data", *pair(made, "faster", "coco"), "--batch-size", 1, "--max-iters", 3, *TINY, "--control", "none", "--out", tmp_path / "run", procs=2)
+    table = losses(tmp_path / "run")[0]
+    assert table[3]["feat"] > 0 and "no prototype for" in r.stdout
 
 
 def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch):
@@ -218,7 +263,7 @@ def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch):
     assert [x.split()[:5] for x in again.stdout[again.stdout.index("shapes, 300 validation"):].splitlines()[1:5]] == [x.split()[:5] for x in rows[1:5]]
     teacher = tmp_path / "data/teachers/retina_tiny32-s0/best.pt"
     start = tmp_path / "data/teachers/retina_tiny8-s0/best.pt"
-    r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--seed", 4, "--workers", 0, "--control", tmp_path / "out/control", "--out", tmp_path / "other", fail=True)
+    r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--seed", 4, "--workers", 0, "--control", tmp_path / "out/continued", "--out", tmp_path / "other", fail=True)
     assert "its seed is 0, here 4" in r.stderr
 
 
@@ -259,8 +304,32 @@ def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
 def test_fast_flags_run_together_and_keep_the_losses_close(made, coco_mini, tmp_path):
     flags = ["--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2]
     run(*flags, "--out", tmp_path / "plain")
-    run(*flags, "--amp", "bf16", "--channels-last", "--accumulate", 1, "--out", tmp_path / "fast")
+    run(*flags, "--amp", "bf16", "--channels-last", "--out", tmp_path / "fast")
     a, b = losses(tmp_path / "plain")[0][1], losses(tmp_path / "fast")[0][1]
     assert b["feat"] == pytest.approx(a["feat"], rel=0.02) and b["rpn_cls"] == pytest.approx(a["rpn_cls"], rel=0.02)
-    run(*flags, "--accumulate", 2, "--preset", "released", "--out", tmp_path / "accumulated")
-    assert list(losses(tmp_path / "accumulated")[0]) == [1, 2]
+
+
+def test_two_micro_batches_are_one_batch(tmp_path):
+    """RetinaNet, whose loss is a mean over images, on images of one size (GroupNorm sees the padding): losses of the first step, and of the second, after it."""
+    real, folder = prototype_kd.make_shapes(), tmp_path / "data"
+    raw = json.loads((real / "annotations/instances_train2017.json").read_text())
+    raw["images"] = [i for i in raw["images"] if i["width"] > i["height"]][:8]
+    raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in {i["id"] for i in raw["images"]}]
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (folder / f"{split}2017").symlink_to((real / "train2017").resolve())
+        (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(raw))
+    flags = ["--data", folder, "--image-size", "96", *TINY[2:4], "--log-every", 1, "--max-iters", 2, "--teacher", "none", "--init", "none",
+             "--student", "retina_tiny8", "--optimizer", "sgd", "--lr", "0.01"]
+    run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
+    run(*flags, "--batch-size", 2, "--accumulate", 2, "--out", tmp_path / "two")
+    one, two = losses(tmp_path / "one")[0], losses(tmp_path / "two")[0]
+    assert list(two) == [1, 2]
+    for it in one:
+        assert all(two[it][k] == pytest.approx(one[it][k], rel=1e-4) for k in ("loss", "cls", "box"))
+
+
+def test_fast_flags_and_the_released_preset_run_with_accumulation(made, coco_mini, tmp_path):
+    run("--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2,
+        "--accumulate", 2, "--amp", "bf16", "--preset", "released", "--proto-min-size", 0, "--out", tmp_path / "run")
+    assert list(losses(tmp_path / "run")[0]) == [1, 2]

@@ -101,14 +101,16 @@ def rows():
 
 def report(kind):
     done = {(r["arm"], r["seed"]): r for r in rows() if r["kind"] == kind}
-    print(f"\n{'shapes, ' + kind:32s} {'seeds':>5s} {'AP':>6s} {'sd':>4s} {'AP50':>6s} | AP - continued: mean (2 s.e.), per seed | AP50 - continued")
+    print(f"\n{'shapes, ' + kind:32s} {'seeds':>5s} {'AP':>6s} {'sd':>4s} {'AP50':>6s} | AP - continued: mean (2 s.e.), per seed | AP50 - continued | by the rule")
     for arm in ("teacher", "start", *ARMS):
         mine = [done[k] for k in sorted(done) if k[0] == arm]
         if not mine:
             continue
         gain = {k: [r[k] - done["continued", r["seed"]][k] for r in mine if ("continued", r["seed"]) in done] for k in ("AP", "AP50")}
         error = 2 * statistics.stdev(gain["AP"]) / len(gain["AP"]) ** 0.5 if len(gain["AP"]) > 1 else float("nan")
-        show = f"{statistics.mean(gain['AP']):+6.2f} ({error:.2f}) {', '.join(f'{v:+.2f}' for v in gain['AP']):>22s} | {statistics.mean(gain['AP50']):+6.2f}" if gain["AP"] else ""
+        up = gain["AP"]
+        verdict = "gain" if len(up) > 1 and statistics.mean(up) > error and min(up) > 0 else "loss" if len(up) > 1 and -statistics.mean(up) > error and max(up) < 0 else "-"
+        show = f"{statistics.mean(gain['AP']):+6.2f} ({error:.2f}) {', '.join(f'{v:+.2f}' for v in gain['AP']):>22s} | {statistics.mean(gain['AP50']):+6.2f} | {verdict}" if gain["AP"] and arm not in ("teacher", "start", "continued") else ""
         ap = [r["AP"] for r in mine]
         print(f"{arm:32s} {len(mine):5d} {statistics.mean(ap):6.2f} {statistics.stdev(ap) if len(ap) > 1 else 0:4.2f} {statistics.mean(r['AP50'] for r in mine):6.2f} | {show}")
 

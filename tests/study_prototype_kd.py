@@ -39,6 +39,7 @@ ARMS = {
     "released": ["--preset", "released", "--proto-min-size", "0"],
     "global x 10, raw": [x for x in CENTRED if x != "--center"],
     "global x 10, centred": CENTRED,
+    "centred, sigma by max cosine": [*CENTRED, "--sigma", "maxcos"],
     "centred, random": [*CENTRED, "--proto-method", "random"],
     "centred, untrained teacher": [*CENTRED, "--teacher", "UNTRAINED"],
     "centred, k-means": [*CENTRED, "--proto-method", "kmeans", "--proto-space", "student"],

@@ -1418,7 +1418,7 @@ def compare(args, rank, world, device):
         raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and neither --max-iters nor --from")
     rows, root, args.method = [], Path(args.out), (args.skd, args.rkd)
     start = str(root / "burn-in.pt")
-    for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start=start))):
+    for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start_from=start))):
         since, out = time.time(), root / name.lower().replace(" ", "-")
         resume = args.resume and (out / "log.jsonl").exists()
         run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": False})

@@ -5,8 +5,8 @@ features span BOTH spaces well: the prototypes (PGM, Eqs. 2-5, Alg. 1). An objec
 that mean the same in either space: global knowledge. The student is pulled to the teacher's coordinates (Eq. 6). Where teacher and student disagree
 about an object's coordinates, what the teacher says of it may be noise: sigma, one minus the gap (Eq. 8), weighs that loss and the two usual ones, on
 features (Eq. 7) and on class scores (RDM, Eq. 9). All of it once per FPN level; prototypes are picked anew every T epochs, as the student moves
-(Alg. 2). The detectors are torchvision's own, called stage by stage; the student that comes out has torchvision's parameters and their names (one that started from mmdetection's
-weights has that library's anchors and pooling, too, which load_detector restores).
+(Alg. 2). Eq. 1 is the known problem for one space, which Eq. 2 replaces. The detectors are torchvision's own, called stage by stage; the student that
+comes out has torchvision's parameters and their names (one that started from mmdetection's weights also has its anchors and pooling: load_detector).
 
 The authors' code never evaluates Eq. 6 and adds what the paper does not say: --preset released follows its configuration, --preset paper (default) the
 paper, as far as it says; what remains open, and what we chose, stands at PRESETS. Both detectors are trained already when distillation starts, so beside
@@ -21,7 +21,8 @@ every distilled student this script trains the same student for as long WITHOUT 
     torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher runs/voc_teacher/best.pt --init runs/voc_student/best.pt --out runs/voc   # and both
     python prototype_kd.py --eval fasterrcnn_resnet50_fpn_v2              # metrics of any of these, or of runs/x/best.pt
     python prototype_kd.py --predict photo.jpg dir/ --weights runs/x/best.pt
-Not run by us: COCO and VOC at full size. What was measured, with commands: README.
+Not run by us: COCO and VOC at full size. On shapes (three seeds, README): +1.1 AP over the student continued without distillation; class scores alone
++0.9, features alone +0.7, the global loss alone nothing; --preset released +1.4.
 """
 import argparse
 import json
@@ -165,6 +166,8 @@ def parse_args(argv=None):
     last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
     if args.resume and (last.exists() or first.exists()):  # the flags of that run (it may have got no further than its control), then those given now
         saved = saved_flags(last) if last.exists() else json.loads(first.read_text())["args"]
+        if "proto_method" not in saved:
+            p.error(f"--resume {args.out}: holds a run of another script")
         if args.preset not in (None, saved["preset"]):
             p.error(f"--preset {args.preset}: the run in {args.out} has {saved['preset']}, and --resume keeps its flags; give the single flags that shall change")
         p.set_defaults(**saved | dict(resume=False))

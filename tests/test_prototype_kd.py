@@ -685,3 +685,11 @@ def test_faster_rcnn_of_mmdetection_stage_by_stage(golden, tmp_path):
             r = F.linear(hidden, state["roi_head.bbox_head.fc_reg.weight"], state["roi_head.bbox_head.fc_reg.bias"])[0]
             assert torch.allclose(logits[i], torch.cat([z[80:], z[:80]]), atol=1e-9) and torch.allclose(offsets[i, 4:], r, atol=1e-9)
     assert ours.roi_heads.box_coder.weights == (10.0, 10.0, 5.0, 5.0) and ours.rpn.box_coder.weights == (1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["args.json", "last.pt"])
+def test_a_run_of_another_script_is_not_resumed(name, tmp_path, capsys):
+    (tmp_path / name).write_text(json.dumps(dict(args=dict(seed=1)))) if name == "args.json" else torch.save(dict(args=dict(seed=1)), tmp_path / name)
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", "--out", str(tmp_path)])
+    assert "a run of another script" in capsys.readouterr().err.splitlines()[-1]

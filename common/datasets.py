@@ -4,10 +4,14 @@ Everything random about a training image is drawn from one integer, made of (see
 the sampler. So the pixels of a step do not depend on the number of workers or processes, and a resumed run
 sees exactly the images that the uninterrupted run would have seen.
 """
+import gzip
+import io
 import json
 import math
 import os
 import random
+import tarfile
+import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,6 +23,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort, functional as TF
+from tqdm import tqdm
 
 
 class DataError(Exception):
@@ -65,14 +70,14 @@ def read_coco(path):
     return raw
 
 
-def read_image(path):
-    """RGB PIL image; grey and CMYK files are converted. EXIF rotation is ignored, as COCO's boxes do."""
+def read_image(path, content=None):
+    """RGB PIL image; grey and CMYK files are converted. EXIF rotation is ignored, as COCO's boxes do. content: the file's bytes, if they are at hand."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: image is missing") from None
-    except OSError as e:  # PIL's word for truncated or damaged
+    except (OSError, SyntaxError, ValueError) as e:  # PIL's words for truncated or damaged
         raise DataError(f"{path}: cannot be decoded ({e}); fetch the file again") from None
     except Image.DecompressionBombError as e:
         raise DataError(f"{path}: is larger than Pillow reads ({e}); scale it down first") from None
@@ -452,3 +457,291 @@ def read_voc(root, sets, classes=VOC_CLASSES):
                 annotations.append(dict(id=len(annotations) + 1, image_id=len(images), category_id=classes.index(label) + 1, bbox=box, area=box[2] * box[3],
                                         iscrowd=difficult, difficult=difficult))
     return dict(images=images, annotations=annotations, categories=[dict(id=k + 1, name=n) for k, n in enumerate(classes)])
+
+
+# ------------------------------------------------------------------ ImageNet
+
+IMAGES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+
+
+class ImageIndex:
+    """Images of a folder that holds a folder or a .tar for each class: found once, cached in `root`/.index.npz, checked by the times of the classes' folders.
+
+    classes: names (wnids), sorted, those without an image left out and listed in `empty`. labels (N,) int32; names: bytes of all file names one after
+    the other, `ends` (N,) where each ends; at, size (N,): where an image lies in its class's tar, at = -1 for a file. numpy arrays: 14 million Python
+    strings would be copied into every loader process, page by page. classes given: these only; unknown names are an error.
+    """
+
+    FIELDS = "all", "stamps", "labels", "names", "ends", "at", "size"
+
+    def __init__(self, root, classes=None):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"{root}: no such folder; it should hold a folder (or a .tar) of images for each class")
+        entries = sorted((e for e in os.scandir(self.root) if not e.name.startswith(".") and (e.is_dir() or e.name.endswith(".tar"))), key=lambda e: e.name)
+        stamps = np.array([e.stat().st_mtime_ns for e in entries], np.int64)
+        names = np.array([e.name for e in entries])
+        if not entries:
+            raise DataError(f"{root}: holds no folder and no .tar; it should hold one for each class")
+        cached = self.read_cache()
+        if cached is None or not np.array_equal(cached["all"], names) or not np.array_equal(cached["stamps"], stamps):
+            cached = self.build(entries) | dict(all=names, stamps=stamps)
+            self.write_cache(cached)
+        self.folders, held = names.tolist(), np.bincount(cached["labels"], minlength=len(names)) > 0
+        stems = [n.removesuffix(".tar") for n in self.folders]
+        if len(set(stems)) < len(stems):
+            raise DataError(f"{root}: class {next(n for n, c in Counter(stems).items() if c > 1)} is there as a folder and as a .tar; keep one")
+        wanted = set(stems if classes is None else classes)
+        unknown = sorted(wanted - set(stems))
+        if unknown:
+            raise DataError(f"{root}: has no class {', '.join(unknown[:5])}" + (f" and {len(unknown) - 5} more of the list" if len(unknown) > 5 else ""))
+        self.empty = [n for n, h in zip(stems, held) if not h and n in wanted]
+        kept = [k for k, n in enumerate(stems) if held[k] and n in wanted]
+        if not kept:
+            raise DataError(f"{root}: holds no image")
+        self.classes, self.kept, self.names = [stems[k] for k in kept], np.array(kept), cached["names"]
+        label_of = np.full(len(names), -1, np.int32)
+        label_of[kept] = np.arange(len(kept))
+        self.labels, self.ends, self.at, self.size = label_of[cached["labels"]], cached["ends"], cached["at"], cached["size"]
+        self.starts = np.concatenate([[0], self.ends[:-1]])
+        self.keep(self.labels >= 0)
+
+    def read_cache(self):
+        try:
+            with np.load(self.root / ".index.npz", allow_pickle=False) as f:
+                return {k: f[k] for k in self.FIELDS}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def write_cache(self, content):
+        temporary = self.root / f".index.{os.getpid()}.tmp.npz"
+        try:
+            np.savez(temporary, **content)
+            os.replace(temporary, self.root / ".index.npz")
+        except OSError as e:  # a read-only disk
+            print(f"{self.root}: the list of its images cannot be kept there ({e.strerror}); it is made anew at each start", flush=True)
+
+    def build(self, entries):
+        names, lengths, labels, at, size = [], [], [], [], []
+        for k, entry in enumerate(tqdm(entries, desc=f"index of {self.root}", leave=False, mininterval=1)):
+            if entry.is_dir():
+                found = [(n, -1, 0) for n in sorted(os.listdir(entry.path)) if n.lower().endswith(IMAGES)]
+            else:
+                try:
+                    with tarfile.open(entry.path) as tar:
+                        found = [(m.name, m.offset_data, m.size) for m in tar if m.isfile() and m.name.lower().endswith(IMAGES)]
+                except tarfile.TarError as e:
+                    raise DataError(f"{entry.path}: cannot be read ({e}); fetch it again") from None
+            for name, start, length in found:
+                names.append(os.fsencode(name)), labels.append(k), at.append(start), size.append(length)
+                lengths.append(len(names[-1]))
+        return dict(names=np.frombuffer(b"".join(names), np.uint8), ends=np.cumsum(lengths, dtype=np.int64), labels=np.array(labels, np.int32),
+                    at=np.array(at, np.int64), size=np.array(size, np.int64))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def folder(self, i):
+        return self.folders[self.kept[self.labels[i]]]
+
+    def name(self, i):
+        """File name of image i relative to root; for one in a tar: n01440764.tar/name."""
+        return f"{self.folder(i)}/{os.fsdecode(self.names[self.starts[i]:self.ends[i]].tobytes())}"
+
+    def read(self, i):
+        """RGB PIL image i; DataError where it cannot be decoded. Some files of ImageNet-21K are gzip-compressed JPEGs."""
+        where = self.root / self.name(i)
+        try:
+            with open(self.root / self.folder(i) if self.at[i] >= 0 else where, "rb") as f:
+                f.seek(max(self.at[i], 0))
+                content = f.read(self.size[i] if self.at[i] >= 0 else -1)
+            return read_image(where, gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        except (OSError, EOFError) as e:
+            raise DataError(f"{where}: cannot be read ({e})") from None
+
+    def drop(self, names):
+        """Leave out the images of these names (as `name` gives them), a benchmark's, say; returns how many."""
+        wanted, rows = {}, np.ones(len(self), bool)
+        for n in names:
+            wanted.setdefault(n.split("/")[0], set()).add(n)
+        for k in np.flatnonzero([self.folders[f] in wanted for f in self.kept]):
+            here = range(self.first[k], self.first[k + 1])
+            rows[here] = [self.name(i) not in wanted[self.folders[self.kept[k]]] for i in here]
+        self.keep(rows)
+        return int((~rows).sum())
+
+    def keep(self, rows):
+        for field in ("labels", "starts", "ends", "at", "size"):
+            setattr(self, field, getattr(self, field)[rows])
+        self.first = np.concatenate([[0], np.cumsum(np.bincount(self.labels, minlength=len(self.kept)))])  # images of class k: first[k] ... first[k + 1] - 1
+
+
+class LabelledImages(Dataset):
+    """Images of an ImageIndex. Item: dict with image (3, h, w) uint8, size (h, w), label, bad: files that could not be read on the way.
+
+    transform(PIL image, random.Random) -> (image, (h, w)). Keys: (index, seed). An unreadable file (14 million have some) is replaced by another of its class.
+    """
+
+    def __init__(self, index, transform):
+        self.index, self.transform = index, transform
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, key):
+        i, seed = key
+        rng, bad, label = random.Random(seed), [], int(self.index.labels[i])
+        while True:
+            try:
+                image, size = self.transform(self.index.read(i), rng)
+                return dict(image=image, size=size, label=label, bad=bad)
+            except DataError as e:
+                bad.append(str(e))
+                if len(bad) == 10:
+                    raise DataError(f"{e}; ten files of class {self.index.classes[label]} in a row cannot be read") from None
+                i = rng.randrange(self.index.first[label], self.index.first[label + 1])
+
+
+def collate_labelled(items, canvas):
+    """Items -> images (B, 3, canvas, canvas) uint8 padded right and bottom, sizes (B, 2), labels (B,), bad: list of texts."""
+    images = torch.zeros(len(items), 3, canvas, canvas, dtype=torch.uint8)
+    for b, x in enumerate(items):
+        images[b, :, :x["size"][0], :x["size"][1]] = x["image"]
+    return dict(images=images, sizes=torch.tensor([x["size"] for x in items]), labels=torch.tensor([x["label"] for x in items]),
+                bad=[e for x in items for e in x["bad"]])
+
+
+def jitter_image(image, canvas, scale, rng, flip=0.5):
+    """Large-scale jitter of an image without boxes: PIL or (3, H, W) uint8 -> (3, h, w), (h, w). Long side to scale * canvas, a window of at most canvas^2."""
+    image = TF.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+    height, width = image.shape[1:]
+    factor = scale * canvas / max(height, width)
+    h, w = max(1, round(height * factor)), max(1, round(width * factor))
+    if (h, w) != (height, width):
+        image = TF.resize(image, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
+    y0, x0 = rng.randint(0, max(0, h - canvas)), rng.randint(0, max(0, w - canvas))
+    image = image[:, y0:y0 + canvas, x0:x0 + canvas]
+    return (image.flip(2) if rng.random() < flip else image), tuple(image.shape[1:])
+
+
+class Stream:
+    """Endless batches of (index, seed) over n images: sharded, resumable at any step. No process waits for another's epoch to end, and none starves.
+
+    Each pass over the images has an order of its own; batches run on over the end of a pass. A step's global batch does not depend on the number of
+    processes. repeats (n,) float: how often an image stands in a pass, the fraction as a chance drawn anew in each pass. Set `start` to resume.
+    """
+
+    def __init__(self, n, batch_size, rank=0, world=1, seed=0, repeats=None):
+        self.n, self.batch_size, self.rank, self.world, self.seed, self.start = n, batch_size, rank, world, seed, 0
+        self.repeats = None if repeats is None else torch.as_tensor(repeats, dtype=torch.float64)
+
+    def order(self, number):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        if self.repeats is None:
+            return torch.randperm(self.n, generator=generator)
+        count = self.repeats.floor() + (torch.rand(self.n, generator=generator, dtype=torch.float64) < self.repeats.frac())
+        entries = torch.arange(self.n).repeat_interleave(count.long())
+        return entries[torch.randperm(len(entries), generator=generator)]
+
+    def __iter__(self):
+        total, number = self.batch_size * self.world, 0
+        step, skip = self.start, self.start * total
+        if self.repeats is None:
+            number, skip = divmod(skip, self.n)
+        order = self.order(number)
+        while skip >= len(order):
+            skip, number = skip - len(order), number + 1
+            order = self.order(number)
+        order = order[skip:]
+        while True:
+            while len(order) < total:
+                number += 1
+                order = torch.cat([order, self.order(number)])
+            first = self.rank * self.batch_size
+            yield [(i, hash((self.seed, step, first + k))) for k, i in enumerate(order[first:first + self.batch_size].tolist())]
+            order, step = order[total:], step + 1
+
+
+def repeat_fractions(dataset, threshold):
+    """Repeat-factor sampling as in LVIS (Gupta et al. 2019), (N,) float: max over an image's classes of max(1, sqrt(threshold / share of images with it))."""
+    held = [set(labels.tolist()) for *_, labels in dataset.items]
+    count = Counter(label for labels in held for label in labels)
+    factor = {label: max(1.0, math.sqrt(threshold * len(held) / n)) for label, n in count.items()}
+    return torch.tensor([max([factor[label] for label in labels], default=1.0) for labels in held], dtype=torch.float64)
+
+
+def read_ilsvrc(images, boxes):
+    """Localisation set from ILSVRC XML: a dict in COCO's format whose images have category_id; categories' names are wnids.
+
+    images: folder of <wnid>/<stem>.JPEG or flat; boxes: folder of XML, at any depth. Width and height are the XML's: predictions are scaled to them. Boxes
+    are cut to the image; those without area are dropped. Boxes of the folder `train` are nobody's business here: image labels only.
+    """
+    paths = sorted(Path(boxes).rglob("*.xml"))
+    if not paths:
+        raise DataError(f"{boxes}: holds no .xml; ILSVRC's validation boxes are at https://image-net.org (Bounding Boxes, val)")
+    found, entries = {}, []
+    for folder in [Path(images), *(e for e in Path(images).iterdir() if e.is_dir())] if Path(images).is_dir() else []:
+        found |= {Path(n).stem: (folder.relative_to(images) / n).as_posix() for n in os.listdir(folder) if n.lower().endswith(IMAGES)}
+    for path in tqdm(paths, desc="boxes", leave=False, mininterval=1):
+        try:
+            tree = ElementTree.parse(path).getroot()
+            width, height = (int(tree.find(f"size/{k}").text) for k in ("width", "height"))
+            objects = [(o.find("name").text.strip(), [float(o.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax")]) for o in tree.iter("object")]
+        except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as e:
+            raise DataError(f"{path}: is no ILSVRC annotation ({e})") from None
+        if path.stem not in found:
+            raise DataError(f"{images}: has no image {path.stem}, for which {path} has boxes")
+        if not objects or width < 1 or height < 1:
+            raise DataError(f"{path}: has no object or no size")
+        entries.append((path, found[path.stem], width, height, objects))
+    wnids = sorted({name for *_, objects in entries for name, _ in objects})
+    content = dict(images=[], annotations=[], categories=[dict(id=k + 1, name=n) for k, n in enumerate(wnids)])
+    ids = {n: k + 1 for k, n in enumerate(wnids)}
+    for number, (path, name, width, height, objects) in enumerate(entries, 1):
+        if len({n for n, _ in objects}) > 1:
+            raise DataError(f"{path}: has objects of several classes; an image of ImageNet has one")
+        content["images"].append(dict(id=number, file_name=name, width=width, height=height, category_id=ids[objects[0][0]]))
+        for label, corners in objects:
+            x1, y1, x2, y2 = (min(max(v, 0.0), float(side)) for v, side in zip(corners, (width, height) * 2))
+            if x2 > x1 and y2 > y1:
+                content["annotations"].append(dict(id=len(content["annotations"]) + 1, image_id=number, category_id=ids[label], bbox=[x1, y1, x2 - x1, y2 - y1],
+                                                   area=(x2 - x1) * (y2 - y1), iscrowd=0))
+    return content
+
+
+class LocalisationImages(Dataset):
+    """Images of a localisation set (COCO's format, images with category_id) for evaluation: the long side becomes `canvas`.
+
+    Items as CocoDataset's: boxes (M, 4) and original_size are those of the annotation, whatever the size of the file."""
+
+    def __init__(self, folder, raw, canvas):
+        self.folder, self.canvas, self.info = Path(folder), canvas, raw["images"]
+        names = {c["id"]: c["name"] for c in raw["categories"]}
+        for i in self.info:
+            if not {"id", "width", "height", "file_name", "category_id"} <= set(i) or i["category_id"] not in names:
+                raise DataError(f"localisation set: image {i.get('id')} lacks width, height, file_name or a category_id that 'categories' lists")
+        self.names = [names[i["category_id"]] for i in self.info]
+        self.boxes = {i["id"]: [] for i in self.info}
+        for a in raw["annotations"]:
+            if a.get("image_id") not in self.boxes or len(a.get("bbox") or ()) != 4 or not all(math.isfinite(v) for v in a["bbox"]):
+                raise DataError(f"localisation set: annotation {a.get('id')} has image id {a.get('image_id')}, bbox {a.get('bbox')}")
+            x, y, w, h = a["bbox"]
+            self.boxes[a["image_id"]].append((x, y, x + w, y + h))
+
+    def __len__(self):
+        return len(self.info)
+
+    def __getitem__(self, key):
+        record, content = self.info[key[0]], None
+        path = self.folder / record["file_name"]
+        if ".tar/" in record["file_name"]:
+            tar, member = record["file_name"].split(".tar/", 1)
+            try:
+                with tarfile.open(self.folder / f"{tar}.tar") as f:
+                    content = f.extractfile(member).read()
+            except (OSError, KeyError, tarfile.TarError) as e:
+                raise DataError(f"{path}: cannot be read ({e})") from None
+        image, size = jitter_image(read_image(path, content), self.canvas, 1.0, random.Random(0), 0.0)
+        boxes = torch.tensor(self.boxes[record["id"]], dtype=torch.float32).reshape(-1, 4)
+        return dict(image=image, size=size, boxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long), image_id=key[0],
+                    original_size=(record["height"], record["width"]))

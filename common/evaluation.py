@@ -1,4 +1,4 @@
-"""COCO, LVIS and VOC metrics, gathered over processes. This file needs no other file of `common`."""
+"""COCO, LVIS, VOC and localisation metrics, gathered over processes. This file needs no other file of `common`."""
 import contextlib
 import io
 import json
@@ -201,3 +201,69 @@ def voc_evaluate(truth, results, iou=0.5, legacy=False):
         classes[name] = dict(AP11=100 * float(eleven), AP=100 * area)
     mean = lambda key: sum(v[key] for v in classes.values()) / len(classes) if classes else -1.0
     return dict(AP11=mean("AP11"), AP=mean("AP"), classes=classes)
+
+
+# ------------------------------------------------------------------ localisation: images with one class
+
+def localise(scores, boxes, found_labels, found_boxes, label, gt_boxes, size):
+    """The localisation metrics of one image, {name: 0.0 or 1.0}: means over images are the published numbers. A box is right above IoU 0.5 with any true box.
+
+    scores (K,): each class's best score in the image, boxes (K, 4) the box that has it; found_labels (N,), found_boxes (N, 4): final detections, best
+    first; label: the image's class; gt_boxes (M, 4); size (h, w). top5: five classes, each with its best box; top5_boxes: the five best detections,
+    which may be of one class. gt_known: the true class's best box. cls: the best class, wherever its box. whole, centred: what the whole image and a
+    centred box of 75 % of its sides get.
+    """
+    (h, w), gt_boxes = size, gt_boxes.to(boxes)
+
+    def right(boxes):
+        low, high = torch.maximum(boxes[:, None, :2], gt_boxes[:, :2]), torch.minimum(boxes[:, None, 2:], gt_boxes[:, 2:])
+        inter = (high - low).clamp(min=0).prod(-1)
+        union = (boxes[:, 2:] - boxes[:, :2]).prod(-1)[:, None] + (gt_boxes[:, 2:] - gt_boxes[:, :2]).prod(-1) - inter
+        return (inter > 0.5 * union).any(1)
+
+    top = scores.topk(min(5, len(scores))).indices
+    hit = (top == label) & right(boxes[top])
+    found = (found_labels[:5] == label) & right(found_boxes[:5])
+    fixed = right(boxes.new_tensor([[0, 0, w, h], [w / 8, h / 8, w * 7 / 8, h * 7 / 8]]))
+    return dict(top1=float(hit[0]), top5=float(hit.any()), gt_known=float(right(boxes[label:label + 1])[0]), top1_boxes=float(found[:1].any()),
+                top5_boxes=float(found.any()), cls=float(top[0] == label), whole=float(fixed[0]), centred=float(fixed[1]))
+
+
+def sparse_ap(truth, results, federated, iou=0.5):
+    """{category id: AP in percent at one IoU} for thousands of classes, where COCO's dense tables do not fit: detections are grouped by class.
+
+    truth: COCO dict whose images have category_id (the one class that was annotated there); results: (image_ids, category_ids, scores, boxes (N, 4) xywh) arrays. federated: a
+    class is scored on its own images only; otherwise its detections on all others are false positives. As COCO: greedy by score, 101 recall
+    points, classes without boxes are left out.
+    """
+    of_image = {i["id"]: i["category_id"] for i in truth["images"]}
+    gt = {}
+    for a in truth["annotations"]:
+        if a["category_id"] == of_image[a["image_id"]]:
+            gt.setdefault(a["category_id"], {}).setdefault(a["image_id"], []).append(a["bbox"])
+    images, categories, scores, boxes = (np.asarray(x) for x in results)
+    order = np.lexsort((-scores, categories))  # stable
+    images, categories, scores, boxes = images[order], categories[order], scores[order], boxes.reshape(-1, 4)[order].astype(float)
+    own = np.array([of_image[i] for i in images.tolist()], dtype=np.int64) if len(images) else np.zeros(0, np.int64)
+    answer = {}
+    for c, held in gt.items():
+        first, last = np.searchsorted(categories, [c, c + 1])
+        rows = np.arange(first, last)
+        if federated:
+            rows = rows[own[rows] == c]
+        right = np.zeros(len(rows), bool)
+        free = {i: (np.array(b, float), np.ones(len(b), bool)) for i, b in held.items()}
+        for k in np.flatnonzero([i in free for i in images[rows].tolist()]):
+            (targets, open_), (x, y, w, h) = free[images[rows[k]]], boxes[rows[k]]
+            side = np.minimum(targets[:, :2] + targets[:, 2:], (x + w, y + h)) - np.maximum(targets[:, :2], (x, y))
+            inter = np.clip(side, 0, None).prod(1)
+            overlap = np.where(open_, inter / (targets[:, 2:].prod(1) + w * h - inter), -1)
+            best = int(overlap.argmax())
+            if overlap[best] >= iou:
+                right[k], open_[best] = True, False
+        total = sum(len(b) for b in held.values())
+        tp = np.cumsum(right)
+        precision = np.maximum.accumulate((tp / np.arange(1, len(tp) + 1))[::-1])[::-1]
+        at = np.searchsorted(tp / total, np.linspace(0, 1, 101), side="left")
+        answer[c] = 100 * float(np.where(at < len(tp), np.append(precision, 0)[np.minimum(at, len(tp))], 0).mean())
+    return answer

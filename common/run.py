@@ -307,11 +307,11 @@ def plot_curves(log_path, out_path):
     rows = read_log(log_path)
     train, val = [r for r in rows if "loss" in r], [r for r in rows if "loss" not in r and "refresh" not in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other", "tau_c", "tau_m", "s", "sigma", "muted"}
+    skip = {"it", "epoch", "lr", "data", "step", "mem", "norm", "own", "other", "tau_c", "tau_m", "s", "sigma", "muted", "top1"}
     for name in (n for n in (train[-1] if train else {}) if n not in skip):
         left.plot([r["it"] for r in train], [r.get(name, math.nan) for r in train], label=name, lw=1)
     left.set(xlabel="iteration", ylabel="loss", yscale="log")
-    for name in (n for n in (val[-1] if val else {}) if n in ("AP", "AP50") or n.endswith("_AP50") or n.startswith("AR1000_")):
+    for name in (n for n in (val[-1] if val else {}) if n in ("AP", "AP50", "top1", "gt_known") or n.endswith("_AP50") or n.startswith("AR1000_")):
         right.plot([r["it"] for r in val], [r.get(name, math.nan) for r in val], "o-", label=name)
     right.set(xlabel="iteration", ylabel="percent")
     for axis in (left, right):

@@ -464,22 +464,24 @@ class ShapesError(Exception):
     """The dataset's folder is damaged: one line with the remedy."""
 
 
-def make_shapes(root="data", seed=0, train=2000, val=300):
+def make_shapes(root="data", seed=0, train=2000, val=300, labelled=None):
     """Path of the dataset under `root`; drawn on the first call (10-15 s on one core), otherwise returned at once.
 
-    train, val: numbers of COCO images. The other parts scale along: valall2017 val / 2; ImageNet train / 30 and val / 30 a class (>= 2).
+    train, val: numbers of COCO images. The other parts scale along: valall2017 val / 2; ImageNet train / 50 and val / 30 a class (>= 2).
+    labelled: instead, images of a class in ImageNet's train folder: 40 are enough for reading them, not for learning 26 classes from scratch.
     Files are byte-identical for a seed with the same Pillow and numpy; the first N pictures do not depend on the counts.
     Any number of processes may call this together: each draws into a folder of its own, the first one to finish names it.
     Raises ShapesError if the folder is there but not complete (it appears by renaming, so somebody has removed files from it).
     """
-    name = f"shapes-{VERSION}" + (f"-s{seed}" if seed else "") + (f"-n{train}x{val}" if (train, val) != (2000, 300) else "")
+    name = f"shapes-{VERSION}" + (f"-s{seed}" if seed else "") + (f"-n{train}x{val}" if (train, val) != (2000, 300) else "") + (
+        f"-i{labelled}" if labelled else "")
     target = Path(root) / name
     if (target / "splits.json").is_file():
         return target
     if target.exists():
         raise ShapesError(f"{target} holds an incomplete dataset (no splits.json): delete the folder and run again")
     draft = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
-    counts = dict(train=max(train // 50, 2), val=max(val // 30, 2))
+    counts = dict(train=labelled or max(train // 50, 2), val=max(val // 30, 2))
     total = train + val + val // 2 + sum(counts.values()) * len(ALL_CLASSES)
     try:
         with tqdm(total=total, desc=f"drawing {target}", unit="img", mininterval=1) as bar:

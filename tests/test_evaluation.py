@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.evaluation import (class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate,
-                               to_coco_results, voc_evaluate)
+                               localise, sparse_ap, to_coco_results, voc_evaluate)
 from conftest import ROOT, SHARED
 
 
@@ -387,3 +387,84 @@ def test_voc_equals_brute_force(seed):
     for c, name in ((1, "cat"), (2, "dog")):
         eleven, area = brute_voc(truth, results, c, 0.5)
         assert stats["classes"][name]["AP11"] == pytest.approx(eleven, abs=1e-6) and stats["classes"][name]["AP"] == pytest.approx(area, abs=1e-6)
+
+
+# ------------------------------------------------------------------ localisation
+
+def at(label, scores, box, k=10):
+    """(scores (k,), boxes (k, 4)) where class `label` has `box` and all others a box in a corner."""
+    boxes = torch.tensor([[90.0, 90, 99, 99]]).repeat(k, 1)
+    boxes[label] = torch.tensor(box, dtype=torch.float32)
+    return torch.tensor(scores, dtype=torch.float32), boxes
+
+
+def test_localisation_by_hand():
+    """(a) class and box right, (b) box right but the class third, (c) class right, IoU 0.4: top-1 1/3, top-5 2/3, GT-known 2/3."""
+    gt, nothing = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]), (torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
+    good, poor = [50, 50, 60, 60], [0, 0, 10, 4]
+    rows = [localise(*at(2, scores, box), *nothing, 2, gt, (100, 100)) for scores, box in (
+        ([0.1, 0.2, 0.9, 0, 0, 0, 0, 0, 0, 0], good), ([0.9, 0.8, 0.7, 0, 0, 0, 0, 0, 0, 0], good), ([0.1, 0.2, 0.9, 0, 0, 0, 0, 0, 0, 0], poor))]
+    mean = {k: 100 * sum(r[k] for r in rows) / 3 for k in rows[0]}
+    assert mean["top1"] == pytest.approx(33.33, abs=0.01) and mean["top5"] == pytest.approx(66.67, abs=0.01) and mean["gt_known"] == pytest.approx(66.67, abs=0.01)
+    assert mean["cls"] == pytest.approx(66.67, abs=0.01) and mean["whole"] == mean["centred"] == mean["top5_boxes"] == 0
+
+
+def test_localisation_counts_more_than_half_only_and_any_true_box():
+    nothing = (torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
+    gt = torch.tensor([[0.0, 0, 10, 10]])
+    hit = lambda box: localise(*at(0, [1.0] * 10, box), *nothing, 0, gt, (10, 10))["gt_known"]
+    assert hit([0, 0, 10, 5]) == 0 and hit([0, 0, 10, 5.1]) == 1 and hit([3, 0, 13, 10]) == 1  # IoU 0.5, 0.51, 7/13
+    full = localise(*at(0, [1.0] * 10, [0, 0, 10, 10]), *nothing, 0, gt, (10, 10))
+    assert full["whole"] == 1 and full["centred"] == 1  # a box of 75 % of the sides has 56 % of the area
+
+
+def test_localisation_by_five_best_boxes_may_be_one_class():
+    labels, boxes = torch.tensor([3, 3, 3, 3, 3, 1]), torch.tensor([[0.0, 0, 10, 10]]).repeat(6, 1)
+    row = localise(torch.tensor([0, 0.5, 0, 0.9]), torch.tensor([[0.0, 0, 10, 10]]).repeat(4, 1), labels, boxes, 1, torch.tensor([[0.0, 0, 10, 10]]), (10, 10))
+    assert row["top1"] == 0 and row["top5"] == 1 and row["top5_boxes"] == 0
+
+
+def loc_set(seed, images=30, classes=6, most=4):
+    """A localisation set and random detections, many of them near a true box."""
+    rng, truth = random.Random(seed), dict(images=[], annotations=[], categories=[dict(id=k + 1, name=f"n{k}") for k in range(classes)])
+    results = []
+    box = lambda: [rng.uniform(0, 60), rng.uniform(0, 60), rng.uniform(5, 40), rng.uniform(5, 40)]
+    for i in range(1, images + 1):
+        truth["images"].append(dict(id=i, width=100, height=100, file_name=f"{i}.jpg", category_id=rng.randint(1, classes)))
+        for _ in range(rng.randint(1, most)):
+            b = box()
+            truth["annotations"].append(dict(id=len(truth["annotations"]) + 1, image_id=i, category_id=truth["images"][-1]["category_id"], bbox=b, area=b[2] * b[3], iscrowd=0))
+            for _ in range(rng.randint(0, 3)):
+                near = [v + rng.uniform(-3, 3) for v in b]
+                results.append(dict(image_id=i, category_id=rng.choice([truth["images"][-1]["category_id"], rng.randint(1, classes)]), bbox=near, score=rng.random()))
+        results += [dict(image_id=i, category_id=rng.randint(1, classes), bbox=box(), score=rng.random()) for _ in range(3)]
+    arrays = [r["image_id"] for r in results], [r["category_id"] for r in results], [r["score"] for r in results], [r["bbox"] for r in results]
+    return truth, results, arrays
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sparse_ap_equals_coco(seed):
+    truth, results, arrays = loc_set(seed)
+    ours, theirs = sparse_ap(truth, arrays, federated=False), coco_evaluate(truth, results)["classes"]
+    for c in truth["categories"]:
+        assert ours.get(c["id"], -1) == pytest.approx(theirs[c["name"]]["AP50"], abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_federated_sparse_ap_equals_coco_on_a_class_s_own_images(seed):
+    truth, results, arrays = loc_set(seed)
+    ours = sparse_ap(truth, arrays, federated=True)
+    for c in truth["categories"]:
+        own = {i["id"] for i in truth["images"] if i["category_id"] == c["id"]}
+        part = dict(truth, images=[i for i in truth["images"] if i["id"] in own], annotations=[a for a in truth["annotations"] if a["image_id"] in own])
+        theirs = coco_evaluate(part, [r for r in results if r["image_id"] in own])["classes"][c["name"]]["AP50"]
+        assert ours.get(c["id"], -1) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_sparse_ap_by_hand():
+    """Two objects; true .9, false .8, true .7: (51 + 50 * 2/3) / 101."""
+    truth = dict(images=[dict(id=1, category_id=5)], categories=[dict(id=5, name="a"), dict(id=6, name="b")],
+                 annotations=[dict(image_id=1, category_id=5, bbox=[0, 0, 10, 10]), dict(image_id=1, category_id=5, bbox=[50, 0, 10, 10])])
+    arrays = [1] * 3, [5] * 3, [0.9, 0.8, 0.7], [[0, 0, 10, 10], [20, 20, 10, 10], [50, 0, 10, 10]]
+    assert sparse_ap(truth, arrays, False) == {5: pytest.approx(83.498, abs=1e-3)}
+    assert sparse_ap(truth, ([], [], [], []), True) == {5: 0.0}

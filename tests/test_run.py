@@ -545,7 +545,7 @@ def test_watched_numbers_are_logged_but_are_no_part_of_the_loss(tmp_path):
     assert row["loss"] == 3 and row["norm"] == 5 and row["b"] == 2
 
 
-@pytest.mark.parametrize("script", ["crosskd", "hierkd", "dkdetr", "prototype_kd"])
+@pytest.mark.parametrize("script", ["crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"])
 def test_no_flag_is_the_beginning_of_one_of_torchruns(script, capsys):
     """torchrun looks at all words of its command line: a script's --start would be refused as an abbreviation of its --start-method."""
     from torch.distributed.run import get_args_parser

@@ -1,0 +1,378 @@
+"""simple21k.py from its command line: both stages on small drawn and on real data, two processes, kill and resume, the table, bad input."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import simple21k
+from common.shapes import ALL_CLASSES, CLASSES, IMAGE_ONLY, WNID, make_shapes
+from conftest import ROOT, SHARED, launch
+
+run = lambda *flags, **how: launch("simple21k", flags, **how)
+SMALL = ["--backbone", "tiny8", "--image-size", "64", "--stage1-size", "32", "--stage1-batch", "8", "--batch-size", "2", "--jitter", "0.5,1.2", "--workers", "0", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """60 drawn photographs with boxes, 26 classes of 2 images, and the flags that find them."""
+    root = make_shapes(tmp_path_factory.mktemp("shapes"), train=60, val=30)
+    return root, ["--setup", "own", "--data", root, "--val-json", root / "annotations/instances_valall2017.json", "--val-images", root / "valall2017", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def stage1(small, tmp_path_factory):
+    """A stage I of three steps."""
+    out = tmp_path_factory.mktemp("stage1") / "run"
+    run(*small[1], "--stage", "1", "--max-iters", "3", "--out", out)
+    return out / "best.pt"
+
+
+def trace(out):
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------ the whole path
+
+def test_both_stages_then_eval_and_predict(small, tmp_path):
+    root, flags = small
+    out = tmp_path / "run"
+    r = run(*flags, "--max-iters", "3", "--out", out)
+    assert "loaded body, cls, fpn, head | new box, det, fg, rpn | left out nothing" in r.stdout and "20 in both" in r.stdout
+    for stage, files in (("stage1", ()), ("stage2", ("detections.json", "samples.jpg"))):
+        for name in ("args.json", "log.jsonl", "last.pt", "best.pt", "results.json", "curves.png", *files):
+            assert (out / stage / name).exists(), name
+    results = json.loads((out / "stage2" / "results.json").read_text())
+    assert set(results["classes"]) == set(ALL_CLASSES) and results["images"] == 15
+    assert list(trace(out / "stage2")[1]) == ["it", "epoch", "loss", "rpn_fg", "rpn_box", "fg", "cat", "box", "cls", "top1", "lr"]
+    assert json.loads((out / "stage1" / "results.json").read_text())["images"] == 52
+    run(*flags, "--eval", out / "stage2" / "last.pt", "--out", tmp_path / "eval")
+    again = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert all(again[k] == results[k] for k in results if k not in ("seconds", "line"))
+    run(*flags, "--eval", out / "stage1" / "best.pt", "--out", tmp_path / "eval1")
+    assert json.loads((tmp_path / "eval1" / "results.json").read_text())["images"] == 52
+    photo = next((root / "valall2017").iterdir())
+    run("--predict", photo, "--weights", out / "stage2" / "best.pt", "--classes", f"fish,{WNID['spiral']},Letter_T", "--score", "0", "--out", tmp_path / "predict")
+    boxes = json.loads((tmp_path / "predict" / "predictions.json").read_text())[str(photo)]
+    assert len(boxes) > 0 and {b["label"] for b in boxes} <= {"fish", "spiral", "letter T"} and len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1
+    r = run(*flags, "--max-iters", "3", "--out", out, "--resume")
+    assert "from 0" not in r.stdout  # both stages are finished: nothing is trained again
+    assert "holds a run already" in run(*flags, "--max-iters", "3", "--out", out, fail=True).stderr
+
+
+def test_vocabularies_of_the_embedded_dataset(small):
+    root, flags = small
+    args = simple21k.parse_args([str(f) for f in flags])
+    simple21k.fill_paths(args), simple21k.fill_defaults(args, "tiny8")
+    words, _, _ = simple21k.make_vocabulary(args, 2)
+    assert words["cls_names"] == ALL_CLASSES and set(words["det"]) == set(CLASSES)
+    assert [n for n, p in zip(words["cls_names"], words["pair"]) if p < 0] == IMAGE_ONLY
+    assert all(words["det"][p] == n for n, p in zip(words["cls_names"], words["pair"]) if p >= 0)
+
+
+def test_table_of_the_embedded_dataset(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(simple21k, "make_shapes", lambda **_: small[0])
+    flags = ["--data", "shapes", "--table", "--max-iters", "2", "--stage1-batch", "4", "--batch-size", "1", "--backbone", "tiny8", "--workers", "0", "--out", tmp_path / "t"]
+    r = run(*flags)
+    lines = r.stdout[r.stdout.index("\nshapes"):].splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["stage I", "boxes only", "simple21k"]
+    only = weights(tmp_path / "t/boxes_only/last.pt")
+    assert torch.equal(only["cls.weight"], weights(tmp_path / "t/stage_I/last.pt")["cls.weight"])  # no image data: the classifier stays
+    assert not torch.equal(only["head.fc6.weight"], weights(tmp_path / "t/stage_I/last.pt")["head.fc6.weight"])
+    for line in run(*flags, "--resume").stdout.splitlines():
+        assert "from 0" not in line
+
+
+@pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--stage1-level", "random"], ["--stage1-level", "all"], ["--head", "4conv1fc"],
+                                  ["--augment", "strong", "--accumulate", "2", "--channels-last"]])
+def test_variants_of_stage_one_lead_into_stage_two(small, more, tmp_path):
+    flags = [*small[1], *more, "--max-iters", "2", "--out"]
+    run(*flags, tmp_path / "run")
+    last = trace(tmp_path / "run/stage2")[2]
+    assert last["loss"] > 0 and "cls" in last
+
+
+@pytest.mark.parametrize("more", [["--init", "none"], ["--reinit-cls"], ["--cls-ratio", "1", "--cls-size", "32"], ["--no-cls-lsj", "--fg-grad-on-cls"], ["--rfs", "0.5"],
+                                  ["--masks", "--amp", "bf16", "--checkpoint"]])
+def test_variants_of_stage_two(small, stage1, more, tmp_path):
+    init = [] if "--init" in more else ["--init", stage1]
+    run(*small[1], "--stage", "2", *init, *more, "--max-iters", "2", "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert ("mask_AP" in results) == ("--masks" in more) and results["AP"] >= 0
+    if "--masks" in more:
+        assert "segmentation" in json.loads((tmp_path / "run" / "detections.json").read_text())[0]
+
+
+def test_gradient_checkpointing_changes_nothing(small, stage1, tmp_path):
+    for name, more in (("plain", []), ("again", ["--checkpoint"])):
+        run(*small[1], "--stage", "2", "--init", stage1, *more, "--max-iters", "2", "--out", tmp_path / name)
+    assert same(weights(tmp_path / "plain/last.pt"), weights(tmp_path / "again/last.pt"))
+
+
+def test_swin_trains_in_both_stages(small, tmp_path):
+    run(*small[1], "--backbone", "swin_t", "--stage1-batch", "2", "--batch-size", "1", "--max-iters", "1", "--out", tmp_path / "run")
+    first, second = (weights(tmp_path / f"run/stage{k}/last.pt") for k in (1, 2))
+    assert "body.norms.0.weight" in second and second["body.stages.0.1.0.attn.qkv.weight"].shape == first["body.stages.0.1.0.attn.qkv.weight"].shape
+
+
+# ------------------------------------------------------------------ resume, several processes
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_resumed_run_equals_an_uninterrupted_one(small, stage1, stage, tmp_path):
+    flags = [*small[1], "--stage", stage, *(["--init", stage1] if stage == "2" else []), "--augment", "strong"]
+    run(*flags, "--max-iters", "5", "--out", tmp_path / "whole")
+    run(*flags, "--max-iters", "2", "--out", tmp_path / "parts")
+    run("--resume", "--out", tmp_path / "parts", "--max-iters", "5")
+    assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "parts/last.pt"))
+    assert trace(tmp_path / "whole") == trace(tmp_path / "parts")
+
+
+def test_a_killed_run_continues_bit_by_bit(small, stage1, tmp_path):
+    flags = [str(f) for f in (*small[1], "--stage", "2", "--init", stage1, "--save-every", "3")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "simple21k.py", *flags, "--max-iters", "4000", "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, since = tmp_path / "killed" / "log.jsonl", time.time()
+    while time.time() - since < 120 and not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["it"]
+    assert done >= 3
+    run("--resume", "--out", tmp_path / "killed", "--max-iters", done + 2)
+    run(*flags, "--max-iters", done + 2, "--out", tmp_path / "whole")
+    assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "killed/last.pt"))
+    assert trace(tmp_path / "whole") == trace(tmp_path / "killed")
+
+
+def test_two_processes_of_stage_one_equal_one(small, tmp_path):
+    flags = [*small[1], "--stage", "1", "--max-iters", "3"]
+    run(*flags, "--stage1-batch", "4", "--out", tmp_path / "two", procs=2)
+    run(*flags, "--stage1-batch", "8", "--out", tmp_path / "one")
+    one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert all(one[k]["cls"] == pytest.approx(two[k]["cls"], rel=1e-4) and one[k]["top1"] == pytest.approx(two[k]["top1"]) for k in one)
+    a, b = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3  # AdamW turns rounding of small gradients into whole steps
+    assert json.loads((tmp_path / "one/results.json").read_text())["top5"] == json.loads((tmp_path / "two/results.json").read_text())["top5"]
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from common.run import init_ddp
+rank, world, device = init_ddp()
+import test_simple21k as t
+from simple21k import Detector, Learner, parameter_groups
+torch.manual_seed(0)
+model = Detector(t.arch_of())
+every = dict(rpn_fg=0, rpn_box=0)
+model.rois_per_image = 100000  # all RoIs: nothing is drawn by lot
+def gradient(learner, det, cls):
+    torch.manual_seed(7)
+    losses = learner(det=det, cls=cls)
+    sum(v for k, v in losses.items() if k not in every).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and not n.startswith("rpn")}
+found = {}
+wrapped = torch.nn.parallel.DistributedDataParallel(Learner(model, t.flags()), find_unused_parameters=False)
+boxes = rank == 0                                            # rank 1 has images without boxes
+optimizer = torch.optim.SGD(parameter_groups(model, 0.0), 0.01)
+for step in range(2):
+    losses = wrapped(det=t.det_batch(2, boxes=boxes, seed=step + 10 * rank), cls=t.cls_batch(3, seed=step + 20 * rank))
+    sum(losses.values()).backward()
+    optimizer.step(), optimizer.zero_grad()
+total = torch.stack([p.detach().double().sum() for p in model.parameters()])
+both = [torch.zeros_like(total) for _ in range(world)]
+dist.all_gather(both, total)
+assert torch.equal(*both), "the processes have drifted apart"
+if rank == 0:
+    print("EQUAL")
+dist.destroy_process_group()
+"""
+
+
+def test_a_process_without_boxes_neither_hangs_nor_drifts(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "worker.py"), str(ROOT)], capture_output=True,
+                       text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert r.returncode == 0 and "EQUAL" in r.stdout, r.stderr[-2000:]
+
+
+# ------------------------------------------------------------------ real photographs
+
+@pytest.fixture(scope="module")
+def photos():
+    data = SHARED / "data"
+    if not data.exists():
+        pytest.skip(f"real photographs are not here: {data}")
+    return data
+
+
+REAL = ["--image-size", "96", "--stage1-size", "64", "--stage1-batch", "4", "--batch-size", "1", "--workers", "0", "--log-every", "1", "--max-iters", "2"]
+
+
+def test_setup_two_on_photographs_with_two_processes_and_resnet50(photos, tmp_path):
+    """COCO boxes and ImageNet labels train; ImageNet's validation boxes measure localisation. ResNet-50: BatchNorm learns in stage I and is frozen in stage II."""
+    flags = ["--setup", "s2", "--det-json", photos / "coco_mini/annotations/instances_train2017.json", "--det-images", photos / "coco_mini/train2017",
+             "--cls-dir", copy_of(photos / "imagenet_mini/train", tmp_path / "in" / "train"), "--cls-val", copy_of(photos / "imagenet_mini/val", tmp_path / "in" / "val"),
+             "--val-boxes", photos / "imagenet_mini/val_boxes", "--val-images", photos / "imagenet_mini/val", *REAL]
+    run(*flags, "--stage1-batch", "2", "--out", tmp_path / "run", procs=2)
+    a, b = (weights(tmp_path / f"run/stage{k}/last.pt") for k in (1, 2))
+    assert not torch.equal(a["body.stages.0.conv1.weight"], b["body.stages.0.conv1.weight"]) and torch.equal(a["body.stages.0.bn1.running_mean"], b["body.stages.0.bn1.running_mean"])
+    results = json.loads((tmp_path / "run/stage2/results.json").read_text())
+    assert results["images"] == 40 and results["top1"] <= min(results["top5"], results["cls"]) and results["top1"] <= results["gt_known"]
+    assert results["whole"] == pytest.approx(whole_image_floor(photos), abs=1e-6) and 0 <= results["AP50"] <= results["AP50_federated"] + 1e-9
+    assert json.loads((tmp_path / "run/stage1/results.json").read_text())["images"] == 40
+
+
+def copy_of(source, target):
+    """Links, in a folder in which the index may be kept."""
+    for folder in (p for p in source.iterdir() if p.is_dir()):
+        (target / folder.name).mkdir(parents=True)
+        for path in folder.iterdir():
+            (target / folder.name / path.name).symlink_to(path.resolve())
+    return target
+
+
+def whole_image_floor(photos):
+    """GT-known of the whole image, from the XML by a plain loop."""
+    import xml.etree.ElementTree as ET
+    hits, count = 0, 0
+    for path in (photos / "imagenet_mini/val_boxes").rglob("*.xml"):
+        root = ET.parse(path).getroot()
+        w, h = (float(root.find(f"size/{k}").text) for k in ("width", "height"))
+        areas = [(float(b.find("xmax").text) - float(b.find("xmin").text)) * (float(b.find("ymax").text) - float(b.find("ymin").text)) for b in root.iter("bndbox")]
+        hits, count = hits + (max(areas) > 0.5 * w * h), count + 1
+    return 100 * hits / count
+
+
+def test_setup_one_on_photographs_with_masks_and_lvis_evaluation(photos, stage_names, tmp_path):
+    """COCO's boxes and outlines in LVIS's layout; eight of its classes are made the partners of ImageNet folders, for lack of real ones."""
+    overlap, flags = stage_names
+    flags = [*flags, "--overlap", overlap, "--cls-dir", copy_of(photos / "imagenet_mini/train", tmp_path / "in"), "--extra-as-fg", *REAL, "--backbone", "tiny8", "--max-dets", "20"]
+    r = run("--setup", "s1", *flags, "--out", tmp_path / "run")
+    assert "8 classes" in r.stdout
+    results = json.loads((tmp_path / "run/stage2/results.json").read_text())
+    assert {"mask_AP", "mask_base_AP", "mask_novel_AP", "mask_APr", "mask_APf", "AP"} <= set(results) and len(results["classes"]) == 8
+    assert results["mask_novel_AP"] == -1  # no rare class among these eight
+    found = json.loads((tmp_path / "run/stage2/detections.json").read_text())
+    assert found and {"bbox", "segmentation", "score", "category_id", "image_id"} <= set(found[0])
+
+
+@pytest.fixture
+def stage_names(photos, tmp_path):
+    lvis = photos / "lvis_mini/annotations"
+    wnids = sorted(p.name for p in (photos / "imagenet_mini/train").iterdir())
+    path = tmp_path / "overlap.json"
+    path.write_text(json.dumps(dict(zip(["person", "car_(automobile)", "chair", "bottle", "cup", "bowl", "book", "dog"], wnids))))
+    return path, ["--det-json", lvis / "coco_mini_as_lvis_v1_train.json", "--det-images", photos / "coco_mini", "--val-json", lvis / "coco_mini_as_lvis_v1_val.json",
+                  "--val-images", photos / "coco_mini"]
+
+
+def test_fine_tuning_on_lvis_from_both_stages(photos, stage_names, small, stage1, tmp_path):
+    """Table 5: 1,203 classes, repeat factors, boxes; a new detection classifier, no image classifier."""
+    r = run("--setup", "lvis", "--init", stage1, *stage_names[1], *REAL, "--rfs", "0.2", "--out", tmp_path / "run")
+    assert "new box, det, fg, rpn | left out cls" in r.stdout
+    model = weights(tmp_path / "run/last.pt")
+    assert model["det.weight"].shape[0] == 1203 and "cls.weight" not in model
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert {"AP", "APr", "APc", "APf"} <= set(results)
+
+
+# ------------------------------------------------------------------ bad input
+
+def test_wrong_input_is_told_in_one_line(small, stage1, tmp_path):
+    root, flags = small
+    out = ["--out", tmp_path / "x"]
+    line = lambda *more, **how: run(*more, *out, fail=True, **how).stderr.strip().splitlines()[-1]
+    assert "coco/annotations/instances_train2017.json: is missing" in line("--setup", "s2", "--data", tmp_path, "--stage", "2", "--init", "none", "--backbone", "tiny8")
+    assert "--cls-dir" in line("--setup", "s2", "--data", tmp_path, "--backbone", "tiny8", "--stage", "1") and not (tmp_path / "x").exists()
+    assert "choose among r50" in line(*flags, "--stage", "1", "--backbone", "vgg")
+    assert "no such file" in line(*flags, "--stage", "2", "--init", tmp_path / "none.pt")
+    torch.save(dict(model={}), tmp_path / "other.pt")
+    assert "is no checkpoint of this script" in line(*flags, "--stage", "2", "--init", tmp_path / "other.pt")
+    assert "is a classifier of stage I" in line("--predict", next((root / "val2017").iterdir()), "--weights", stage1)
+    (tmp_path / "list.txt").write_text("n90000001\nn12345678\n")
+    assert "has no class n12345678" in line(*flags, "--stage", "1", "--cls-list", tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("n90000001\n")
+    assert "holds one class, n90000001" in line(*flags, "--stage", "1", "--cls-list", tmp_path / "list.txt")
+    assert "has no ImageNet weights" in line(*flags, "--stage", "1", "--init", "imagenet").replace("there are no ImageNet weights", "has no ImageNet weights")
+    assert "needs --wordnet" in line("--setup", "s1", *flags[4:], "--det-json", root / "annotations/lvis_v1_train.json", "--det-images", root, "--cls-dir",
+                                     root / "imagenet/train", "--stage", "1").replace("--wordnet: is missing", "needs --wordnet")
+    assert "class n90000001" in line(*flags[:4], *SMALL, "--eval", odd_classes(stage1, tmp_path), "--val-boxes", root / "imagenet/val_boxes", "--val-images", root / "imagenet/val")
+
+
+def odd_classes(stage1, tmp_path):
+    """A stage II whose classes are not those of the data."""
+    arch = torch.load(stage1, weights_only=True)["arch"] | dict(stage=2, kind="stage2", det=["a"])
+    arch.update(cls=["nA", "nB"], cls_names=["A", "B"], pair=[-1, 0])
+    torch.save(simple21k.weights_of(simple21k.Detector(arch)), tmp_path / "odd.pt")
+    return tmp_path / "odd.pt"
+
+
+def test_other_classes_than_the_checkpoint_and_no_common_class(small, stage1, tmp_path):
+    root, flags = small
+    tree = shutil.copytree(root / "imagenet/train", tmp_path / "train")
+    (tree / WNID["fish"]).rename(tree / "n99999999")
+    more = ["--cls-dir", tree, "--stage", "2", "--init", stage1, "--max-iters", "1"]
+    assert "does not know class n99999999 of --cls-dir" in run(*flags, *more, "--out", tmp_path / "a", fail=True).stderr
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"{w}\tthing {k}\n" for k, w in enumerate(WNID.values())))
+    r = run(*flags, "--stage", "2", "--init", stage1, "--names", names, "--max-iters", "1", "--out", tmp_path / "b")
+    assert "warning: no class is in both vocabularies" in r.stdout
+    assert torch.load(tmp_path / "b/last.pt", weights_only=True)["arch"]["cls_names"][0] == "thing 0"
+
+
+def test_empty_classes_and_unreadable_images_are_told(small, tmp_path):
+    root, flags = small
+    tree = shutil.copytree(root / "imagenet/train", tmp_path / "train")
+    (tree / "n00000001").mkdir()
+    for folder in list(tree.iterdir()):
+        if folder.name.startswith("n9"):
+            sorted(folder.iterdir())[0].write_bytes(b"no jpeg")
+    r = run(*flags, "--cls-dir", tree, "--stage", "1", "--max-iters", "4", "--out", tmp_path / "run")
+    assert "no image of n00000001: 1 classes left out" in r.stdout and "replaced by another image of its class" in r.stderr and "unreadable images" in r.stdout
+
+
+def test_without_a_validation_set_the_last_classifier_is_the_best(small, tmp_path):
+    """Setups 1 and 3 have none for stage I, and stage II starts from best.pt."""
+    run(*small[1], "--stage", "1", "--cls-val", "none", "--stage1-epochs", "3", "--out", tmp_path / "run")
+    assert sum('"lr"' not in line for line in (tmp_path / "run/log.jsonl").read_text().splitlines()) == 3  # three evaluations that measured nothing
+    assert same(weights(tmp_path / "run/best.pt"), weights(tmp_path / "run/last.pt"))
+
+
+def test_split_of_a_benchmark_and_training_without_its_images(small, tmp_path):
+    """Setup 3 in small: one class is a tar, one file is damaged; the split is drawn, annotated, left out of training, and evaluated."""
+    tree = shutil.copytree(small[0] / "imagenet/train", tmp_path / "train")
+    first = sorted(p for p in tree.iterdir() if p.is_dir())[0]
+    for path in sorted(tree.glob("*/*"))[:10]:
+        for k in range(5):
+            shutil.copy(path, path.with_name(f"copy{k}_{path.name}"))
+    (first / "copy0_damaged.JPEG").write_bytes(b"no jpeg")
+    with tarfile.open(f"{first}.tar", "w") as f:
+        f.add(first, first.name)
+    shutil.rmtree(first)
+    r = run("--make-split", tmp_path / "split.json", "--cls-dir", tree, "--setup", "own", "--data", small[0])
+    split = json.loads((tmp_path / "split.json").read_text())
+    assert "seed 0" in r.stdout and any(i["file_name"].startswith(f"{first.name}.tar/") for i in split["images"])
+    split["annotations"] = [dict(id=i["id"], image_id=i["id"], category_id=i["category_id"], bbox=[10, 10, 40, 40]) for i in split["images"]]
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    r = run(*small[1][:4], *SMALL, "--cls-dir", tree, "--val-json", tmp_path / "split.json", "--val-images", tree, "--max-iters", "1", "--out", tmp_path / "run")
+    assert r.stdout.count(f"{len(split['images'])} images of the benchmark left out") == 2
+    results = json.loads((tmp_path / "run/stage2/results.json").read_text())
+    assert results["images"] == len(split["images"]) and results["whole"] == 0 and "AP50_federated" in results

@@ -14,8 +14,8 @@ No code, no weights and no benchmark of this paper were published. Where it is s
      leaves without gradient are frozen: weight decay alone would shrink them by e^-9 (Swin) to e^-25 (ResNet) in the paper's schedules.
   3. g^ is loaded into stage II (--reinit-cls: not). Box regression and masks are class-agnostic: classes without boxes have none of their own.
   4. Stage II: AdamW, 2 detection and 6 classification images a GPU, learning rate 3e-4 for 16 detection images, weight 0.1 of the classification
-     loss, 1,000 steps of warm-up, x0.1 at 3/4 and 11/12, BatchNorm frozen (2/3 of the paper's searched values are flags away).
-  5. "-stage I" in Table 2: --init none, random weights; with --init imagenet, torchvision's classifier, it would be the row "-reform".
+     loss, 1,000 steps of warm-up, x0.1 at 3/4 and 11/12, BatchNorm frozen.
+  5. "-stage I" in Table 2: --stage 2 --init none, random weights; with --init imagenet, torchvision's classifier, it would be the row "-reform".
      Boxes of crowd regions are no boxes here, as in torchvision's training: what they cover is background.
   6. LVIS classes outside the 997 have no label, so they are background; --extra-as-fg lets them train f and the boxes.
 
@@ -43,6 +43,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ def parse_args(argv=None):
     p.add_argument("--head", choices=("2fc", "4conv1fc"), help="shared RoI head (default 2fc; stage II: as --init)")
     p.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, Mask R-CNN (default: setup s1)")
     p.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's (default frozen; --init none: sync)")
-    p.add_argument("--drop-path", type=float, help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, S, B; stage II 0.2, 0.2, 0.3)")
+    p.add_argument("--drop-path", type=float, help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
     # method
     p.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: one after the other, in OUT/stage1 and OUT/stage2)")
     p.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the row '-stage I'); stage I: imagenet or none (default none)")
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     # schedule
     p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; shapes 20)")
     p.add_argument("--stage1-batch", type=int, help="images per process and step (default r50 32, Swin 128; shapes 64)")
-    p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3) or 64 (tiny, AdamW, 1e-3), scaled linearly")
+    p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), scaled linearly")
     p.add_argument("--stage1-size", type=int, help="pixels of a side (default 224; shapes 96)")
     p.add_argument("--crop", type=float, help="stage I: smallest share of the image in a random crop (default 0.08; shapes 0.5)")
     p.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: crop, flip, RandAugment, "
@@ -149,21 +150,25 @@ def parse_args(argv=None):
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
     p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags (both stages in one command: give them again)")
-    p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one table (default without --stage, --init)")
+    p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one table (default without --stage, --init, --max-iters)")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: a checkpoint of stage II")
     p.add_argument("--score", type=float, default=0.1, help="--predict: boxes above this score are kept")
     args = p.parse_args(argv)
-    check_conflicts(p, args)
     args.out = args.out or "runs/simple21k" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    last = Path(args.out) / "last.pt"
-    if args.resume and last.exists():  # the flags of that run, then those given now
-        saved = saved_flags(last)
+    there = [path for folder in ("", "stage2", "stage1") for path in [Path(args.out) / folder / "last.pt"] if path.exists()]
+    if args.resume and there:  # the flags of that run, then those given now; a run of both stages has them in its folders
+        saved = saved_flags(there[0])
         if "stage1_level" not in saved:
             p.error(f"--resume {args.out}: holds a run of another script")
-        p.set_defaults(**saved | dict(resume=False))
+        if there[0].parent != Path(args.out):
+            saved.update(stage=None, init=None)
+        for one, other in (("val_json", "val_boxes"), ("val_boxes", "val_json")):  # the one that is given replaces the other
+            saved[other] = None if getattr(args, one) else saved[other]
+        p.set_defaults(**saved | dict(resume=False, out=args.out))
         args = p.parse_args(argv)
+    check_conflicts(p, args)
     check_flags(p, args)
     return args
 
@@ -198,9 +203,13 @@ def check_conflicts(p, args):
         p.error("--classes: belongs to --predict; --cls-list chooses the classes to train on")
     if args.data == "shapes" and args.setup not in (None, "own"):
         p.error(f"--setup {args.setup}: --data shapes has its own")
-    if args.setup == "lvis" and (args.stage or args.init is None) and not args.eval and not args.predict and not args.resume:
-        p.error("--setup lvis: fine-tunes --init, a checkpoint of stage I or II, or imagenet; it has no stages")
-    if args.stage == 2 and args.init is None and not args.resume:
+    if args.setup == "lvis" and args.init is None and not args.eval and not args.predict:
+        p.error("--setup lvis: fine-tunes --init, a checkpoint of stage I or II, or imagenet")
+    if args.init in ("none", "imagenet") and not args.stage and args.setup != "lvis":
+        p.error(f"--init {args.init}: say of which stage, --stage 1 or --stage 2")
+    if args.reinit_cls and args.cls_ratio == 0:
+        p.error("--reinit-cls: with --cls-ratio 0 the new classifier would never learn, and be part of every score")
+    if args.stage == 2 and args.init is None:
         p.error("--stage 2: needs --init, a checkpoint of stage I; or imagenet, or none")
     if args.stage == 1 and args.init not in (None, "imagenet", "none"):
         p.error(f"--init {args.init}: stage I starts from imagenet or none")
@@ -324,7 +333,7 @@ class Detector(nn.Module):
         super().__init__()
         self.arch, tiny = arch, arch["name"].startswith("tiny")
         c, k = len(arch["det"]), len(arch["cls"])
-        dim, hidden, scale = (64, 256, 4) if tiny else (256, 1024, 1)  # the embedded dataset's images are of 100 pixels
+        dim, hidden, scale = (32, 256, 4) if tiny else (256, 1024, 1)  # the embedded dataset's images are of 100 pixels
         self.canonical, self.body = 224 / scale, Body(arch["name"], drop_path)
         if arch["gap"]:
             self.cls = linear(self.body.channels[-1], k)
@@ -338,12 +347,11 @@ class Detector(nn.Module):
             return
         self.fg, self.det = linear(hidden, 1), linear(hidden, c)     # f of Eq. 1, g of Eq. 2
         self.box = linear(hidden, 4, 0.001)     # of any class
-        few = dict(training=200, testing=200) if tiny else dict(training=2000, testing=1000)
         anchors = AnchorGenerator(tuple((s // scale,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5)
-        self.rpn = RegionProposalNetwork(anchors, RPNHead(dim, 3), 0.7, 0.3, 64 if tiny else 256, 0.5, few,
-                                         {k: min(v, 100) if tiny else v for k, v in few.items()} | dict(testing=100 if tiny else 1000), 0.7)
+        before, after = (dict(training=200, testing=200), dict(training=100, testing=100)) if tiny else (dict(training=2000, testing=1000), dict(training=2000, testing=1000))
+        self.rpn = RegionProposalNetwork(anchors, RPNHead(dim, 3), 0.7, 0.3, 64 if tiny else 256, 0.5, before, after, 0.7)
         self.rpn.box_similarity = lambda a, b: torch.cat([box_iou(part, b) for part in a.split(16)])  # 600 boxes x 262,000 anchors at once would be 5 GB
-        self.rois_per_image = 64 if tiny else 512
+        self.rois_per_image = 32 if tiny else 512
         if arch["masks"]:
             self.mask = nn.Sequential(OrderedDict(convs=MaskRCNNHeads(dim, (dim,) * 4, 1), out=MaskRCNNPredictor(dim, dim, 1)))
 
@@ -760,7 +768,10 @@ def class_names(args, wnids):
     else:
         for folder in (Path(args.cls_dir), Path(args.cls_dir).parent):
             if (folder / "classes.json").exists():
-                known = {c["wnid"]: c["name"] for c in read_json(folder / "classes.json")}
+                try:
+                    known = {c["wnid"]: c["name"] for c in read_json(folder / "classes.json")}
+                except (TypeError, KeyError):
+                    raise DataError(f"{folder / 'classes.json'}: expected a list of objects with wnid and name") from None
                 break
     return [known.get(w, w) for w in wnids]
 
@@ -783,6 +794,8 @@ def objects365(raw, folder):
 
 def make_split(args):
     """--make-split, Sec. 4.1: 5 images of each class, 20 % of classes with fewer than 25, none of those with fewer than 5; COCO's format without boxes."""
+    if not Path(args.make_split).parent.is_dir():
+        raise UserError(f"--make-split {args.make_split}: its folder does not exist")
     index, generator = ImageIndex(args.cls_dir), torch.Generator().manual_seed(args.seed)
     images, kept = [], []
     for k, wnid in enumerate(index.classes):
@@ -818,6 +831,11 @@ def fill_paths(args):
         own=dict(det_json=root / "annotations/instances_train2017.json", det_images=root / "train2017", cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
                  val_json=root / f"annotations/instances_val{'all' if shapes else ''}2017.json", val_images=root / f"val{'all' if shapes else ''}2017"))
     paths["lvis"] = {k: v for k, v in paths["s1"].items() if k != "cls_dir"}
+    if args.cls_val not in (None, "none"):
+        need(args.cls_val, "--cls-val", "a folder with a folder of images for each class")
+    given = {flag for flag in ("det_json", "cls_dir") if getattr(args, flag)}  # somebody's own data: do not measure them on others'
+    for name in [k for flag, names in (("det_json", ("val_json", "val_images")), ("cls_dir", ("cls_val",))) if flag in given and args.setup == "own" for k in names]:
+        paths["own"].pop(name)
     if args.val_json or args.val_boxes:
         paths[args.setup].pop("val_boxes", None), paths[args.setup].pop("val_json", None)
     for name, path in paths[args.setup].items():
@@ -833,7 +851,7 @@ def need(path, flag, where):
 def make_vocabulary(args, stage, pretrained=None):
     """(dict(det, cls, cls_names, pair), ImageIndex or None, content of the detection json or None): the two label spaces and what they share.
 
-    pretrained: the arch of a checkpoint whose vocabulary is to be kept; --cls-dir must hold its classes then.
+    pretrained: the arch of --init; boxes alone (--cls-ratio 0) keep its classes, and without it there are none.
     """
     index = raw = None
     det, names, wnid_of = [], [], {}
@@ -850,13 +868,18 @@ def make_vocabulary(args, stage, pretrained=None):
         det = [c["name"] for c in categories]
         if args.overlap:
             wnid_of = read_overlap(args.overlap)
+            strange = sorted(set(wnid_of) - set(det))
+            if strange:
+                raise DataError(f"--overlap {args.overlap}: {strange[0]} is no class of {args.det_json}")
         elif args.setup == "s1":
             need(args.wordnet, "--wordnet", "WordNet 3.0's dict/index.noun, https://wordnet.princeton.edu (Debian: apt install wordnet-base)")
             if not all("synset" in c and "frequency" in c for c in categories):
                 raise DataError(f"{args.det_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
             ids = wordnet_ids(args.wordnet, [c["synset"] for c in categories])
             wnid_of = {c["name"]: ids[c["synset"]] for c in categories if c["synset"] in ids}
-    if args.setup != "lvis" and (stage == 1 or args.cls_ratio or not pretrained):
+    if args.setup != "lvis" and (stage == 1 or args.cls_ratio):
+        if args.setup == "s3":
+            need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, --make-split draws one")
         need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
         if args.setup == "s1":
             held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
@@ -864,7 +887,8 @@ def make_vocabulary(args, stage, pretrained=None):
             if not wanted:
                 raise DataError(f"--cls-dir {args.cls_dir}: holds none of the {len(wnid_of)} wnids of LVIS; there is nothing to evaluate")
         index = open_index(args.cls_dir, wanted)
-        cls, index.dropped = index.classes, index.drop(benchmark_images(args))
+        index.drop(benchmark_images(args))
+        cls = index.classes
         if len(cls) < 2:
             raise DataError(f"--cls-dir {args.cls_dir}: holds one class, {cls[0]}; a classifier needs two")
         names = class_names(args, cls)
@@ -872,10 +896,11 @@ def make_vocabulary(args, stage, pretrained=None):
         cls, names = (list(pretrained["cls"]), list(pretrained["cls_names"])) if pretrained and args.setup != "lvis" else ([], [])
     if args.setup == "s1":
         name_of = {w: n for n, w in wnid_of.items()}
-        names = [name_of[w] for w in cls]
+        names = [name_of.get(w, w) for w in cls]
         held = set(names)
         det = [c["name"] for c in categories if c["name"] in held and c["frequency"] != "r"]
-        print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have a folder in {args.cls_dir}: {len(det)} base, {len(cls) - len(det)} novel (all of fall 2011: 997, 720, 277)", flush=True)
+        if not (dist.is_initialized() and dist.get_rank()):
+            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have a folder in {args.cls_dir}: {len(det)} base, {len(cls) - len(det)} novel (all of fall 2011: 997, 720, 277)", flush=True)
         if not det:
             raise DataError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there are no base classes")
     where = {n: k for k, n in enumerate(det)}
@@ -968,7 +993,6 @@ def to_device(batch, device):
 
 def fill_defaults(args, name):
     """Defaults that depend on the backbone and the setup."""
-    args.setup = args.setup or ("own" if args.data == "shapes" or args.det_json else "s2")
     tiny, swin = name.startswith("tiny"), name in SWIN
     if tiny:
         first = dict(stage1_epochs=20, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
@@ -1062,14 +1086,17 @@ def cosine(it, total, warmup, least=0.0):
 
 def train(args, rank, world, device):
     """Stage I and II one after the other in OUT/stage1 and OUT/stage2, or the one that --stage or --init asks for. Metrics of the last, on rank 0."""
-    if args.stage or args.setup == "lvis" or args.init not in (None, "imagenet"):
+    if args.stage or args.init:
         return train_stage(args, args.stage or 2, rank, world, device)
+    fill_paths(args)
     out, metrics = Path(args.out), None
-    if rank == 0 and not args.resume and (out / "stage1" / "log.jsonl").exists():
+    for flag in ("det_json", "det_images", "val_boxes" if args.val_boxes else "val_json", "val_images"):  # of stage II, before days of stage I
+        need(getattr(args, flag), f"--{flag.replace('_', '-')}", "stage II needs it")
+    if rank == 0 and not args.resume and (out / "stage2" / "log.jsonl").exists():
         raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or delete it")
     for stage in (1, 2):
         folder = out / f"stage{stage}"
-        run = argparse.Namespace(**{**vars(args), "stage": stage, "out": str(folder), "init": args.init if stage == 1 else str(out / "stage1" / "best.pt"), "table": False,
+        run = argparse.Namespace(**{**vars(args), "stage": stage, "out": str(folder), "init": None if stage == 1 else str(out / "stage1" / "best.pt"), "table": False,
                                     "resume": args.resume and (folder / "last.pt").exists()})
         metrics = train_stage(run, stage, rank, world, device)
     return metrics
@@ -1079,7 +1106,10 @@ def train_stage(args, stage, rank, world, device):
     if rank == 0 and not args.resume and (Path(args.out) / "log.jsonl").exists():  # before anything is read
         raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or delete it")
     args.stage = stage
-    pretrained = read_model_file(args.init, "--init")[0] if args.init not in (None, "imagenet", "none") else None
+    last = Path(args.out) / "last.pt"
+    resumed = args.resume and last.exists()  # it replaces --init, whose file may be gone
+    from_file = stage == 2 and args.init not in (None, "imagenet", "none")
+    pretrained = read_model_file(last if resumed else args.init, "--init")[0] if from_file else None
     if pretrained:
         for flag, key in (("backbone", "name"), ("head", "head")):
             setattr(args, flag, getattr(args, flag) or (None if key == "head" and pretrained["gap"] else pretrained[key]))
@@ -1088,7 +1118,7 @@ def train_stage(args, stage, rank, world, device):
         raise UserError(f"--backbone {args.backbone}: choose among r50, {', '.join(SWIN)}, tiny8 ... tiny64")
     fill_paths(args)
     fill_defaults(args, args.backbone)
-    words, index, raw = make_vocabulary(args, stage, pretrained if stage == 2 else None)
+    words, index, raw = make_vocabulary(args, stage, pretrained)
     arch = dict(name=args.backbone, kind=f"stage{stage}", stage=stage, head=args.head, gap=stage == 1 and args.stage1_head == "gap", masks=stage == 2 and args.masks,
                 **(words if stage == 2 else words | dict(det=[], pair=[-1] * len(words["cls"]))), setup=args.setup, image_size=args.image_size, stage1_size=args.stage1_size,
                 augment=args.augment, level=args.stage1_level)
@@ -1099,9 +1129,9 @@ def train_stage(args, stage, rank, world, device):
     if args.drop_path is None and args.backbone in SWIN:
         drop = 0.2 if stage == 1 and args.setup == "s3" else SWIN[args.backbone][2 + stage]
     model = Detector(arch, drop)
-    if args.init == "imagenet":
+    if args.init == "imagenet" and not resumed:
         load_imagenet(model.body, args.backbone)
-    elif pretrained:
+    elif pretrained and not resumed:
         load_init(model, args, rank)
     if stage == 1:
         freeze_idle(model, args)
@@ -1126,12 +1156,11 @@ def train_stage(args, stage, rank, world, device):
 
 
 def detection_data(args, arch, raw):
-    """CocoDataset of the classes arch["det"] under large-scale jitter."""
+    """CocoDataset of the classes arch["det"] under large-scale jitter. Images without a box of these are left out: LVIS's may be full of unlabelled ones."""
     names = {c["name"] for c in raw["categories"]}
     unused = names - set(arch["det"]) - set(arch["cls_names"])  # not the novel classes: they have no boxes in this paper
     data = CocoDataset(args.det_images, args.det_json, True, raw=raw, classes=arch["det"], canvas=args.image_size, jitter=jitter_of(args),
                        masks=args.masks, hidden=unused if args.extra_as_fg else ())
-    data.items = [x for x in data.items if len(x[4])]  # without a box of ours: LVIS is federated, such an image may be full of unlabelled objects
     if data.classes != arch["det"]:
         raise UserError(f"{args.det_json}: two categories have one name; give them different ones")
     data.repeats = repeat_fractions(data, args.rfs) if args.rfs else None
@@ -1159,9 +1188,9 @@ def fit(model, index, data, args, rank, world, device):
     stage, tiny = args.stage, args.backbone.startswith("tiny")
     det, cls, steps_per_epoch, text = make_streams(model, index, data, args, rank, world)
     val = val_data(args, model.arch) if stage == 2 else accuracy_data(args, model.arch)
-    if index and index.dropped:
+    if index is not None and index.dropped:
         text += f" | {index.dropped:,} images of the benchmark left out"
-    if index and index.empty:
+    if index is not None and index.empty:
         text += f" | no image of {', '.join(index.empty[:5])}{' ...' if len(index.empty) > 5 else ''}: {len(index.empty)} classes left out"
     out = open_run(args, rank, args.resume)
     epochs, batch = (args.stage1_epochs, args.stage1_batch) if stage == 1 else (args.epochs, args.batch_size)
@@ -1188,9 +1217,9 @@ def fit(model, index, data, args, rank, world, device):
     it, best, due = 0, -2.0, False
     if can_resume(out, args.resume, rank, device):
         state = load_checkpoint(out / "last.pt")
-        load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
         if state["arch"]["cls"] != model.arch["cls"] or state["arch"]["det"] != model.arch["det"]:
             raise UserError(f"--resume {out}: was trained on other classes than the data have now")
+        load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
         if state["total_batch"] != total_batch:
             raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
         try:
@@ -1298,7 +1327,8 @@ def accuracy_data(args, arch):
     held = {e.name.removesuffix(".tar") for e in Path(args.cls_val).iterdir()}
     known = [w for w in arch["cls"] if w in held]
     if not known:  # ImageNet's archive is flat; its labels are in the XML
-        print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no accuracy", flush=True)
+        if not (dist.is_initialized() and dist.get_rank()):
+            print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no accuracy", flush=True)
         return None
     index, label_of = ImageIndex(args.cls_val, known), {w: k for k, w in enumerate(arch["cls"])}
     return index, LabelledImages(index, ClassificationTransform(arch["stage1_size"], arch["augment"], False)), [label_of[w] for w in index.classes]
@@ -1373,7 +1403,7 @@ def evaluate_boxes(model, val, rank, world, device, args, out):
     for kind in ("bbox", "segm")[:1 + masks]:
         prefix = "mask_" * (kind == "segm")
         stats = lvis_evaluate(args.val_json, results, kind, ids) if val["kind"] == "lvis" else coco_evaluate(truth, results, kind)
-        numbers = {k: stats[k] for k in ("AP50", "AP75", "APr", "APc", "APf") if k in stats}
+        numbers = {k: stats[k] for k in ("APr", "APc", "APf") if k in stats}
         for name, group in (("AP", base + novel), ("base_AP", base), ("novel_AP", novel)):
             numbers.update({name: class_mean(stats, group, "AP"), f"{name}50": class_mean(stats, group, "AP50")})
         metrics.update({prefix + k: v for k, v in numbers.items()})
@@ -1388,7 +1418,8 @@ def evaluate_boxes(model, val, rank, world, device, args, out):
 
 
 def evaluate_localisation(model, val, rank, world, device, args, out):
-    """Setups 2 and 3: localisation accuracy with g^ alone (Sec. 4.3), and AP50 over all classes (Sec. 4.4). Per-class AP in results.json."""
+    """Setups 2 and 3: localisation accuracy (Sec. 4.3) and AP50 over all classes (Sec. 4.4) by g^ alone, or by Eq. 5 for classes that --overlap (own data: a
+    name) maps. Per-class AP in results.json."""
     data, truth, rows, found = val["data"], val["truth"], [], []
     vocabulary, column = Vocabulary(model.arch, device, only_cls=True), {w: k for k, w in enumerate(model.arch["cls"])}
     for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
@@ -1406,9 +1437,9 @@ def evaluate_localisation(model, val, rank, world, device, args, out):
         raise UserError(f"{args.val_boxes or args.val_json}: no image has a box")
     metrics = {k: 100 * sum(r[k] for r in rows) / len(rows) for k in rows[0]} | dict(images=len(rows))
     id_of = {c["name"]: c["id"] for c in truth["categories"]}
-    ids = torch.tensor([id_of.get(w, -1) for w in model.arch["cls"]]).numpy()  # classes without a validation image are nobody's false positives
-    flat = [torch.cat([torch.full((len(x),), i, dtype=torch.long) for i, x, _ in found]).numpy(), *(torch.cat([torch.as_tensor(f[k]) for f in found]).numpy() for k in (2, 1))]
-    image, label, box = flat
+    ids = np.array([id_of.get(w, -1) for w in model.arch["cls"]])  # classes without a validation image are nobody's false positives
+    image = np.concatenate([np.full(len(x), i) for i, x, _ in found])
+    box, label = np.concatenate([x for _, x, _ in found]), np.concatenate([k for *_, k in found])
     for name, federated in (("AP50", False), ("AP50_federated", True)):
         per_class = sparse_ap(truth, (image, ids[label], box[:, 4], box[:, :4]), federated)
         metrics[name] = sum(per_class.values()) / len(per_class)
@@ -1416,9 +1447,15 @@ def evaluate_localisation(model, val, rank, world, device, args, out):
     metrics["score"] = metrics["top1"]
     metrics["line"] = f"{len(rows)} images | localisation " + " ".join(f"{k} {metrics[k]:.1f}" for k in rows[0]) + f" | AP50 {metrics['AP50']:.1f} federated {metrics['AP50_federated']:.1f}"
     if out:
-        keep = box[:, 4] > 0.05  # 10 million boxes of score 1e-4 are of no use in a text file
-        (out / "detections.json").write_text(json.dumps([dict(image_id=i, category_id=c, bbox=b[:4], score=b[4]) for i, c, b in
-                                                         zip(image[keep].tolist(), ids[label[keep]].tolist(), box[keep].tolist())]))
+        keep, names = box[:, 4] > 0.05, {i["id"]: i["file_name"] for i in data.info}  # 10 million boxes of score 1e-4 are of no use in a text file
+        results = [dict(image_id=i, file_name=names[i], category_id=c, bbox=b[:4], score=b[4]) for i, c, b in
+                   zip(image[keep].tolist(), ids[label[keep]].tolist(), box[keep].tolist())]
+        (out / "detections.json").write_text(json.dumps(results))
+        shown = [i for i in data.info if ".tar/" not in i["file_name"]][:6]
+        page = argparse.Namespace(folder=data.folder, classes=[c["name"] for c in truth["categories"]], category_ids=[c["id"] for c in truth["categories"]], items=[
+            (i["id"], i["file_name"], i["height"], i["width"], np.array(data.boxes[i["id"]], np.float32).reshape(-1, 4),
+             np.full(len(data.boxes[i["id"]]), [c["id"] for c in truth["categories"]].index(i["category_id"]))) for i in shown])
+        save_samples(page, [r for r in results if r["category_id"] >= 0], out / "samples.jpg")
     return metrics
 
 

@@ -12,6 +12,7 @@ import os
 import random
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,8 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not valid json ({e}); download or export it again") from None
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def read_coco(path):
@@ -73,11 +76,14 @@ def read_coco(path):
 def read_image(path, content=None):
     """RGB PIL image; grey and CMYK files are converted. EXIF rotation is ignored, as COCO's boxes do. content: the file's bytes, if they are at hand."""
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        content = Path(path).read_bytes() if content is None else content
+        if content[:2] == b"\x1f\x8b":  # some files of ImageNet-21K are gzip-compressed JPEGs
+            content = gzip.decompress(content)
+        with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: image is missing") from None
-    except (OSError, SyntaxError, ValueError) as e:  # PIL's words for truncated or damaged
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as e:  # PIL's and gzip's words for truncated or damaged
         raise DataError(f"{path}: cannot be decoded ({e}); fetch the file again") from None
     except Image.DecompressionBombError as e:
         raise DataError(f"{path}: is larger than Pillow reads ({e}); scale it down first") from None
@@ -549,18 +555,20 @@ class ImageIndex:
         return f"{self.folder(i)}/{os.fsdecode(self.names[self.starts[i]:self.ends[i]].tobytes())}"
 
     def read(self, i):
-        """RGB PIL image i; DataError where it cannot be decoded. Some files of ImageNet-21K are gzip-compressed JPEGs."""
+        """RGB PIL image i; DataError where it cannot be decoded."""
         where = self.root / self.name(i)
+        if self.at[i] < 0:
+            return read_image(where)
         try:
-            with open(self.root / self.folder(i) if self.at[i] >= 0 else where, "rb") as f:
-                f.seek(max(self.at[i], 0))
-                content = f.read(self.size[i] if self.at[i] >= 0 else -1)
-            return read_image(where, gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-        except (OSError, EOFError) as e:
+            with open(self.root / self.folder(i), "rb") as f:
+                f.seek(self.at[i])
+                content = f.read(self.size[i])
+        except OSError as e:
             raise DataError(f"{where}: cannot be read ({e})") from None
+        return read_image(where, content)
 
     def drop(self, names):
-        """Leave out the images of these names (as `name` gives them), a benchmark's, say; returns how many."""
+        """Leave out the images of these names (as `name` gives them), a benchmark's, say; `dropped` counts them."""
         wanted, rows = {}, np.ones(len(self), bool)
         for n in names:
             wanted.setdefault(n.split("/")[0], set()).add(n)
@@ -568,7 +576,7 @@ class ImageIndex:
             here = range(self.first[k], self.first[k + 1])
             rows[here] = [self.name(i) not in wanted[self.folders[self.kept[k]]] for i in here]
         self.keep(rows)
-        return int((~rows).sum())
+        self.dropped = int((~rows).sum())
 
     def keep(self, rows):
         for field in ("labels", "starts", "ends", "at", "size"):
@@ -721,10 +729,16 @@ class LocalisationImages(Dataset):
             if not {"id", "width", "height", "file_name", "category_id"} <= set(i) or i["category_id"] not in names:
                 raise DataError(f"localisation set: image {i.get('id')} lacks width, height, file_name or a category_id that 'categories' lists")
         self.names = [names[i["category_id"]] for i in self.info]
-        self.boxes = {i["id"]: [] for i in self.info}
+        self.boxes, of_image = {i["id"]: [] for i in self.info}, {i["id"]: i["category_id"] for i in self.info}
+        listed = {f: set(os.listdir(self.folder / f)) if (self.folder / f).is_dir() else () for f in {str(Path(i["file_name"]).parent) for i in self.info if ".tar/" not in i["file_name"]}}
+        missing = [i["file_name"] for i in self.info if ".tar/" not in i["file_name"] and Path(i["file_name"]).name not in listed[str(Path(i["file_name"]).parent)]]
+        if missing:
+            raise DataError(f"{self.folder}: {len(missing)} of {len(self.info)} images are missing, first {missing[0]}")
         for a in raw["annotations"]:
             if a.get("image_id") not in self.boxes or len(a.get("bbox") or ()) != 4 or not all(math.isfinite(v) for v in a["bbox"]):
                 raise DataError(f"localisation set: annotation {a.get('id')} has image id {a.get('image_id')}, bbox {a.get('bbox')}")
+            if a.get("category_id") != of_image[a["image_id"]]:
+                raise DataError(f"localisation set: annotation {a.get('id')} has category id {a.get('category_id')}, its image {of_image[a['image_id']]}; an image has one class")
             x, y, w, h = a["bbox"]
             self.boxes[a["image_id"]].append((x, y, x + w, y + h))
 

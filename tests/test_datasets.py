@@ -700,6 +700,9 @@ def test_tar_reads_as_the_folder_does(tmp_path):
     assert np.array_equal(np.array(b.read(5)), np.array(a.read(0)))
     (tmp_path / "a" / "n2" / "packed.JPEG").write_bytes(data)  # or in a folder
     a = ImageIndex(tmp_path / "a")
+    (tmp_path / "a" / "n2" / "zzz.JPEG").write_bytes(data[:60])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        ImageIndex(tmp_path / "a").read(6)
     assert a.name(5) == "n2/packed.JPEG" and np.array_equal(np.array(a.read(5)), np.array(a.read(0)))
     with tarfile.open(tmp_path / "b" / "n0.tar", "w") as f:  # made by `tar cf n0.tar n1/`
         f.add(tmp_path / "a" / "n1", "n1")
@@ -724,9 +727,12 @@ def test_folder_and_tar_of_one_class_are_refused(tmp_path):
 
 def test_images_of_a_benchmark_are_left_out(tmp_path):
     index = ImageIndex(folders(tmp_path / "in", {"n1": 3, "n2": 2, "n3": 1}))
-    assert index.drop(["n1/n1_1.JPEG", "n2/n2_0.JPEG", "n2/other.JPEG", "n9/x.JPEG"]) == 2
+    index.drop(["n1/n1_1.JPEG", "n2/n2_0.JPEG", "n2/other.JPEG", "n9/x.JPEG"])
+    assert index.dropped == 2
     assert [index.name(i) for i in range(len(index))] == ["n1/n1_0.JPEG", "n1/n1_2.JPEG", "n2/n2_1.JPEG", "n3/n3_0.JPEG"]
-    assert index.labels.tolist() == [0, 0, 1, 2] and index.first.tolist() == [0, 2, 3, 4] and index.drop([]) == 0
+    assert index.labels.tolist() == [0, 0, 1, 2] and index.first.tolist() == [0, 2, 3, 4]
+    index.drop([])
+    assert index.dropped == 0 and len(index) == 4
 
 
 def as_tensor(image, rng):
@@ -814,10 +820,15 @@ def test_ilsvrc_boxes(tmp_path):
     data = LocalisationImages(root, raw, 64)
     item = data[0, 0]  # the file is half as large as the XML says: predictions go to the XML's pixels
     assert item["image"].shape == (3, 51, 64) and item["original_size"] == (80, 100) and item["boxes"].tolist() == [[10, 20, 50, 60], [90, 70, 100, 80]] and data.names == ["n1", "n2"]
+    odd = dict(raw, annotations=[dict(raw["annotations"][0], category_id=2)])
+    with pytest.raises(DataError, match="an image has one class"):
+        LocalisationImages(root, odd, 64)
     for path in root.glob("*/*"):  # flat, as the original archive is
         path.rename(root / path.name)
     assert read_ilsvrc(root, tmp_path / "xml")["images"][0]["file_name"] == "n1_0.JPEG"
     (root / "n1_0.JPEG").unlink()
+    with pytest.raises(DataError, match="images are missing, first n"):
+        LocalisationImages(root, raw, 64)
     with pytest.raises(DataError, match="has no image n1_0"):
         read_ilsvrc(root, tmp_path / "xml")
     (tmp_path / "xml" / "n1" / "n1_0.xml").write_text("<annotation>")

@@ -115,7 +115,7 @@ def parse_args(argv=None):
     p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; shapes 1)")
     p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size)")
     p.add_argument("--cls-lsj", action=argparse.BooleanOptionalAction, default=True, help="large-scale jitter for classification images, too")
-    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.4,1.2)")
+    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.4,1.4)")
     p.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not the paper: should hurt)")
     p.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and boxes")
     p.add_argument("--fuse", type=float, default=2 / 3, help="Eq. 5: share of the detection classifier where both know a class; 0, 1: one of them alone")
@@ -125,16 +125,16 @@ def parse_args(argv=None):
     p.add_argument("--nms-topk", type=int, default=5000, help="candidates that enter NMS; doubled until enough survive, so the result does not depend on it")
     p.add_argument("--classes", help="--predict: only these names or wnids, comma-separated")
     # schedule
-    p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; shapes 20)")
+    p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; shapes 15)")
     p.add_argument("--stage1-batch", type=int, help="images per process and step (default r50 32, Swin 128; shapes 64)")
     p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), scaled linearly")
     p.add_argument("--stage1-size", type=int, help="pixels of a side (default 224; shapes 96)")
     p.add_argument("--crop", type=float, help="stage I: smallest share of the image in a random crop (default 0.08; shapes 0.5)")
     p.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: crop, flip, RandAugment, "
                    "Mixup, CutMix, erasing, smoothing 0.1 (default weak; Swin strong; shapes plain)")
-    p.add_argument("--epochs", type=int, help="stage II, of the detection images (default 36; s3 12; lvis 24; shapes 6)")
+    p.add_argument("--epochs", type=int, help="stage II, of the detection images (default 36; s3 12; lvis 24; shapes 3)")
     p.add_argument("--batch-size", type=int, help="stage II: detection images per process and step (default 2; shapes 4)")
-    p.add_argument("--lr", type=float, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; shapes 4e-3)")
+    p.add_argument("--lr", type=float, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; shapes 1e-3)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="stage II")
     p.add_argument("--rfs", type=float, help="repeat-factor sampling threshold; 0: off (default lvis 0.001, else 0)")
     p.add_argument("--image-size", type=int, help="canvas of stage II and of evaluation: the long side (default 1024; shapes 128)")
@@ -995,8 +995,8 @@ def fill_defaults(args, name):
     """Defaults that depend on the backbone and the setup."""
     tiny, swin = name.startswith("tiny"), name in SWIN
     if tiny:
-        first = dict(stage1_epochs=20, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
-        second = dict(epochs=6, batch_size=4, lr=4e-3, image_size=128, jitter="0.4,1.2", cls_weight=1.0)
+        first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
+        second = dict(epochs=3, batch_size=4, lr=1e-3, image_size=128, jitter="0.4,1.4", cls_weight=1.0)
     else:
         large = args.setup == "s3"  # Swin's recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
         first = (dict(stage1_epochs=100 if large else 300, stage1_batch=128, stage1_lr=2.5e-4 if large else 1e-3, augment="strong") if swin else

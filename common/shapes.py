@@ -271,17 +271,17 @@ def rle(mask):
     return {"size": list(mask.shape), "counts": [0] + counts if flat[0] else counts}
 
 
-def draw_photo(seed, split, index, name=None):
+def draw_photo(seed, split, index, name=None, size=(36, 80)):
     """One photograph from its own generator, so that it does not depend on how many others are drawn.
 
-    name: the only object (ImageNet folders); otherwise 1-6 objects by the schedule below. Returns (PIL image, list of object dicts).
+    name: the only object (ImageNet folders), its longest side within `size` pixels; otherwise 1-6 objects by the schedule below. Returns (PIL image, list of object dicts).
     The periods are multiples of 3: a grey or empty photograph never takes the place of one that starts with a novel object.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index, ALL_CLASSES.index(name) if name else 0])
     width, height = (128, 96) if rng.random() < 0.5 else (96, 128)
     canvas, placed, grey = background(rng, width, height), [], False
     if name:
-        while not place(rng, canvas, placed, name, rng.uniform(36, 80)):
+        while not place(rng, canvas, placed, name, rng.uniform(*size)):
             canvas = background(rng, width, height)
     elif split == "valall2017":                                           # all classes alike: every name must be measurable
         for _ in range(rng.integers(2, 7)):
@@ -444,13 +444,13 @@ def write_voc(root, splits):
         (devkit / f"ImageSets/Main/{name}.txt").write_text("".join(f"{m}\n" for m in members))
 
 
-def draw_imagenet(root, seed, counts, bar):
+def draw_imagenet(root, seed, counts, size, bar):
     """Folder tree of single-object images of ALL_CLASSES, counts = {part: images a class}. Boxes for val only, as 0-based corners."""
     for part, count in counts.items():
         for k, (name, wnid) in enumerate(WNID.items()):
             (root / part / wnid).mkdir(parents=True)
             for index in range(count):
-                photo, (o,) = draw_photo(seed, f"imagenet/{part}", index, name)
+                photo, (o,) = draw_photo(seed, f"imagenet/{part}", index, name, size)
                 stem = f"{wnid}_{index + 1}" if part == "train" else f"ILSVRC2012_val_{index * len(WNID) + k + 1:08d}"
                 photo.save(root / part / wnid / f"{stem}.JPEG", quality=88)
                 if part == "val":
@@ -468,7 +468,8 @@ def make_shapes(root="data", seed=0, train=2000, val=300, labelled=None):
     """Path of the dataset under `root`; drawn on the first call (10-15 s on one core), otherwise returned at once.
 
     train, val: numbers of COCO images. The other parts scale along: valall2017 val / 2; ImageNet train / 50 and val / 30 a class (>= 2).
-    labelled: instead, images of a class in ImageNet's train folder: 40 are enough for reading them, not for learning 26 classes from scratch.
+    labelled: instead, images of a class in ImageNet's train folder, for learning 26 classes from scratch, which 40 are not enough for; their objects fill
+    most of the picture, as ImageNet's do.
     Files are byte-identical for a seed with the same Pillow and numpy; the first N pictures do not depend on the counts.
     Any number of processes may call this together: each draws into a folder of its own, the first one to finish names it.
     Raises ShapesError if the folder is there but not complete (it appears by renaming, so somebody has removed files from it).
@@ -487,7 +488,7 @@ def make_shapes(root="data", seed=0, train=2000, val=300, labelled=None):
         with tqdm(total=total, desc=f"drawing {target}", unit="img", mininterval=1) as bar:
             splits = {split: draw_split(draft, seed, split, n, bar) for split, n in (("train2017", train), ("val2017", val))}
             draw_split(draft, seed, "valall2017", val // 2, bar)
-            draw_imagenet(draft / "imagenet", seed, counts, bar)
+            draw_imagenet(draft / "imagenet", seed, counts, (60, 92) if labelled else (36, 80), bar)
         for split, rows in splits.items():
             sentences = [dict(image_id=row["image"]["id"], caption=text) for row in rows for text in row["captions"]]
             write_coco(draft / f"annotations/captions_{split}.json", rows, sentences)

@@ -114,8 +114,8 @@ def parse_args(argv=None):
     p.add_argument("--cls-ratio", type=int, default=3, help="classification images for each detection image; 0: boxes only")
     p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; shapes 1)")
     p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size)")
-    p.add_argument("--cls-lsj", action=argparse.BooleanOptionalAction, default=True, help="large-scale jitter for classification images, too")
-    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.4,1.4)")
+    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.6,1.6)")
+    p.add_argument("--cls-jitter", help="that of the classification images; 1,1: none (default: as --jitter; shapes 0.2,1.0)")
     p.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not the paper: should hurt)")
     p.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and boxes")
     p.add_argument("--fuse", type=float, default=2 / 3, help="Eq. 5: share of the detection classifier where both know a class; 0, 1: one of them alone")
@@ -187,8 +187,9 @@ def check_flags(p, args):
         for name in names:
             if name in given and not ok(given[name]):
                 p.error(f"--{name.replace('_', '-')} {given[name]}: {text}")
-    if args.jitter and not (re.fullmatch(r"\d+\.?\d*,\d+\.?\d*", args.jitter) and 0 < jitter_of(args)[0] <= jitter_of(args)[1]):
-        p.error(f"--jitter {args.jitter}: expected two scales as 0.1,2.0")
+    for name, text in (("jitter", args.jitter), ("cls-jitter", args.cls_jitter)):
+        if text and not (re.fullmatch(r"\d+\.?\d*,\d+\.?\d*", text) and 0 < scales(text)[0] <= scales(text)[1]):
+            p.error(f"--{name} {text}: expected two scales as 0.1,2.0")
 
 
 def check_conflicts(p, args):
@@ -219,8 +220,8 @@ def check_conflicts(p, args):
         p.error("--val-json and --val-boxes: one of them")
 
 
-def jitter_of(args):
-    return tuple(float(v) for v in args.jitter.split(","))
+def scales(text):
+    return tuple(float(v) for v in text.split(","))
 
 
 def fp32(x):
@@ -964,13 +965,13 @@ class ClassificationTransform:
 
 
 class DetectionTransform:
-    """Stage II's weak augmentation of a classification image: large-scale jitter and flip, as for detection images. jitter None: scale 1."""
+    """Stage II's weak augmentation of a classification image: large-scale jitter and flip, as for detection images."""
 
     def __init__(self, canvas, jitter):
         self.canvas, self.jitter = canvas, jitter
 
     def __call__(self, image, rng):
-        return jitter_image(image, self.canvas, rng.uniform(*self.jitter) if self.jitter else 1.0, rng)
+        return jitter_image(image, self.canvas, rng.uniform(*self.jitter), rng)
 
 
 def endless(dataset, stream, collate_fn, args, device):
@@ -996,7 +997,7 @@ def fill_defaults(args, name):
     tiny, swin = name.startswith("tiny"), name in SWIN
     if tiny:
         first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
-        second = dict(epochs=3, batch_size=4, lr=1e-3, image_size=128, jitter="0.4,1.4", cls_weight=1.0)
+        second = dict(epochs=3, batch_size=4, lr=1e-3, image_size=128, jitter="0.6,1.6", cls_jitter="0.2,1.0", cls_weight=1.0)
     else:
         large = args.setup == "s3"  # Swin's recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
         first = (dict(stage1_epochs=100 if large else 300, stage1_batch=128, stage1_lr=2.5e-4 if large else 1e-3, augment="strong") if swin else
@@ -1008,7 +1009,7 @@ def fill_defaults(args, name):
             setattr(args, flag, value)
     if args.setup == "lvis":
         args.cls_ratio = 0
-    args.cls_size = args.cls_size or args.image_size
+    args.cls_size, args.cls_jitter = args.cls_size or args.image_size, args.cls_jitter or args.jitter
 
 
 def read_model_file(path, flag):
@@ -1159,7 +1160,7 @@ def detection_data(args, arch, raw):
     """CocoDataset of the classes arch["det"] under large-scale jitter. Images without a box of these are left out: LVIS's may be full of unlabelled ones."""
     names = {c["name"] for c in raw["categories"]}
     unused = names - set(arch["det"]) - set(arch["cls_names"])  # not the novel classes: they have no boxes in this paper
-    data = CocoDataset(args.det_images, args.det_json, True, raw=raw, classes=arch["det"], canvas=args.image_size, jitter=jitter_of(args),
+    data = CocoDataset(args.det_images, args.det_json, True, raw=raw, classes=arch["det"], canvas=args.image_size, jitter=scales(args.jitter),
                        masks=args.masks, hidden=unused if args.extra_as_fg else ())
     if data.classes != arch["det"]:
         raise UserError(f"{args.det_json}: two categories have one name; give them different ones")
@@ -1176,7 +1177,7 @@ def make_streams(model, index, data, args, rank, world):
     det = Stream(len(data), args.batch_size, rank, world, args.seed, data.repeats), data, args.image_size
     text = f"{len(data):,} detection images, {len(data.classes):,} classes, dropped {data.dropped}"
     if args.cls_ratio:
-        images = LabelledImages(index, DetectionTransform(args.cls_size, jitter_of(args) if args.cls_lsj else None))
+        images = LabelledImages(index, DetectionTransform(args.cls_size, scales(args.cls_jitter)))
         cls = Stream(len(index), args.batch_size * args.cls_ratio, rank, world, args.seed + 1), images, args.cls_size
         text += f" | {len(index):,} classification images, {len(index.classes):,} classes, {sum(p >= 0 for p in model.arch['pair']):,} in both"
     each = float(data.repeats.sum()) if data.repeats is not None else len(data)

@@ -28,7 +28,7 @@ ARMS = {  # which stage I, flags of stage II
     "-reform": ("gap", []),
     "-stage I": (None, ["--init", "none"]),
     "-stage I, twice as long": (None, ["--init", "none", "--epochs", "TWICE"]),
-    "images without jitter": ("roi", ["--no-cls-lsj"]),
+    "images without jitter": ("roi", ["--cls-jitter", "1,1"]),
     "classifier anew": ("roi", ["--reinit-cls"]),
     "foreground from images, too": ("roi", ["--fg-grad-on-cls"]),
 }

@@ -604,7 +604,7 @@ def test_extra_objects_are_those_of_classes_outside_both_vocabularies(lists, tmp
     (["--classes", "a"], "belongs to --predict"), (["--stage", "2"], "needs --init"), (["--stage", "1", "--init", "x.pt"], "stage I starts from"),
     (["--setup", "lvis"], "fine-tunes --init"), (["--init", "none"], "say of which stage"), (["--reinit-cls", "--cls-ratio", "0"], "would never learn"), (["--data", "shapes", "--setup", "s1"], "has its own"), (["--table"], "belongs to --data shapes"),
     (["--val-json", "a", "--val-boxes", "b"], "one of them"), (["--fuse", "1.5"], "between 0 and 1"), (["--image-size", "100"], "multiple of 32"),
-    (["--jitter", "2,1"], "expected two scales"), (["--jitter", "1.2.3,2"], "expected two scales"), (["--lr", "0"], "must be positive"), (["--batch-size", "0"], "at least 1"), (["--cls-ratio", "-1"], "0 or more")])
+    (["--jitter", "2,1"], "expected two scales"), (["--jitter", "1.2.3,2"], "expected two scales"), (["--cls-jitter", "x"], "--cls-jitter x: expected two scales"), (["--lr", "0"], "must be positive"), (["--batch-size", "0"], "at least 1"), (["--cls-ratio", "-1"], "0 or more")])
 def test_flags_that_make_no_sense(given, text, capsys):
     with pytest.raises(SystemExit):
         parse_args(given)

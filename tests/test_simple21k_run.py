@@ -108,7 +108,7 @@ def test_variants_of_stage_one_lead_into_stage_two(small, more, tmp_path):
     assert last["loss"] > 0 and "cls" in last
 
 
-@pytest.mark.parametrize("more", [["--init", "none"], ["--reinit-cls"], ["--cls-ratio", "1", "--cls-size", "32"], ["--no-cls-lsj", "--fg-grad-on-cls"], ["--rfs", "0.5"],
+@pytest.mark.parametrize("more", [["--init", "none"], ["--reinit-cls"], ["--cls-ratio", "1", "--cls-size", "32"], ["--cls-jitter", "1,1", "--fg-grad-on-cls"], ["--rfs", "0.5"],
                                   ["--masks", "--amp", "bf16", "--checkpoint"]])
 def test_variants_of_stage_two(small, stage1, more, tmp_path):
     init = [] if "--init" in more else ["--init", stage1]
@@ -223,7 +223,7 @@ def photos():
     return data
 
 
-REAL = ["--image-size", "96", "--stage1-size", "64", "--stage1-batch", "4", "--batch-size", "1", "--workers", "0", "--log-every", "1", "--max-iters", "2"]
+REAL = ["--image-size", "64", "--stage1-size", "32", "--stage1-batch", "4", "--batch-size", "1", "--workers", "0", "--log-every", "1", "--max-iters", "2"]
 
 
 def test_setup_two_on_photographs_with_two_processes_and_resnet50(photos, tmp_path):

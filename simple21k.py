@@ -113,8 +113,8 @@ def parse_args(argv=None):
     p.add_argument("--stage1-level", choices=("canonical", "random", "all"), default="canonical", help="FPN level of the whole-image RoI in stage I")
     p.add_argument("--cls-ratio", type=int, default=3, help="classification images for each detection image; 0: boxes only")
     p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; shapes 1)")
-    p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size)")
-    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.6,1.6)")
+    p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size; shapes half of it)")
+    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.7,1.6)")
     p.add_argument("--cls-jitter", help="that of the classification images; 1,1: none (default: as --jitter; shapes 0.2,1.0)")
     p.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not the paper: should hurt)")
     p.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and boxes")
@@ -137,7 +137,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; shapes 1e-3)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="stage II")
     p.add_argument("--rfs", type=float, help="repeat-factor sampling threshold; 0: off (default lvis 0.001, else 0)")
-    p.add_argument("--image-size", type=int, help="canvas of stage II and of evaluation: the long side (default 1024; shapes 128)")
+    p.add_argument("--image-size", type=int, help="canvas of stage II and of evaluation: the long side (default 1024; shapes 256)")
     p.add_argument("--max-iters", type=int, help="stop each stage after this many steps; the schedule is not shortened")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     # run
@@ -997,7 +997,7 @@ def fill_defaults(args, name):
     tiny, swin = name.startswith("tiny"), name in SWIN
     if tiny:
         first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
-        second = dict(epochs=3, batch_size=4, lr=1e-3, image_size=128, jitter="0.6,1.6", cls_jitter="0.2,1.0", cls_weight=1.0)
+        second = dict(epochs=3, batch_size=4, lr=1e-3, image_size=256, jitter="0.7,1.6", cls_jitter="0.2,1.0", cls_weight=1.0)
     else:
         large = args.setup == "s3"  # Swin's recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
         first = (dict(stage1_epochs=100 if large else 300, stage1_batch=128, stage1_lr=2.5e-4 if large else 1e-3, augment="strong") if swin else
@@ -1009,7 +1009,8 @@ def fill_defaults(args, name):
             setattr(args, flag, value)
     if args.setup == "lvis":
         args.cls_ratio = 0
-    args.cls_size, args.cls_jitter = args.cls_size or args.image_size, args.cls_jitter or args.jitter
+    args.cls_size = args.cls_size or (max(32, args.image_size // 64 * 32) if tiny else args.image_size)
+    args.cls_jitter = args.cls_jitter or args.jitter
 
 
 def read_model_file(path, flag):

@@ -849,67 +849,76 @@ def need(path, flag, where):
         raise DataError(f"{flag}{f' {path}' if path else ''}: is missing; {where} (--data shapes needs nothing)")
 
 
+def wnids_of(args, categories):
+    """{detection class name: wnid}: by --overlap, or in setup s1 by WordNet, from the synsets that LVIS's categories have; else {}."""
+    names = {c["name"] for c in categories}
+    if args.overlap:
+        answer = read_overlap(args.overlap)
+        strange = sorted(set(answer) - names)
+        if strange:
+            raise DataError(f"--overlap {args.overlap}: {strange[0]} is no class of {args.det_json}")
+        return answer
+    if args.setup != "s1":
+        return {}
+    need(args.wordnet, "--wordnet", "WordNet 3.0's dict/index.noun, https://wordnet.princeton.edu (Debian: apt install wordnet-base)")
+    if not all("synset" in c and "frequency" in c for c in categories):
+        raise DataError(f"{args.det_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
+    ids = wordnet_ids(args.wordnet, [c["synset"] for c in categories])
+    return {c["name"]: ids[c["synset"]] for c in categories if c["synset"] in ids}
+
+
+def labelled_images(args, partners):
+    """ImageIndex of --cls-dir: all its classes, those of --cls-list, in setup s1 those that are LVIS's; without the benchmark's images."""
+    wanted = None
+    if args.cls_list:
+        need(args.cls_list, "--cls-list", "a text file, a class a line")
+        wanted = [line.split()[0] for line in Path(args.cls_list).read_text().splitlines() if line.strip()]
+    if args.setup == "s3":
+        need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, --make-split draws one")
+    need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
+    if args.setup == "s1":
+        held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
+        wanted = sorted(set(partners) & held & set(wanted or held))
+        if not wanted:
+            raise DataError(f"--cls-dir {args.cls_dir}: holds none of the {len(partners)} wnids of LVIS; there is nothing to evaluate")
+    index = open_index(args.cls_dir, wanted)
+    index.drop(benchmark_images(args))
+    if len(index.classes) < 2:
+        raise DataError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier needs two")
+    return index
+
+
 def make_vocabulary(args, stage, pretrained=None):
     """(dict(det, cls, cls_names, pair), ImageIndex or None, content of the detection json or None): the two label spaces and what they share.
 
     pretrained: the arch of --init; boxes alone (--cls-ratio 0) keep its classes, and without it there are none.
     """
-    index = raw = None
-    det, names, wnid_of = [], [], {}
-    wanted = None
-    if args.cls_list:
-        need(args.cls_list, "--cls-list", "a text file, a class a line")
-        wanted = [line.split()[0] for line in Path(args.cls_list).read_text().splitlines() if line.strip()]
+    index, raw, det, wnid_of, cls, names = None, None, [], {}, [], []
     if stage == 2 or args.setup == "s1":
         need(args.det_json, "--det-json", "boxes in COCO's or LVIS's format")
         raw = read_coco(args.det_json)
         if args.setup == "s3":
             raw = objects365(raw, args.det_images)
         categories = sorted(raw["categories"], key=lambda c: c["id"])
-        det = [c["name"] for c in categories]
-        if args.overlap:
-            wnid_of = read_overlap(args.overlap)
-            strange = sorted(set(wnid_of) - set(det))
-            if strange:
-                raise DataError(f"--overlap {args.overlap}: {strange[0]} is no class of {args.det_json}")
-        elif args.setup == "s1":
-            need(args.wordnet, "--wordnet", "WordNet 3.0's dict/index.noun, https://wordnet.princeton.edu (Debian: apt install wordnet-base)")
-            if not all("synset" in c and "frequency" in c for c in categories):
-                raise DataError(f"{args.det_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
-            ids = wordnet_ids(args.wordnet, [c["synset"] for c in categories])
-            wnid_of = {c["name"]: ids[c["synset"]] for c in categories if c["synset"] in ids}
+        det, wnid_of = [c["name"] for c in categories], wnids_of(args, categories)
+    name_of = {w: n for n, w in wnid_of.items()}
     if args.setup != "lvis" and (stage == 1 or args.cls_ratio):
-        if args.setup == "s3":
-            need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, --make-split draws one")
-        need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
-        if args.setup == "s1":
-            held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
-            wanted = sorted(set(wnid_of.values()) & held & set(wanted or held))
-            if not wanted:
-                raise DataError(f"--cls-dir {args.cls_dir}: holds none of the {len(wnid_of)} wnids of LVIS; there is nothing to evaluate")
-        index = open_index(args.cls_dir, wanted)
-        index.drop(benchmark_images(args))
-        cls = index.classes
-        if len(cls) < 2:
-            raise DataError(f"--cls-dir {args.cls_dir}: holds one class, {cls[0]}; a classifier needs two")
-        names = class_names(args, cls)
-    else:
-        cls, names = (list(pretrained["cls"]), list(pretrained["cls_names"])) if pretrained and args.setup != "lvis" else ([], [])
+        index = labelled_images(args, name_of)
+        cls, names = index.classes, class_names(args, index.classes)
+    elif args.setup != "lvis" and pretrained:
+        cls, names = list(pretrained["cls"]), list(pretrained["cls_names"])
     if args.setup == "s1":
-        name_of = {w: n for n, w in wnid_of.items()}
         names = [name_of.get(w, w) for w in cls]
-        held = set(names)
-        det = [c["name"] for c in categories if c["name"] in held and c["frequency"] != "r"]
+        det = [c["name"] for c in categories if c["name"] in names and c["frequency"] != "r"]
         if not (dist.is_initialized() and dist.get_rank()):
-            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have a folder in {args.cls_dir}: {len(det)} base, {len(cls) - len(det)} novel (all of fall 2011: 997, 720, 277)", flush=True)
+            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, {len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)", flush=True)
         if not det:
             raise DataError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there are no base classes")
-    where = {n: k for k, n in enumerate(det)}
+    column = {n: k for k, n in enumerate(det)}
     if wnid_of:
-        partner = {w: where[n] for n, w in wnid_of.items() if n in where}
-        pair = [partner.get(w, -1) for w in cls]
+        pair = [column.get(name_of.get(w), -1) for w in cls]
     elif args.setup == "own":
-        known = {plain(n): k for n, k in where.items()}
+        known = {plain(n): k for n, k in column.items()}
         pair = [known.get(plain(n), -1) for n in names]
     else:
         pair = [-1] * len(cls)  # the paper does not map them

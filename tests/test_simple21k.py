@@ -243,6 +243,18 @@ def test_swin_maps_have_the_published_shapes():
     assert simple21k.Body("swin_t", 0.3).stages[3][1][1].stochastic_depth.p == pytest.approx(0.3)
 
 
+def test_frozen_batchnorm_keeps_its_statistics_in_training():
+    torch.manual_seed(0)
+    body = simple21k.Body("r50")
+    before = {k: v.clone() for k, v in body.state_dict().items() if "running" in k}
+    body.train()(torch.randn(2, 3, 64, 64))
+    moved = {k: v.clone() for k, v in body.state_dict().items() if "running" in k}
+    assert not torch.equal(moved["stages.0.bn1.running_mean"], before["stages.0.bn1.running_mean"])
+    body.fixed_norms = True
+    body.train()(torch.randn(2, 3, 64, 64))
+    assert body.training and all(torch.equal(v, moved[k]) for k, v in body.state_dict().items() if "running" in k)
+
+
 def test_imagenet_weights_go_where_they_belong(monkeypatch):
     """Files of torchvision's layout, made from its own models."""
     import torchvision

@@ -8,7 +8,7 @@ one RoI, the whole image. What is an object is told apart from what it is: f, on
 a softmax over the detection classes and one over the classification classes, learn what objects are; the score of a class is the product (Eq. 4). A
 proposal takes its name from g^ although no box of that class was ever seen. Classes that both vocabularies hold get a weighted geometric mean (Eq. 5).
 
-No code, no weights and no benchmark of this paper were published. Where it is silent we chose, and each choice is a flag:
+No code, no weights and no benchmark of this paper were published. Where it is silent we chose; what can be chosen otherwise is a flag:
   1. The loss "on the final score" is the likelihood of p(class c) = S_fg S_c, p(background) = 1 - S_fg, in logits; both terms over the sampled RoIs.
   2. Stage I pools the whole image from the FPN level that its size has in a detector: P4 at 224 px (--stage1-level). The parts of the FPN that this
      leaves without gradient are frozen: weight decay alone would shrink them by e^-9 (Swin) to e^-25 (ResNet) in the paper's schedules.
@@ -16,8 +16,8 @@ No code, no weights and no benchmark of this paper were published. Where it is s
   4. Stage II: AdamW, 2 detection and 6 classification images a GPU, learning rate 3e-4 for 16 detection images, weight 0.1 of the classification
      loss, 1,000 steps of warm-up, x0.1 at 3/4 and 11/12, BatchNorm frozen.
   5. "-stage I" in Table 2: --stage 2 --init none, random weights; with --init imagenet, torchvision's classifier, it would be the row "-reform".
-     Boxes of crowd regions are no boxes here, as in torchvision's training: what they cover is background.
   6. LVIS classes outside the 997 have no label, so they are background; --extra-as-fg lets them train f and the boxes.
+  7. Boxes of crowd regions are no boxes here, as in torchvision's training: what they cover is background.
 
     python simple21k.py --data shapes                                                # both stages and boxes alone, on 2 cores
     torchrun --nproc_per_node 8 simple21k.py --setup s2 --out runs/s2                # COCO + ImageNet-1K; paper: 64.7 / 69.9 top-1 / 5, GT-known 73.8
@@ -150,7 +150,7 @@ def parse_args(argv=None):
     p.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages are computed twice and not kept")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags (both stages in one command: give them again)")
+    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags; also of both stages (the table of --data shapes: give them again)")
     p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one table (default without --stage, --init, --max-iters)")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")

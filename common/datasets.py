@@ -401,15 +401,17 @@ class BatchPlan:
             yield [(i, hash((self.seed, self.epoch, i, *[copy] * (copy > 0)))) for i, copy in mine]
 
 
-def repeat_factors(dataset, threshold):
-    """Repeat-factor sampling (LVIS, Gupta et al. 2019): how often each image stands in an epoch, an integer >= 1.
-
-    max over its classes of sqrt(threshold / share of the images that hold the class), rounded up, as mmdetection does it.
-    """
+def repeat_fractions(dataset, threshold):
+    """Repeat-factor sampling (LVIS, Gupta et al. 2019), (N,) float >= 1: max over an image's classes of sqrt(threshold / share of the images that hold it)."""
     held = [set(labels.tolist()) for *_, labels in dataset.items]
     count = Counter(label for labels in held for label in labels)
     factor = {label: max(1.0, math.sqrt(threshold * len(held) / n)) for label, n in count.items()}
-    return [math.ceil(max([factor[label] for label in labels], default=1)) for labels in held]
+    return torch.tensor([max([factor[label] for label in labels], default=1.0) for labels in held], dtype=torch.float64)
+
+
+def repeat_factors(dataset, threshold):
+    """The same as integers: how often each image stands in an epoch of BatchPlan. Rounded up, as mmdetection does it."""
+    return repeat_fractions(dataset, threshold).ceil().int().tolist()
 
 
 def train_loader(dataset, batch_size, rank, world, seed, workers, pin):
@@ -668,14 +670,6 @@ class Stream:
             first = self.rank * self.batch_size
             yield [(i, hash((self.seed, step, first + k))) for k, i in enumerate(order[first:first + self.batch_size].tolist())]
             order, step = order[total:], step + 1
-
-
-def repeat_fractions(dataset, threshold):
-    """Repeat-factor sampling as in LVIS (Gupta et al. 2019), (N,) float: max over an image's classes of max(1, sqrt(threshold / share of images with it))."""
-    held = [set(labels.tolist()) for *_, labels in dataset.items]
-    count = Counter(label for labels in held for label in labels)
-    factor = {label: max(1.0, math.sqrt(threshold * len(held) / n)) for label, n in count.items()}
-    return torch.tensor([max([factor[label] for label in labels], default=1.0) for labels in held], dtype=torch.float64)
 
 
 def read_ilsvrc(images, boxes):

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops import nms
 
 import simple21k
-from common.datasets import DataError, Stream, collate, collate_labelled
+from common.datasets import DataError, collate, collate_labelled
 from common.run import UserError
 from conftest import SHARED
 from simple21k import (Detector, Learner, Vocabulary, class_nms, class_scores, draw_mix, fill_defaults, freeze_idle, level_of, load_init, make_split, mix_images,

@@ -19,6 +19,8 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_configure(config):
     config.stderr = os.fdopen(os.dup(2), "w")  # the real one, before pytest captures it
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # one of -n 2 processes: the other core is taken
 
 
 @pytest.fixture(autouse=True)

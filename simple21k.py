@@ -18,6 +18,7 @@ No code, no weights and no benchmark of this paper were published. Where it is s
   5. "-stage I" in Table 2: --stage 2 --init none, random weights; with --init imagenet, torchvision's classifier, it would be the row "-reform".
   6. LVIS classes outside the 997 have no label, so they are background; --extra-as-fg lets them train f and the boxes.
   7. Boxes of crowd regions are no boxes here, as in torchvision's training: what they cover is background.
+  8. Eq. 5 is printed without S_fg. We read it as the S_c of Eq. 4: S_fg multiplies the mean, or shared classes would outrank all others on background.
 
     python simple21k.py --data shapes                                                # both stages and boxes alone, on 2 cores
     torchrun --nproc_per_node 8 simple21k.py --setup s2 --out runs/s2                # COCO + ImageNet-1K; paper: 64.7 / 69.9 top-1 / 5, GT-known 73.8
@@ -26,7 +27,7 @@ No code, no weights and no benchmark of this paper were published. Where it is s
     torchrun --nproc_per_node 8 simple21k.py --setup lvis --init runs/s3/stage2/best.pt --out runs/lvis    # Table 5: fine-tuning on LVIS
     torchrun --nproc_per_node 8 simple21k.py --det-json a.json --det-images a/ --cls-dir folders/ --val-json b.json --val-images b/     # your own data
     python simple21k.py --eval runs/x/best.pt --setup s2
-    python simple21k.py --predict photo.jpg dir/ --weights runs/x/best.pt --classes "red panda,n02510455"
+    python simple21k.py --predict photo.jpg dir/ --weights runs/x/best.pt --names words.txt --classes "red panda,n02510455"
 Not run by us: any of it at full size. On shapes: README.
 
 Letters: B images, R RoIs, D channels of a RoI, C detection classes, K (the paper's C^) classification classes, V classes that are scored.
@@ -39,7 +40,7 @@ import random
 import re
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ from tqdm import tqdm
 from common.boxes import constant
 from common.datasets import (CocoDataset, DataError, ImageIndex, LabelledImages, LocalisationImages, Stream, collate, collate_labelled, eval_loader,
                              jitter_image, read_coco, read_ilsvrc, read_image, read_json, repeat_fractions)
-from common.evaluation import class_mean, class_table, coco_evaluate, encode_mask, gather, localise, lvis_evaluate, sparse_ap, to_coco_results
+from common.evaluation import class_mean, class_table, coco_evaluate, encode_mask, gather, import_lvis, localise, lvis_evaluate, sparse_ap, to_coco_results
 from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run,
                         plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import ShapesError, make_shapes
@@ -91,7 +92,7 @@ def parse_args(argv=None):
     p.add_argument("--det-images", help="their images")
     p.add_argument("--cls-dir", help="folder with a folder or .tar of images for each class (default: the setup's)")
     p.add_argument("--cls-list", metavar="FILE", help="keep only these classes of it: first word of each line")
-    p.add_argument("--cls-val", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if there)")
+    p.add_argument("--cls-val", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if it is there and --cls-dir is the setup's, too)")
     p.add_argument("--val-json", help="what the detector is evaluated on: COCO or LVIS format, or a localisation set (images with category_id)")
     p.add_argument("--val-images", help="its images")
     p.add_argument("--val-boxes", help="instead of --val-json: folder of ILSVRC XML")
@@ -104,7 +105,7 @@ def parse_args(argv=None):
     p.add_argument("--backbone", help="r50, swin_t, swin_s, swin_b or tiny8 ... tiny64 (default r50, shapes tiny16; stage II: as --init)")
     p.add_argument("--head", choices=("2fc", "4conv1fc"), help="shared RoI head (default 2fc; stage II: as --init)")
     p.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, Mask R-CNN (default: setup s1)")
-    p.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's (default frozen; --init none: sync)")
+    p.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's, on GPUs that of all processes (default frozen; --init none: sync)")
     p.add_argument("--drop-path", type=float, help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
     # method
     p.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: one after the other, in OUT/stage1 and OUT/stage2)")
@@ -113,32 +114,32 @@ def parse_args(argv=None):
     p.add_argument("--stage1-head", choices=("roi", "gap"), default="roi", help="the detector's head on a whole-image RoI, or average pooling and one linear layer ('-reform')")
     p.add_argument("--stage1-level", choices=("canonical", "random", "all"), default="canonical", help="FPN level of the whole-image RoI in stage I")
     p.add_argument("--cls-ratio", type=int, default=3, help="classification images for each detection image; 0: boxes only")
-    p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; shapes 1)")
-    p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size; shapes half of it)")
-    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; shapes 0.7,1.6)")
-    p.add_argument("--cls-jitter", help="that of the classification images; 1,1: none (default: as --jitter; shapes 0.2,1.0)")
+    p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; tiny 1)")
+    p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size; tiny half of it)")
+    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; tiny 0.7,1.6)")
+    p.add_argument("--cls-jitter", help="that of the classification images; 1,1: none (default: as --jitter; tiny 0.2,1.0)")
     p.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not the paper: should hurt)")
     p.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and boxes")
     p.add_argument("--fuse", type=float, default=2 / 3, help="Eq. 5: share of the detection classifier where both know a class; 0, 1: one of them alone")
     # inference
     p.add_argument("--score-thresh", type=float, default=1e-4, help="boxes below this score are dropped")
-    p.add_argument("--max-dets", type=int, help="boxes of an image (default 100; LVIS 300)")
+    p.add_argument("--max-dets", type=int, help="boxes of an image (default 100; evaluation on LVIS 300)")
     p.add_argument("--nms-topk", type=int, default=5000, help="candidates that enter NMS; doubled until enough survive, so the result does not depend on it")
     p.add_argument("--classes", help="--predict: only these names or wnids, comma-separated")
     # schedule
-    p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; shapes 15)")
-    p.add_argument("--stage1-batch", type=int, help="images per process and step (default r50 32, Swin 128; shapes 64)")
+    p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; tiny 15)")
+    p.add_argument("--stage1-batch", type=int, help="images per process and step (default r50 32, Swin 128; tiny 64)")
     p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), scaled linearly")
-    p.add_argument("--stage1-size", type=int, help="pixels of a side (default 224; shapes 96)")
-    p.add_argument("--crop", type=float, help="stage I: smallest share of the image in a random crop (default 0.08; shapes 0.5)")
+    p.add_argument("--stage1-size", type=int, help="pixels of a side (default 224; tiny 96)")
+    p.add_argument("--crop", type=float, help="stage I: smallest share of the image in a random crop (default 0.08; tiny 0.5)")
     p.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: crop, flip, RandAugment, "
                    "Mixup, CutMix, erasing, smoothing 0.1 (default weak; Swin strong; shapes plain)")
-    p.add_argument("--epochs", type=int, help="stage II, of the detection images (default 36; s3 12; lvis 24; shapes 3)")
-    p.add_argument("--batch-size", type=int, help="stage II: detection images per process and step (default 2; shapes 4)")
-    p.add_argument("--lr", type=float, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; shapes 4e-3)")
+    p.add_argument("--epochs", type=int, help="stage II, of the detection images (default 36; s3 12; lvis 24; tiny 3)")
+    p.add_argument("--batch-size", type=int, help="stage II: detection images per process and step (default 2; tiny 4)")
+    p.add_argument("--lr", type=float, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; tiny 4e-3)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="stage II")
     p.add_argument("--rfs", type=float, help="repeat-factor sampling threshold; 0: off (default lvis 0.001, else 0)")
-    p.add_argument("--image-size", type=int, help="canvas of stage II and of evaluation: the long side (default 1024; shapes 256)")
+    p.add_argument("--image-size", type=int, help="canvas of stage II and of evaluation: the long side (default 1024; tiny 256)")
     p.add_argument("--max-iters", type=int, help="stop each stage after this many steps; the schedule is not shortened")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     # run
@@ -209,6 +210,12 @@ def check_conflicts(p, args):
         p.error("--setup lvis: fine-tunes --init, a checkpoint of stage I or II, or imagenet")
     if args.init in ("none", "imagenet") and not args.stage and args.setup != "lvis":
         p.error(f"--init {args.init}: say of which stage, --stage 1 or --stage 2")
+    if args.setup == "lvis" and args.stage == 1:
+        p.error("--setup lvis: is stage II on boxes; stage I belongs to the other setups")
+    if args.extra_as_fg and args.setup != "s1" and not args.eval and not args.predict:
+        p.error("--extra-as-fg: belongs to --setup s1, where LVIS has classes outside the 997")
+    if args.make_split and Path(args.make_split).exists():
+        p.error(f"--make-split {args.make_split}: exists; its boxes are somebody's work: choose another file")
     if args.reinit_cls and args.cls_ratio == 0:
         p.error("--reinit-cls: with --cls-ratio 0 the new classifier would never learn, and be part of every score")
     if args.stage == 2 and args.init is None:
@@ -414,6 +421,7 @@ class Detector(nn.Module):
             rois = constant([(j, *whole[i]) for j, i in enumerate(rows)], device, torch.float32).reshape(-1, 5)
             pooled.append(pool(self.smooth({k: part}), rois, self.canonical))
             order += rows
+        # pooled is in the order of levels; this permutation puts it back into that of the images
         return torch.cat(pooled)[constant(sorted(range(len(order)), key=order.__getitem__), device, torch.long)]
 
     def mask_logits(self, maps, rois):
@@ -483,7 +491,7 @@ def mix_images(images, mix):
 
 @torch.no_grad()
 def sample_rois(proposals, boxes, labels, per_image):
-    """512 RoIs of an image, at most a quarter of them objects: IoU >= 0.5 with a true box. True boxes are proposals, too.
+    """`per_image` RoIs of an image, at most a quarter of them objects: IoU >= 0.5 with a true box. True boxes are proposals, too.
 
     proposals, boxes, labels: per image (n, 4), (M, 4), (M,) with -1 for objects without a class. Returns rois (R, 5), foreground (R,) bool, label (R,), the
     true box of each (R, 4), and its place in the image (R,); the last two mean nothing for background.
@@ -544,7 +552,7 @@ class Learner(nn.Module):
                 rest = {k: m[len(x):] for k, m in tops.items()} if joint else model.top_down(normalise(cls, self.layout))
                 whole = model.whole_rois(rest, cls["image_sizes"])
         losses, rois, fg, label, gt, owner = self.rpn_and_rois(x, first, det)
-        h = model.head(torch.cat([pool(first, rois, model.canonical), *([whole] if cls is not None else [])]))                                                                      # x_i of Eqs. 1-3
+        h = model.head(torch.cat([pool(first, rois, model.canonical), *([whole] if cls is not None else [])]))  # x_i of Eqs. 1-3
         roi_h, n = h[:len(rois)], reduce_mean(constant(float(len(rois)), x.device, torch.float32), 1.0)
         fg_loss, cat_loss = product_score_loss(model.fg(roi_h)[:, 0], model.det(roi_h), fg, label)
         losses.update(fg=fg_loss.sum() / n, cat=cat_loss.sum() / n)
@@ -554,7 +562,7 @@ class Learner(nn.Module):
             losses["mask"] = self.mask_loss(first, rois[fg], owner[fg], det["masks"], label[fg])
         if cls is not None:
             whole_h = h[len(rois):]
-            logits = model.cls(whole_h)
+            logits = model.cls(whole_h)                                          # Eq. 3
             loss = mixed_cross_entropy(logits, cls["labels"])
             if args.fg_grad_on_cls:
                 loss = loss + F.softplus(-model.fg(whole_h)).mean()  # log S_fg of Eq. 4 with its gradient
@@ -590,8 +598,8 @@ class Learner(nn.Module):
 class Vocabulary:
     """What is scored: the K classes of the classification data, then those of the detection data that it lacks; `names` of these V classes.
 
-    both, partner: columns that both classifiers know, and their detection class; alone: detection classes that only g knows. choose: keep some columns.
-    only_cls: without the latter, as in setups 2 and 3; there g^ works alone unless --overlap has told what they share.
+    both, partner: columns that both classifiers know, and their detection class; alone: detection classes that only g knows; known_as: each column's names, all of them. choose: keep
+    some columns. only_cls: without `alone`, as in setups 2 and 3; there g^ works alone unless --overlap has told what they share.
     """
 
     def __init__(self, arch, device, only_cls=False):
@@ -603,27 +611,43 @@ class Vocabulary:
         self.both = (pair >= 0).nonzero()[:, 0].to(device)
         self.partner, self.alone = pair[pair >= 0].to(device), torch.tensor(alone, dtype=torch.long, device=device)
         self.base = [p >= 0 for p in pair.tolist()] + [True] * len(alone)  # had boxes in training
+        det = [arch["det"][p] if p >= 0 else n for n, p in zip(self.names, pair.tolist())] + self.names[len(pair):]
+        self.known_as = [{*words(n), *words(d), plain(w)} for n, d, w in zip(self.names, det, self.wnids)]
         self.chosen = None
 
     def choose(self, columns):
-        self.chosen = torch.tensor(columns, device=self.both.device)
-        self.names, self.wnids, self.base = ([x[k] for k in columns] for x in (self.names, self.wnids, self.base))
+        self.chosen = torch.tensor(columns, dtype=torch.long, device=self.both.device)
+        self.names, self.wnids, self.base, self.known_as = ([x[k] for k in columns] for x in (self.names, self.wnids, self.base, self.known_as))
         return self
 
     def find(self, wanted):
         """Columns of names or wnids that a user typed."""
-        lower, columns = [{plain(n), w, *map(plain, n.split(","))} for n, w in zip(self.names, self.wnids)], []  # "lesser panda, red panda, ..." is one class
+        columns = {}  # keys: each column once
         for name in wanted:
-            rows = [k for k in range(len(lower)) if plain(name) in lower[k]]
+            rows = [k for k, known in enumerate(self.known_as) if plain(name) in known]
             if not rows:
-                raise UserError(f"--classes {name}: no such name or wnid among the {len(lower):,} classes of the checkpoint")
-            columns += rows
-        return columns
+                raise UserError(f"--classes {name}: no such name or wnid among the {len(self.names):,} classes of the checkpoint")
+            columns |= dict.fromkeys(rows)
+        return list(columns)
+
+    def of(self, truth):
+        """{category of a COCO dict, plain: column}, best to choose before evaluation: others would take places among an image's best boxes."""
+        wanted, column = {plain(c["name"]) for c in truth["categories"]}, {}
+        for k, known in enumerate(self.known_as):
+            for name in known & wanted:
+                if name not in column or self.base[k]:  # a name that two columns have, unmapped: the one that had boxes
+                    column[name] = k
+        return column
 
 
 def plain(name):
     """A class's name as it is compared: LVIS writes aerosol_can."""
     return name.lower().replace("_", " ").strip()
+
+
+def words(name):
+    """All that a class is called: "lesser panda, red panda" is one class."""
+    return {plain(name), *map(plain, name.split(","))}
 
 
 def class_scores(model, h, vocabulary, fuse, chunk=256):
@@ -709,17 +733,27 @@ def detect(model, batch, device, args, vocabulary, best=False):
 
 # ================================================================== data
 
+def read_lines(path, flag):
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{flag} {path}: is no text file ({e})") from None
+
+
 def wordnet_ids(path, synsets):
     """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma bass; a line ends in the offsets of its senses, in order,
     and a wnid is n + offset. Offsets are those of version 3.0 only. Synsets that WordNet has not are left out."""
+    strange = [s for s in synsets if not re.fullmatch(r".+\.[a-z]\.\d+", s.lower())]
+    if strange:
+        raise DataError(f"synset {strange[0]}: expected lemma.n.number, as bass.n.03")
     wanted, offsets = {s.lower().rsplit(".", 2)[0] for s in synsets}, {}
     try:
-        for line in Path(path).read_text().splitlines():
+        for line in read_lines(path, "--wordnet"):
             if not line.startswith(" "):
-                words = line.split()
-                if words and words[0] in wanted:
-                    offsets[words[0]] = words[-int(words[2]):]
-    except (OSError, UnicodeDecodeError, ValueError, IndexError) as e:
+                cells = line.split()
+                if cells and cells[0] in wanted:
+                    offsets[cells[0]] = cells[-int(cells[2]):]
+    except (ValueError, IndexError) as e:
         raise DataError(f"--wordnet {path}: is not WordNet's index.noun ({e}); version 3.0 is at https://wordnet.princeton.edu (Debian: apt install wordnet-base)") from None
     answer = {}
     for s in synsets:
@@ -735,9 +769,15 @@ def read_overlap(path):
     """{detection class name: wnid} of a json: that dict, or a list of dicts with name and wnid."""
     raw = read_json(path)
     try:
-        return dict(raw) if isinstance(raw, dict) else {r["name"]: r["wnid"] for r in raw}
+        answer = dict(raw) if isinstance(raw, dict) else {r["name"]: r["wnid"] for r in raw}
+        if not all(isinstance(w, str) for w in answer.values()):
+            raise TypeError
     except (TypeError, KeyError):
         raise DataError(f"--overlap {path}: expected a json object {{detection class: wnid}}") from None
+    twice = [w for w, n in Counter(answer.values()).items() if n > 1]
+    if twice:
+        raise DataError(f"--overlap {path}: two detection classes are {twice[0]}; one class has one partner")
+    return answer
 
 
 def open_index(folder, classes=None):
@@ -752,9 +792,9 @@ def open_index(folder, classes=None):
 
 
 def benchmark_images(args):
-    """File names of a localisation set that lies in the training folder: they take no part in training, Sec. 4.1."""
+    """File names of a localisation set that lies in the training folder (setup s3: or is a copy from it): they take no part in training, Sec. 4.1."""
     path = args.val_json
-    if not path or not Path(path).exists() or not args.val_images or Path(args.val_images).resolve() != Path(args.cls_dir).resolve():
+    if not path or not Path(path).exists() or not args.val_images or args.setup != "s3" and Path(args.val_images).resolve() != Path(args.cls_dir).resolve():
         return []
     return [i["file_name"] for i in read_coco(path)["images"] if "category_id" in i]
 
@@ -763,10 +803,9 @@ def class_names(args, wnids):
     """Name of each wnid: --names, or classes.json in or beside --cls-dir, else the wnid itself."""
     known = {}
     if args.names:
-        try:
-            known = dict(line.split("\t")[:2] for line in Path(args.names).read_text().splitlines() if "\t" in line)
-        except OSError as e:
-            raise DataError(f"--names {args.names}: {e.strerror}") from None
+        known = dict(line.split("\t")[:2] for line in read_lines(args.names, "--names") if "\t" in line)
+        if not known:
+            raise DataError(f"--names {args.names}: no line has a wnid, a tab and a name")
     else:
         for folder in (Path(args.cls_dir), Path(args.cls_dir).parent):
             if (folder / "classes.json").exists():
@@ -780,6 +819,8 @@ def class_names(args, wnids):
 
 def objects365(raw, folder):
     """Objects365 v2's json as its files lie on the disk: patchN/name.jpg, without the few that do not exist, boxes that repeat exactly once only."""
+    if not all("file_name" in i for i in raw["images"]):
+        raise DataError("--det-json: images lack file_name; setup s3 reads Objects365 v2's json")
     names = {i["id"]: "/".join(i["file_name"].split("/")[-2:]) for i in raw["images"]}
     there = {p: set(x.name for x in (Path(folder) / p).iterdir()) if (Path(folder) / p).is_dir() else set() for p in {n.split("/")[0] for n in names.values()}}
     images = [i | dict(file_name=names[i["id"]]) for i in raw["images"] if names[i["id"]].split("/")[-1] in there[names[i["id"]].split("/")[0]]]
@@ -791,14 +832,16 @@ def objects365(raw, folder):
         key = (a["image_id"], a["category_id"], *a["bbox"])
         if a["image_id"] in kept and key not in seen:
             seen.add(key), annotations.append(a)
-    return raw | dict(images=images, annotations=annotations, categories=[c | dict(name=c["name"].strip()) for c in raw["categories"]])
+    count = Counter(c["name"].strip() for c in raw["categories"])
+    categories = [c | dict(name=c["name"].strip() if count[c["name"].strip()] == 1 else f"{c['name'].strip()} {c['id']}") for c in raw["categories"]]
+    return raw | dict(images=images, annotations=annotations, categories=categories)
 
 
 def make_split(args):
     """--make-split, Sec. 4.1: 5 images of each class, 20 % of classes with fewer than 25, none of those with fewer than 5; COCO's format without boxes."""
     if not Path(args.make_split).parent.is_dir():
         raise UserError(f"--make-split {args.make_split}: its folder does not exist")
-    index, generator = ImageIndex(args.cls_dir), torch.Generator().manual_seed(args.seed)
+    index, generator = ImageIndex(args.cls_dir, read_class_list(args)), torch.Generator().manual_seed(args.seed)
     images, kept = [], []
     for k, wnid in enumerate(index.classes):
         first, count = int(index.first[k]), int(index.first[k + 1] - index.first[k])
@@ -816,6 +859,11 @@ def make_split(args):
                     break
     Path(args.make_split).write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=k + 1, name=n) for k, n in enumerate(kept)])))
     print(f"{len(images):,} images of {len(kept):,} classes, seed {args.seed} -> {args.make_split}; annotations (image_id, category_id, bbox) are still to be made")
+
+
+def read_class_list(args):
+    """The classes of --cls-list, or None."""
+    return [line.split()[0] for line in read_lines(args.cls_list, "--cls-list") if line.strip()] if args.cls_list else None
 
 
 def fill_paths(args):
@@ -836,8 +884,10 @@ def fill_paths(args):
     if args.cls_val not in (None, "none"):
         need(args.cls_val, "--cls-val", "a folder with a folder of images for each class")
     given = {flag for flag in ("det_json", "cls_dir") if getattr(args, flag)}  # somebody's own data: do not measure them on others'
-    for name in [k for flag, names in (("det_json", ("val_json", "val_images")), ("cls_dir", ("cls_val",))) if flag in given and args.setup == "own" for k in names]:
+    for name in ("val_json", "val_images") if "det_json" in given else ():
         paths["own"].pop(name)
+    if "cls_dir" in given or not (root / "imagenet/val").is_dir():
+        paths["s2"].pop("cls_val"), paths["own"].pop("cls_val")
     if args.val_json or args.val_boxes:
         paths[args.setup].pop("val_boxes", None), paths[args.setup].pop("val_json", None)
     for name, path in paths[args.setup].items():
@@ -862,22 +912,17 @@ def wnids_of(args, categories):
     if args.setup != "s1":
         return {}
     need(args.wordnet, "--wordnet", "WordNet 3.0's dict/index.noun, https://wordnet.princeton.edu (Debian: apt install wordnet-base)")
-    if not all("synset" in c and "frequency" in c for c in categories):
-        raise DataError(f"{args.det_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
     ids = wordnet_ids(args.wordnet, [c["synset"] for c in categories])
     return {c["name"]: ids[c["synset"]] for c in categories if c["synset"] in ids}
 
 
 def labelled_images(args, partners):
     """ImageIndex of --cls-dir: all its classes, those of --cls-list, in setup s1 those that are LVIS's; without the benchmark's images."""
-    wanted = None
-    if args.cls_list:
-        need(args.cls_list, "--cls-list", "a text file, a class a line")
-        wanted = [line.split()[0] for line in Path(args.cls_list).read_text().splitlines() if line.strip()]
+    wanted = read_class_list(args)
     if args.setup == "s3":
         need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, --make-split draws one")
     need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
-    if args.setup == "s1":
+    if args.setup == "s1" and Path(args.cls_dir).is_dir():
         held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
         wanted = sorted(set(partners) & held & set(wanted or held))
         if not wanted:
@@ -901,12 +946,18 @@ def make_vocabulary(args, stage, pretrained=None):
         if args.setup == "s3":
             raw = objects365(raw, args.det_images)
         categories = sorted(raw["categories"], key=lambda c: c["id"])
-        det, wnid_of = [c["name"] for c in categories], wnids_of(args, categories)
+        det = [c["name"] for c in categories]
+        twice = [n for n, count in Counter(det).items() if count > 1]
+        if twice:
+            raise DataError(f"{args.det_json}: two categories have the name {twice[0]}; give them different ones")
+        if args.setup == "s1" and not all("synset" in c and "frequency" in c for c in categories):
+            raise DataError(f"{args.det_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
+        wnid_of = wnids_of(args, categories)
     name_of = {w: n for n, w in wnid_of.items()}
     if args.setup != "lvis" and (stage == 1 or args.cls_ratio):
         index = labelled_images(args, name_of)
         cls, names = index.classes, class_names(args, index.classes)
-    elif args.setup != "lvis" and pretrained:
+    elif args.setup != "lvis" and pretrained and not pretrained["gap"]:  # of '-reform' no g^ is left, and a new one would stay noise
         cls, names = list(pretrained["cls"]), list(pretrained["cls_names"])
     if args.setup == "s1":
         names = [name_of.get(w, w) for w in cls]
@@ -916,11 +967,14 @@ def make_vocabulary(args, stage, pretrained=None):
         if not det:
             raise DataError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there are no base classes")
     column = {n: k for k, n in enumerate(det)}
+    lost = sorted(set(wnid_of.values()) - set(cls)) if args.overlap and cls else []
+    if lost and not (dist.is_initialized() and dist.get_rank()):
+        print(f"--overlap {args.overlap}: {lost[0]}{f' and {len(lost) - 1} more are' if len(lost) > 1 else ' is'} not among the {len(cls):,} classes with images", flush=True)
     if wnid_of:
         pair = [column.get(name_of.get(w), -1) for w in cls]
     elif args.setup == "own":
         known = {plain(n): k for n, k in column.items()}
-        pair = [known.get(plain(n), -1) for n in names]
+        pair = [known.get(next((w for w in (plain(n), *map(plain, n.split(","))) if w in known), None), -1) for n in names]
     else:
         pair = [-1] * len(cls)  # the paper does not map them
     return dict(det=det, cls=cls, cls_names=names, pair=pair), index, raw
@@ -945,7 +999,16 @@ def val_data(args, arch):
             raise DataError(f"{args.val_boxes or args.val_json}: class {strange[0]}{f' and {len(strange) - 1} more are' if len(strange) > 1 else ' is'} "
                             "not among the classification classes of the model")
         return dict(kind="loc", data=data, truth=truth)
+    if not Vocabulary(arch, "cpu").of(truth):
+        raise DataError(f"{args.val_json}: none of its classes is known to the model, by name")
+    if arch["masks"] and args.masks and not all("segmentation" in a for a in truth["annotations"]):
+        raise DataError(f"{args.val_json}: annotations lack segmentation; --no-masks evaluates boxes")
     lvis = bool(truth["images"]) and "neg_category_ids" in truth["images"][0]
+    if lvis:
+        try:
+            import_lvis()
+        except RuntimeError as e:
+            raise UserError(str(e)) from None
     return dict(kind="lvis" if lvis else "coco", data=CocoDataset(args.val_images, args.val_json, False, raw=truth, canvas=args.image_size), truth=truth)
 
 
@@ -961,7 +1024,7 @@ class ClassificationTransform:
         bicubic = T.InterpolationMode.BICUBIC if augment == "strong" else T.InterpolationMode.BILINEAR
         self.steps = (T.Compose([T.RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic), T.RandomHorizontalFlip(), *(
             dict(plain=[], weak=[T.ColorJitter(0.4, 0.4, 0.4)], strong=[T.RandAugment(2, 27, interpolation=bicubic)])[augment]), T.PILToTensor()]) if train else
-            T.Compose([*([T.Resize((size, size))] if augment == "plain" else [T.Resize(round(size * 8 / 7)), T.CenterCrop(size)]), T.PILToTensor()]))
+            T.Compose([*([T.Resize((size, size))] if augment == "plain" else [T.Resize(round(size * 8 / 7), interpolation=bicubic), T.CenterCrop(size)]), T.PILToTensor()]))
         self.eraser = T.RandomErasing(1.0, value="random")
 
     def __call__(self, image, rng):
@@ -1106,6 +1169,10 @@ def train(args, rank, world, device):
         need(getattr(args, flag), f"--{flag.replace('_', '-')}", "stage II needs it")
     if rank == 0 and not args.resume and (out / "stage2" / "log.jsonl").exists():
         raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or delete it")
+    if not args.resume and args.setup != "s3":  # Objects365's boxes take ten minutes to read
+        trial = argparse.Namespace(**vars(args))
+        fill_defaults(trial, args.backbone or "r50")
+        val_data(trial, dict(make_vocabulary(trial, 2)[0], masks=trial.masks))
     for stage in (1, 2):
         folder = out / f"stage{stage}"
         run = argparse.Namespace(**{**vars(args), "stage": stage, "out": str(folder), "init": None if stage == 1 else str(out / "stage1" / "best.pt"), "table": False,
@@ -1175,8 +1242,6 @@ def detection_data(args, arch, raw):
     unused = names - set(arch["det"]) - set(arch["cls_names"])  # not the novel classes: they have no boxes in this paper
     data = CocoDataset(args.det_images, args.det_json, True, raw=raw, classes=arch["det"], canvas=args.image_size, jitter=scales(args.jitter),
                        masks=args.masks, hidden=unused if args.extra_as_fg else ())
-    if data.classes != arch["det"]:
-        raise UserError(f"{args.det_json}: two categories have one name; give them different ones")
     data.repeats = repeat_fractions(data, args.rfs) if args.rfs else None
     return data
 
@@ -1359,8 +1424,8 @@ def evaluate_accuracy(model, val, rank, world, device, args):
     loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=partial(collate_labelled, canvas=model.arch["stage1_size"]), generator=torch.Generator())
     label_of = torch.tensor(labels, device=device)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
-        if batch["bad"]:
-            raise DataError(batch["bad"][0])
+        for line in batch["bad"]:
+            print(f"left out, another of its class in its place: {line}", file=sys.stderr)
         batch = to_device(batch, device)
         logits = model.whole_image(normalise(batch), batch["image_sizes"], "canonical" if model.arch["level"] == "canonical" else "all", args.amp == "bf16")
         if len(logits) > len(batch["labels"]):
@@ -1394,15 +1459,11 @@ def evaluate(model, val, rank, world, device, args, out=None):
 def evaluate_boxes(model, val, rank, world, device, args, out):
     """AP of all, base (had boxes in training) and novel classes (image labels only) on a COCO or LVIS set."""
     data, truth, results = val["data"], val["truth"], []
-    vocabulary, id_of = Vocabulary(model.arch, device), {plain(c["name"]): c for c in truth["categories"]}
-    column = {}  # one for each class of the set: others would take places among an image's best boxes
-    for k, n in enumerate(vocabulary.names):
-        if plain(n) in id_of and (plain(n) not in column or vocabulary.base[k]):  # a name that two columns have, unmapped: the one that had boxes
-            column[plain(n)] = k
-    vocabulary.choose(sorted(column.values()))
-    if not vocabulary.names:
-        raise UserError(f"--val-json {args.val_json}: none of its classes is known to the model, by name")
-    ids = [id_of[plain(n)]["id"] for n in vocabulary.names]
+    vocabulary, category = Vocabulary(model.arch, device), {plain(c["name"]): c for c in truth["categories"]}
+    column = vocabulary.of(truth)
+    chosen = sorted(column, key=column.get)
+    vocabulary.choose([column[n] for n in chosen])
+    ids, names = [category[n]["id"] for n in chosen], [category[n]["name"] for n in chosen]
     masks = model.arch["masks"] and args.masks
     args = argparse.Namespace(**vars(args) | dict(max_dets=args.max_dets or (300 if val["kind"] == "lvis" else 100)))
     for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
@@ -1412,8 +1473,8 @@ def evaluate_boxes(model, val, rank, world, device, args, out):
     results = gather(results)
     if rank != 0:
         return None
-    metrics = dict(images=len(data), line=f"{len(data)} images")
-    base, novel = ([id_of[plain(n)]["name"] for n, b in zip(vocabulary.names, vocabulary.base) if b == side] for side in (True, False))
+    metrics = dict(images=len(data), line=f"{len(data)} images" + (f", {len(ids)} of {len(category)} classes" if len(ids) < len(category) else ""))
+    base, novel = ([n for n, b in zip(names, vocabulary.base) if b == side] for side in (True, False))
     for kind in ("bbox", "segm")[:1 + masks]:
         prefix = "mask_" * (kind == "segm")
         stats = lvis_evaluate(args.val_json, results, kind, ids) if val["kind"] == "lvis" else coco_evaluate(truth, results, kind)
@@ -1531,6 +1592,7 @@ def shapes_table(args, rank, world, device):
         for name, m, seconds in rows:
             cells = f"{'':25s} {m['top1']:17.1f}" if name == "stage I" else f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f} {'':10s}"
             print(f"{name:20s} {cells} {seconds:9.0f}")
+        print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base scores, also of one that was not trained on: compare the novel columns")
 
 
 def main():

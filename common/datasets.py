@@ -734,7 +734,8 @@ class LocalisationImages(Dataset):
             if a.get("category_id") != of_image[a["image_id"]]:
                 raise DataError(f"localisation set: annotation {a.get('id')} has category id {a.get('category_id')}, its image {of_image[a['image_id']]}; an image has one class")
             x, y, w, h = a["bbox"]
-            self.boxes[a["image_id"]].append((x, y, x + w, y + h))
+            if w > 0 and h > 0:  # an empty box could never be found
+                self.boxes[a["image_id"]].append((x, y, x + w, y + h))
 
     def __len__(self):
         return len(self.info)

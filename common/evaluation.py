@@ -42,7 +42,9 @@ def coco_evaluate(annotations, results, kind="bbox"):
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks a lot
         truth = COCO()
-        truth.dataset = annotations if isinstance(annotations, dict) else json.loads(Path(annotations).read_text())
+        content = annotations if isinstance(annotations, dict) else json.loads(Path(annotations).read_text())
+        truth.dataset = content | dict(annotations=[  # pycocotools needs what our readers, and many people's files, do without
+            dict(id=k, iscrowd=0, area=a["bbox"][2] * a["bbox"][3]) | a for k, a in enumerate(content["annotations"], 1)])
         truth.createIndex()
         if results:
             # copies: pycocotools adds keys; without boxes it takes the areas of masks, as it should for them
@@ -239,7 +241,7 @@ def sparse_ap(truth, results, federated, iou=0.5):
     of_image = {i["id"]: i["category_id"] for i in truth["images"]}
     gt = {}
     for a in truth["annotations"]:
-        if a["category_id"] == of_image[a["image_id"]]:
+        if a["category_id"] == of_image[a["image_id"]] and min(a["bbox"][2:]) > 0:
             gt.setdefault(a["category_id"], {}).setdefault(a["image_id"], []).append(a["bbox"])
     images, categories, scores, boxes = (np.asarray(x) for x in results)
     order = np.lexsort((-scores, categories))  # stable

@@ -340,7 +340,10 @@ def save_samples(dataset, results, path, count=6, size=400):
     """A page of images of a CocoDataset: ground truth on the left, results above score 0.3 on the right."""
     rows, label_of = [], {c: k for k, c in enumerate(dataset.category_ids)}
     for image_id, name, _, _, boxes, labels in dataset.items[:count]:
-        image = torchvision.io.decode_image(str(dataset.folder / name), torchvision.io.ImageReadMode.RGB)
+        try:
+            image = torchvision.io.decode_image(str(dataset.folder / name), torchvision.io.ImageReadMode.RGB)
+        except RuntimeError:  # a format that torchvision does not know; the page is a help, not a result
+            continue
         scale = size / max(image.shape[1:])
         image = torchvision.transforms.v2.functional.resize(image, [int(s * scale) for s in image.shape[1:]])
         mine = [r for r in results if r["image_id"] == image_id and r["score"] > 0.3]
@@ -350,4 +353,5 @@ def save_samples(dataset, results, path, count=6, size=400):
                 draw_boxes(image, found * scale, torch.tensor([label_of[r["category_id"]] for r in mine]), dataset.classes,
                            torch.tensor([r["score"] for r in mine])))
         rows += [torch.nn.functional.pad(x, (0, size - x.shape[2], 0, size - x.shape[1])) for x in pair]
-    torchvision.io.write_jpeg(torchvision.utils.make_grid(torch.stack(rows), nrow=4), str(path), quality=85)
+    if rows:
+        torchvision.io.write_jpeg(torchvision.utils.make_grid(torch.stack(rows), nrow=4), str(path), quality=85)

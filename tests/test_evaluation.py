@@ -83,6 +83,12 @@ def test_perfect_detections_score_100():
                                 "dog": dict(AP=pytest.approx(100), AP50=pytest.approx(100))}
 
 
+def test_annotations_need_neither_id_nor_area_nor_iscrowd():
+    bare = dict(images=[dict(id=1, height=100, width=100)], categories=[dict(id=1, name="a")], annotations=[dict(image_id=1, category_id=1, bbox=[10, 10, 40, 40])])
+    stats = coco_evaluate(bare, [dict(image_id=1, category_id=1, bbox=[10, 10, 40, 40], score=0.9)])
+    assert stats["AP"] == pytest.approx(100) and "area" not in bare["annotations"][0]
+
+
 def test_no_results_score_zero():
     stats = coco_evaluate(scene(BOXES), [])
     assert all(stats[k] == 0 for k in ("AP", "AP50", "AP75", "AR1", "AR10", "AR100"))
@@ -466,5 +472,7 @@ def test_sparse_ap_by_hand():
     truth = dict(images=[dict(id=1, category_id=5)], categories=[dict(id=5, name="a"), dict(id=6, name="b")],
                  annotations=[dict(image_id=1, category_id=5, bbox=[0, 0, 10, 10]), dict(image_id=1, category_id=5, bbox=[50, 0, 10, 10])])
     arrays = [1] * 3, [5] * 3, [0.9, 0.8, 0.7], [[0, 0, 10, 10], [20, 20, 10, 10], [50, 0, 10, 10]]
+    assert sparse_ap(truth, arrays, False) == {5: pytest.approx(83.498, abs=1e-3)}
+    truth["annotations"].append(dict(image_id=1, category_id=5, bbox=[5, 5, 0, 10]))  # nobody can find an empty box
     assert sparse_ap(truth, arrays, False) == {5: pytest.approx(83.498, abs=1e-3)}
     assert sparse_ap(truth, ([], [], [], []), True) == {5: 0.0}

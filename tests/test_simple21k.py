@@ -40,10 +40,11 @@ def images(n, size=128, sizes=None, seed=0):
 
 
 def det_batch(n=2, size=128, boxes=True, seed=0, masks=False):
+    """boxes: all images have two, none has, or a list of those that have."""
     pictures, sizes = images(n, size, seed=seed)
     items = []
-    for picture, s in zip(pictures, sizes):
-        box = torch.tensor([[10.0, 12, 60, 70], [50, 40, 110, 100]]) if boxes else torch.zeros(0, 4)
+    for k, (picture, s) in enumerate(zip(pictures, sizes)):
+        box = torch.tensor([[10.0, 12, 60, 70], [50, 40, 110, 100]]) if boxes is True or boxes and k in boxes else torch.zeros(0, 4)
         item = dict(image=picture, size=s, boxes=box, labels=torch.tensor([0, 2])[:len(box)], image_id=0, original_size=s, hidden=torch.zeros(0, 4))
         if masks:
             item["masks"] = torch.full((len(box), size // 2, size // 2), 4, dtype=torch.uint8)
@@ -316,7 +317,7 @@ def test_masks_learn_from_objects():
 def test_extra_objects_train_foreground_and_boxes_but_no_category():
     batch = det_batch(1, boxes=False) | dict(hidden=torch.tensor([[[10.0, 12, 60, 70]]]), hidden_counts=[1])
     plain_, _, without = gradients(flags(), batch, cls_batch())
-    extra, _, losses = gradients(flags("--extra-as-fg"), batch, cls_batch())
+    extra, _, losses = gradients(flags("--setup", "s1", "--extra-as-fg"), batch, cls_batch())
     assert without["box"] == 0 and losses["box"] > 0 and losses["cat"] == 0 and losses["rpn_box"] > 0 and extra["det"] == 0
 
 
@@ -509,6 +510,10 @@ def test_wordnet_senses(tmp_path):
     (tmp_path / "index.noun").write_text(INDEX)
     ids = wordnet_ids(tmp_path / "index.noun", ["bank.n.01", "bank.n.03", "bass.n.02", "hot_dog.n.01", "stop_sign.n.01", "bank.n.04"])
     assert ids == {"bank.n.01": "n09213565", "bank.n.03": "n09213434", "bass.n.02": "n04990770", "hot_dog.n.01": "n07697537"}
+    with pytest.raises(DataError, match="synset bank: expected lemma.n.number"):
+        wordnet_ids(tmp_path / "index.noun", ["bank"])
+    with pytest.raises(DataError, match="is no text file"):
+        wordnet_ids(tmp_path, ["bank.n.01"])
     for content, text in (("", "holds none of the synsets"), ("bank n x 1\n", "is not WordNet's index.noun")):
         (tmp_path / "index.noun").write_text(content)
         with pytest.raises(DataError, match=text):
@@ -568,10 +573,54 @@ def test_overlap_files(tmp_path):
     assert read_overlap(path) == {"cat": "n1"}
     path.write_text('[{"name": "cat", "wnid": "n1", "synset": "x"}]')
     assert read_overlap(path) == {"cat": "n1"}
-    path.write_text("[3]")
-    with pytest.raises(DataError, match="expected a json object"):
-        read_overlap(path)
+    for content, text in (("[3]", "expected a json object"), ('{"cat": ["n1"]}', "expected a json object"), ('{"cat": "n1", "tabby": "n1"}', "two detection classes are n1")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=text):
+            read_overlap(path)
     assert plain("Aerosol_Can ") == "aerosol can"
+
+
+def test_a_class_is_known_by_all_its_names():
+    """--overlap joins classes of different names: validation and --classes may use either, and a class is scored once."""
+    arch = arch_of(pair=[1, -1, -1, -1, -1]) | dict(det=["cup", "tv", "cat"], cls_names=["television, telly", "B_c", "c2", "c3", "c4"])
+    vocabulary = Vocabulary(arch, "cpu")
+    assert vocabulary.names == ["television, telly", "B_c", "c2", "c3", "c4", "cup", "cat"]
+    assert vocabulary.find(["tv", "Telly", "N00000000", "b c"]) == [0, 1]
+    assert vocabulary.of(dict(categories=[dict(name=n) for n in ("TV", "cat", "dog", "b_c")])) == {"tv": 0, "cat": 6, "b c": 1}
+    assert Vocabulary(arch, "cpu").choose([]).names == []
+
+
+def test_paths_that_are_not_there_are_not_asked_for(tmp_path):
+    """imagenet/val is used where it is; what somebody names must exist; other people's classes are not measured on ImageNet's."""
+    paths = lambda *given: (lambda a: [simple21k.fill_paths(a), simple21k.fill_paths(a), a][2])(flags("--setup", "own", *given, "--data", str(tmp_path)))
+    assert paths().cls_val is None
+    (tmp_path / "imagenet/val").mkdir(parents=True)
+    assert paths().cls_val == str(tmp_path / "imagenet/val") and paths("--cls-dir", str(tmp_path)).cls_val is None
+    assert paths("--det-json", "a.json").val_json is None
+    with pytest.raises(DataError, match="--cls-val nowhere: is missing"):
+        paths("--cls-val", "nowhere")
+
+
+def test_detection_classes_of_one_name_and_no_random_classifier_in_the_scores(tmp_path):
+    coco = dict(images=[], annotations=[], categories=[dict(id=1, name="a"), dict(id=2, name="a")])
+    args = flags("--setup", "own", "--cls-ratio", "0", "--det-json", str(tmp_path / "det.json"))
+    (tmp_path / "det.json").write_text(json.dumps(coco))
+    with pytest.raises(DataError, match="two categories have the name a"):
+        simple21k.make_vocabulary(args, 2)
+    coco["categories"].pop()
+    (tmp_path / "det.json").write_text(json.dumps(coco))
+    assert simple21k.make_vocabulary(args, 2, arch_of(stage=1))[0]["cls"] == arch_of()["cls"]
+    assert simple21k.make_vocabulary(args, 2, arch_of(stage=1, gap=True))[0]["cls"] == []
+
+
+def test_a_copy_of_the_benchmark_takes_no_part_in_training_either(tmp_path):
+    for name in ("in/n1/a.jpg", "in/n1/b.jpg", "in/n2/c.jpg", "copy/n1/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "split.json").write_text(json.dumps(dict(images=[dict(id=1, file_name="n1/a.jpg", width=40, height=40, category_id=1)], annotations=[], categories=[dict(id=1, name="n1")])))
+    args = flags("--setup", "s3", "--cls-dir", str(tmp_path / "in"), "--val-json", str(tmp_path / "split.json"), "--val-images", str(tmp_path / "copy"))
+    index = simple21k.labelled_images(args, {})
+    assert len(index) == 2 and index.dropped == 1
 
 
 def test_objects365_as_it_is_published(tmp_path):
@@ -580,6 +629,8 @@ def test_objects365_as_it_is_published(tmp_path):
     raw = dict(images=[dict(id=1, file_name="images/v1/patch8/a.jpg"), dict(id=2, file_name="images/v2/patch16/gone.jpg")], categories=[dict(id=1, name="Person ")],
                annotations=[dict(image_id=1, category_id=1, bbox=[0, 0, 5, 5]), dict(image_id=1, category_id=1, bbox=[0, 0, 5, 5]), dict(image_id=2, category_id=1, bbox=[0, 0, 5, 5])])
     clean = objects365(raw, tmp_path)
+    raw["categories"] += [dict(id=2, name=" Person"), dict(id=3, name="Sneakers")]
+    assert [c["name"] for c in objects365(raw, tmp_path)["categories"]] == ["Person 1", "Person 2", "Sneakers"]
     assert [i["file_name"] for i in clean["images"]] == ["patch8/a.jpg"] and len(clean["annotations"]) == 1 and clean["categories"][0]["name"] == "Person"
 
 
@@ -588,7 +639,7 @@ def test_benchmark_split(tmp_path):
         (tmp_path / "in" / wnid).mkdir(parents=True)
         for k in range(n):
             Image.new("RGB", (8 + k, 6)).save(tmp_path / "in" / wnid / f"{k:03d}.jpg")
-    args = argparse.Namespace(cls_dir=str(tmp_path / "in"), seed=0, make_split=str(tmp_path / "split.json"))
+    args = argparse.Namespace(cls_dir=str(tmp_path / "in"), cls_list=None, seed=0, make_split=str(tmp_path / "split.json"))
     make_split(args)
     split = json.loads((tmp_path / "split.json").read_text())
     names = {c["id"]: c["name"] for c in split["categories"]}
@@ -614,7 +665,8 @@ def test_extra_objects_are_those_of_classes_outside_both_vocabularies(lists, tmp
 @pytest.mark.parametrize("given,text", [
     (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "a"], "belongs to --predict"),
     (["--classes", "a"], "belongs to --predict"), (["--stage", "2"], "needs --init"), (["--stage", "1", "--init", "x.pt"], "stage I starts from"),
-    (["--setup", "lvis"], "fine-tunes --init"), (["--init", "none"], "say of which stage"), (["--reinit-cls", "--cls-ratio", "0"], "would never learn"), (["--data", "shapes", "--setup", "s1"], "has its own"), (["--table"], "belongs to --data shapes"),
+    (["--setup", "lvis"], "fine-tunes --init"), (["--init", "none"], "say of which stage"), (["--reinit-cls", "--cls-ratio", "0"], "would never learn"), (["--extra-as-fg"], "belongs to --setup s1"),
+    (["--setup", "lvis", "--stage", "1", "--init", "none"], "stage I belongs to the other setups"), (["--make-split", __file__], "somebody's work"), (["--data", "shapes", "--setup", "s1"], "has its own"), (["--table"], "belongs to --data shapes"),
     (["--val-json", "a", "--val-boxes", "b"], "one of them"), (["--fuse", "1.5"], "between 0 and 1"), (["--image-size", "100"], "multiple of 32"),
     (["--jitter", "2,1"], "expected two scales"), (["--jitter", "1.2.3,2"], "expected two scales"), (["--cls-jitter", "x"], "--cls-jitter x: expected two scales"), (["--lr", "0"], "must be positive"), (["--batch-size", "0"], "at least 1"), (["--cls-ratio", "-1"], "0 or more")])
 def test_flags_that_make_no_sense(given, text, capsys):

@@ -22,7 +22,7 @@ No code, no weights and no benchmark of this paper were published. Where it is s
 
     python simple21k.py --data shapes                                                # both stages and boxes alone, on 2 cores
     torchrun --nproc_per_node 8 simple21k.py --setup s2 --out runs/s2                # COCO + ImageNet-1K; paper: 64.7 / 69.9 top-1 / 5, GT-known 73.8
-    torchrun --nproc_per_node 8 simple21k.py --setup s1 --wordnet index.noun --out runs/s1      # LVIS-997 + IN-997, masks; paper: 27.6 AP, 29.1 base, 22.8 novel
+    torchrun --nproc_per_node 8 simple21k.py --setup s1 --wordnet index.noun --out runs/s1      # LVIS + IN-997, masks; paper: AP 27.6, base 29.1, novel 22.8
     torchrun --nproc_per_node 8 simple21k.py --setup s3 --backbone swin_b --out runs/s3         # Objects365 + ImageNet-21K; paper: 6.9 AP50, 19.2 top-1
     torchrun --nproc_per_node 8 simple21k.py --setup lvis --init runs/s3/stage2/best.pt --out runs/lvis    # Table 5: fine-tuning on LVIS
     torchrun --nproc_per_node 8 simple21k.py --det-json a.json --det-images a/ --cls-dir folders/ --val-json b.json --val-images b/     # your own data
@@ -75,7 +75,8 @@ from common.shapes import ShapesError, make_shapes
 
 STRIDES = (4, 8, 16, 32)  # of P2 ... P5
 SWIN = dict(  # torchvision's name, first width, depths, heads, stochastic depth of stage I and II
-    swin_t=(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2, 0.2), swin_s=(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3, 0.2), swin_b=(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5, 0.3))
+    swin_t=(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2, 0.2), swin_s=(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3, 0.2),
+    swin_b=(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5, 0.3))
 SETUPS = dict(s1="LVIS-997 base + IN-997, masks", s2="COCO + ImageNet-1K", s3="Objects365 + ImageNet-21K", lvis="fine-tuning on LVIS, 1,203 classes",
               own="--det-json ... or a folder in the layout of COCO with imagenet/train beside it")
 
@@ -92,26 +93,28 @@ def parse_args(argv=None):
     p.add_argument("--det-images", help="their images")
     p.add_argument("--cls-dir", help="folder with a folder or .tar of images for each class (default: the setup's)")
     p.add_argument("--cls-list", metavar="FILE", help="keep only these classes of it: first word of each line")
-    p.add_argument("--cls-val", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if it is there and --cls-dir is the setup's, too)")
+    p.add_argument("--cls-val", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if it is there and --cls-dir not given)")
     p.add_argument("--val-json", help="what the detector is evaluated on: COCO or LVIS format, or a localisation set (images with category_id)")
     p.add_argument("--val-images", help="its images")
     p.add_argument("--val-boxes", help="instead of --val-json: folder of ILSVRC XML")
     p.add_argument("--names", metavar="FILE", help="names of the wnids: wnid, tab, name (default: classes.json in or beside --cls-dir, else the wnids)")
     p.add_argument("--wordnet", metavar="FILE", help="WordNet 3.0's index.noun: which LVIS class is which wnid (setup s1)")
-    p.add_argument("--overlap", metavar="FILE", help="json {detection class: wnid} of the classes that both vocabularies hold (default: by WordNet, in own by name)")
+    p.add_argument("--overlap", metavar="FILE", help="json {detection class: wnid} of classes that both vocabularies hold (default: s1 WordNet, own by name)")
     p.add_argument("--make-split", metavar="FILE", help="write a localisation set of --cls-dir, 5 images of a class, to be annotated (Sec. 4.1), and stop")
     p.add_argument("--workers", type=int, default=2, help="loader processes per training process, for each of the two kinds of images")
     # model
     p.add_argument("--backbone", help="r50, swin_t, swin_s, swin_b or tiny8 ... tiny64 (default r50, shapes tiny16; stage II: as --init)")
     p.add_argument("--head", choices=("2fc", "4conv1fc"), help="shared RoI head (default 2fc; stage II: as --init)")
     p.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, Mask R-CNN (default: setup s1)")
-    p.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's, on GPUs that of all processes (default frozen; --init none: sync)")
+    p.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's, on GPUs that of all processes "
+                   "(default frozen; --init none: sync)")
     p.add_argument("--drop-path", type=float, help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
     # method
-    p.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: one after the other, in OUT/stage1 and OUT/stage2)")
+    p.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: both, in OUT/stage1 and OUT/stage2)")
     p.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the row '-stage I'); stage I: imagenet or none (default none)")
     p.add_argument("--reinit-cls", action="store_true", help="stage II: the classifier of stage I is not loaded")
-    p.add_argument("--stage1-head", choices=("roi", "gap"), default="roi", help="the detector's head on a whole-image RoI, or average pooling and one linear layer ('-reform')")
+    p.add_argument("--stage1-head", choices=("roi", "gap"), default="roi", help="the detector's head on a whole-image RoI, or average pooling and one "
+                   "linear layer ('-reform')")
     p.add_argument("--stage1-level", choices=("canonical", "random", "all"), default="canonical", help="FPN level of the whole-image RoI in stage I")
     p.add_argument("--cls-ratio", type=int, default=3, help="classification images for each detection image; 0: boxes only")
     p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; tiny 1)")
@@ -129,7 +132,8 @@ def parse_args(argv=None):
     # schedule
     p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; tiny 15)")
     p.add_argument("--stage1-batch", type=int, help="images per process and step (default r50 32, Swin 128; tiny 64)")
-    p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), scaled linearly")
+    p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), "
+                   "scaled linearly")
     p.add_argument("--stage1-size", type=int, help="pixels of a side (default 224; tiny 96)")
     p.add_argument("--crop", type=float, help="stage I: smallest share of the image in a random crop (default 0.08; tiny 0.5)")
     p.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: crop, flip, RandAugment, "
@@ -151,8 +155,10 @@ def parse_args(argv=None):
     p.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages are computed twice and not kept")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
     p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags; also of both stages (the table of --data shapes: give them again)")
-    p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one table (default without --stage, --init, --max-iters)")
+    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags; also of both stages (the table of --data shapes: "
+                   "give them again)")
+    p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one table (default without "
+                   "--stage, --init, --max-iters)")
     p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
     p.add_argument("--weights", help="for --predict: a checkpoint of stage II")
@@ -183,7 +189,8 @@ def check_flags(p, args):
              lambda v: v >= 1, "must be at least 1"),
             (("lr", "stage1_lr"), lambda v: 0 < v < math.inf, "must be positive"),
             (("workers", "weight_decay", "cls_weight", "cls_ratio", "rfs"), lambda v: 0 <= v < math.inf, "must be 0 or more"),
-            (("fuse", "score_thresh"), lambda v: 0 <= v <= 1, "must be between 0 and 1"), (("drop_path",), lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+            (("fuse", "score_thresh"), lambda v: 0 <= v <= 1, "must be between 0 and 1"),
+            (("drop_path",), lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
             (("crop",), lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
             (("image_size", "cls_size", "stage1_size"), lambda v: v >= 32 and v % 32 == 0, "must be a multiple of 32")):
         for name in names:
@@ -265,7 +272,8 @@ class Body(nn.Module):
             self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
         else:
             net = NarrowResNet(int(name[4:])) if name.startswith("tiny") else torchvision.models.resnet50(weights=None)
-            stages = [nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool, layer1=net.layer1)), net.layer2, net.layer3, net.layer4]
+            first = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool, layer1=net.layer1))
+            stages = [first, net.layer2, net.layer3, net.layer4]
             width = net.inplanes // 8  # of the first stage
             self.channels, self.norms = [width * 2**i for i in range(4)], None
         self.stages, self.recompute, self.fixed_norms = nn.ModuleList(stages), False, False
@@ -357,7 +365,8 @@ class Detector(nn.Module):
         self.fg, self.det = linear(hidden, 1), linear(hidden, c)     # f of Eq. 1, g of Eq. 2
         self.box = linear(hidden, 4, 0.001)     # of any class
         anchors = AnchorGenerator(tuple((s // scale,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5)
-        before, after = (dict(training=200, testing=200), dict(training=100, testing=100)) if tiny else (dict(training=2000, testing=1000), dict(training=2000, testing=1000))
+        before = dict(training=200, testing=200) if tiny else dict(training=2000, testing=1000)
+        after = dict(training=100, testing=100) if tiny else dict(training=2000, testing=1000)
         self.rpn = RegionProposalNetwork(anchors, RPNHead(dim, 3), 0.7, 0.3, 64 if tiny else 256, 0.5, before, after, 0.7)
         self.rpn.box_similarity = lambda a, b: torch.cat([box_iou(part, b) for part in a.split(16)])  # 600 boxes x 262,000 anchors at once would be 5 GB
         self.rois_per_image = 32 if tiny else 512
@@ -449,8 +458,9 @@ def normalise(batch, layout=torch.contiguous_format):
 def product_score_loss(z, g, foreground, label):
     """Eqs. 1, 2, 4: -log of the final score, for each RoI: (two (n,): foreground part, category part).
 
-    z (n,) logits of f, g (n, C) logits; foreground (n,) bool; label (n,) 0 ... C - 1, -1 for background and for objects without a class. An object: -log(S_fg S_y) =
-    softplus(-z) + logsumexp(g) - g_y; background: -log(1 - S_fg) = softplus(z). That is a (C + 1)-way cross-entropy on [z + log_softmax(g), 0];
+    z (n,) logits of f, g (n, C) logits; foreground (n,) bool; label (n,) 0 ... C - 1, -1 for background and for objects without a class.
+    An object: -log(S_fg S_y) = softplus(-z) + logsumexp(g) - g_y; background: -log(1 - S_fg) = softplus(z).
+    That is a (C + 1)-way cross-entropy on [z + log_softmax(g), 0];
     in logits, for log(softmax) is -inf at a gap of 104. Background gives g no gradient at all.
     """
     fg = F.softplus(torch.where(foreground, -z, z))                                                            # Eqs. 1, 4
@@ -502,7 +512,8 @@ def sample_rois(proposals, boxes, labels, per_image):
         if len(gt):
             iou, owner = box_iou(gt, roi).max(0)
         else:
-            iou, owner, gt, label = roi.new_zeros(len(roi)), torch.zeros(len(roi), dtype=torch.long, device=roi.device), roi.new_zeros(1, 4), label.new_full((1,), -1)
+            iou, owner = roi.new_zeros(len(roi)), torch.zeros(len(roi), dtype=torch.long, device=roi.device)
+            gt, label = roi.new_zeros(1, 4), label.new_full((1,), -1)
         positive, negative = sampler([(iou >= 0.5).float()])
         rows = (positive[0] | negative[0]).nonzero()[:, 0]
         fg, owner = iou[rows] >= 0.5, owner[rows]
@@ -586,7 +597,8 @@ class Learner(nn.Module):
         rois, owner = rois[known], owner[known]
         logits = self.model.mask_logits(maps, rois)
         with torch.no_grad():  # a few outlines at a time: at 1,024 px each is a megabyte
-            parts = [roi_align(masks[r[:, 0].long(), o][:, None].float() / 4, torch.cat([torch.arange(len(r), device=r.device)[:, None].to(r), r[:, 1:]], 1), 28, 0.5, 0, True)
+            numbered = lambda boxes: torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes], 1)
+            parts = [roi_align(masks[r[:, 0].long(), o][:, None].float() / 4, numbered(r[:, 1:]), 28, 0.5, 0, True)
                      for r, o in zip(rois.split(32), owner.split(32))]
             target = (torch.cat(parts)[:, 0] >= 0.5).float() if parts and len(rois) else torch.zeros_like(logits)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))
@@ -598,8 +610,8 @@ class Learner(nn.Module):
 class Vocabulary:
     """What is scored: the K classes of the classification data, then those of the detection data that it lacks; `names` of these V classes.
 
-    both, partner: columns that both classifiers know, and their detection class; alone: detection classes that only g knows; known_as: each column's names, all of them. choose: keep
-    some columns. only_cls: without `alone`, as in setups 2 and 3; there g^ works alone unless --overlap has told what they share.
+    both, partner: columns that both classifiers know, and their detection class; alone: detection classes that only g knows; known_as: each column's names,
+    all of them. choose: keep some columns. only_cls: without `alone`, as in setups 2 and 3; there g^ works alone unless --overlap has told what they share.
     """
 
     def __init__(self, arch, device, only_cls=False):
@@ -698,7 +710,8 @@ def detect(model, batch, device, args, vocabulary, best=False):
     best: also best (V,), each class's highest log score, and best_boxes (V, 4): its box. No NMS needed: NMS never removes a class's best box.
     """
     batch = to_device(batch, device)
-    images, (size,), (original,) = normalise(batch, torch.channels_last if args.channels_last else torch.contiguous_format), batch["image_sizes"], batch["original_sizes"]
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    images, (size,), (original,) = normalise(batch, layout), batch["image_sizes"], batch["original_sizes"]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model.features(images)
     (found,), _ = model.proposals(images, [size], maps)
@@ -754,7 +767,8 @@ def wordnet_ids(path, synsets):
                 if cells and cells[0] in wanted:
                     offsets[cells[0]] = cells[-int(cells[2]):]
     except (ValueError, IndexError) as e:
-        raise DataError(f"--wordnet {path}: is not WordNet's index.noun ({e}); version 3.0 is at https://wordnet.princeton.edu (Debian: apt install wordnet-base)") from None
+        raise DataError(f"--wordnet {path}: is not WordNet's index.noun ({e}); version 3.0 is at https://wordnet.princeton.edu "
+                        "(Debian: apt install wordnet-base)") from None
     answer = {}
     for s in synsets:
         lemma, _, sense = s.lower().rsplit(".", 2)
@@ -858,7 +872,8 @@ def make_split(args):
                 if not wanted:
                     break
     Path(args.make_split).write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=k + 1, name=n) for k, n in enumerate(kept)])))
-    print(f"{len(images):,} images of {len(kept):,} classes, seed {args.seed} -> {args.make_split}; annotations (image_id, category_id, bbox) are still to be made")
+    print(f"{len(images):,} images of {len(kept):,} classes, seed {args.seed} -> {args.make_split}; "
+          "annotations (image_id, category_id, bbox) are still to be made")
 
 
 def read_class_list(args):
@@ -873,12 +888,15 @@ def fill_paths(args):
     root = make_shapes(seed=args.data_seed, val=600, labelled=400) if shapes else Path(args.data)
     lvis, coco, box = root / "lvis", root / "coco", root / "objects365"
     paths = dict(
-        s1=dict(det_json=lvis / "annotations/lvis_v1_train.json", det_images=coco, cls_dir=root / "imagenet21k", val_json=lvis / "annotations/lvis_v1_val.json", val_images=coco),
-        s2=dict(det_json=coco / "annotations/instances_train2017.json", det_images=coco / "train2017", cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
+        s1=dict(det_json=lvis / "annotations/lvis_v1_train.json", det_images=coco, cls_dir=root / "imagenet21k",
+                val_json=lvis / "annotations/lvis_v1_val.json", val_images=coco),
+        s2=dict(det_json=coco / "annotations/instances_train2017.json", det_images=coco / "train2017",
+                cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
                 val_images=root / "imagenet/val", val_boxes=root / "imagenet/val_boxes"),
-        s3=dict(det_json=box / "annotations/zhiyuan_objv2_train.json", det_images=box / "train", cls_dir=root / "imagenet21k", val_json=root / "imagenet21k_benchmark.json",
-                val_images=root / "imagenet21k"),
-        own=dict(det_json=root / "annotations/instances_train2017.json", det_images=root / "train2017", cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
+        s3=dict(det_json=box / "annotations/zhiyuan_objv2_train.json", det_images=box / "train", cls_dir=root / "imagenet21k",
+                val_json=root / "imagenet21k_benchmark.json", val_images=root / "imagenet21k"),
+        own=dict(det_json=root / "annotations/instances_train2017.json", det_images=root / "train2017",
+                 cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
                  val_json=root / f"annotations/instances_val{'all' if shapes else ''}2017.json", val_images=root / f"val{'all' if shapes else ''}2017"))
     paths["lvis"] = {k: v for k, v in paths["s1"].items() if k != "cls_dir"}
     if args.cls_val not in (None, "none"):
@@ -963,13 +981,15 @@ def make_vocabulary(args, stage, pretrained=None):
         names = [name_of.get(w, w) for w in cls]
         det = [c["name"] for c in categories if c["name"] in names and c["frequency"] != "r"]
         if not (dist.is_initialized() and dist.get_rank()):
-            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, {len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)", flush=True)
+            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, {len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)",
+                  flush=True)
         if not det:
             raise DataError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there are no base classes")
     column = {n: k for k, n in enumerate(det)}
     lost = sorted(set(wnid_of.values()) - set(cls)) if args.overlap and cls else []
     if lost and not (dist.is_initialized() and dist.get_rank()):
-        print(f"--overlap {args.overlap}: {lost[0]}{f' and {len(lost) - 1} more are' if len(lost) > 1 else ' is'} not among the {len(cls):,} classes with images", flush=True)
+        more = f" and {len(lost) - 1} more are" if len(lost) > 1 else " is"
+        print(f"--overlap {args.overlap}: {lost[0]}{more} not among the {len(cls):,} classes with images", flush=True)
     if wnid_of:
         pair = [column.get(name_of.get(w), -1) for w in cls]
     elif args.setup == "own":
@@ -1017,14 +1037,16 @@ class ClassificationTransform:
 
     Swin's RandAugment is magnitude 9 of 10 with noise; torchvision counts to 30 and has no noise: 27.
 
-    train False: short side S * 8/7, centre crop; plain: the whole image, its objects may stand at the border. The randomness of torchvision's transforms comes from the sample's own seed."""
+    train False: short side S * 8/7, centre crop; plain: the whole image, its objects may stand at the border. The randomness of torchvision's transforms comes
+    from the sample's own seed."""
 
     def __init__(self, size, augment, train, crop=0.08):
         self.size, self.erase = size, 0.25 if augment == "strong" and train else 0.0
         bicubic = T.InterpolationMode.BICUBIC if augment == "strong" else T.InterpolationMode.BILINEAR
         self.steps = (T.Compose([T.RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic), T.RandomHorizontalFlip(), *(
             dict(plain=[], weak=[T.ColorJitter(0.4, 0.4, 0.4)], strong=[T.RandAugment(2, 27, interpolation=bicubic)])[augment]), T.PILToTensor()]) if train else
-            T.Compose([*([T.Resize((size, size))] if augment == "plain" else [T.Resize(round(size * 8 / 7), interpolation=bicubic), T.CenterCrop(size)]), T.PILToTensor()]))
+            T.Compose([*([T.Resize((size, size))] if augment == "plain" else [T.Resize(round(size * 8 / 7), interpolation=bicubic), T.CenterCrop(size)]),
+                       T.PILToTensor()]))
         self.eraser = T.RandomErasing(1.0, value="random")
 
     def __call__(self, image, rng):
@@ -1049,7 +1071,8 @@ class DetectionTransform:
 
 def endless(dataset, stream, collate_fn, args, device):
     """Iterator over the Stream's batches. The loader's generator is its own: it must not shift the model's random numbers."""
-    loader = DataLoader(dataset, batch_sampler=stream, num_workers=args.workers, collate_fn=collate_fn, pin_memory=device.type == "cuda", generator=torch.Generator())
+    loader = DataLoader(dataset, batch_sampler=stream, num_workers=args.workers, collate_fn=collate_fn, pin_memory=device.type == "cuda",
+                        generator=torch.Generator())
     return iter(loader)
 
 
@@ -1075,7 +1098,8 @@ def fill_defaults(args, name):
         large = args.setup == "s3"  # Swin's recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
         first = (dict(stage1_epochs=100 if large else 300, stage1_batch=128, stage1_lr=2.5e-4 if large else 1e-3, augment="strong") if swin else
                  dict(stage1_epochs=100, stage1_batch=32, stage1_lr=0.1, augment="weak")) | dict(stage1_size=224, crop=0.08)
-        second = dict(epochs=dict(s3=12, lvis=24).get(args.setup, 36), batch_size=2, lr=1e-4 if args.setup == "lvis" else 3e-4, image_size=1024, jitter="0.1,2.0", cls_weight=0.1)
+        second = dict(epochs=dict(s3=12, lvis=24).get(args.setup, 36), batch_size=2, lr=1e-4 if args.setup == "lvis" else 3e-4, image_size=1024,
+                      jitter="0.1,2.0", cls_weight=0.1)
     common = dict(masks=args.setup == "s1", rfs=0.001 if args.setup == "lvis" else 0.0, bn="sync" if args.init == "none" else "frozen", head="2fc")
     for flag, value in (first | second | common).items():
         if getattr(args, flag) is None:
@@ -1119,7 +1143,8 @@ def load_init(model, args, rank):
         row = {w: k for k, w in enumerate(arch["cls"])}
         missing = [w for w in ours["cls"] if w not in row]
         if missing:
-            raise UserError(f"{where}: does not know class {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} of --cls-dir; train stage I on them, "
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{where}: does not know class {missing[0]}{more} of --cls-dir; train stage I on them, "
                             "leave them out with --cls-list, or start the classifier anew with --reinit-cls")
         rows = torch.tensor([row[w] for w in ours["cls"]])
         state |= {k: v[rows] for k, v in state.items() if k.startswith("cls.")}
@@ -1175,7 +1200,8 @@ def train(args, rank, world, device):
         val_data(trial, dict(make_vocabulary(trial, 2)[0], masks=trial.masks))
     for stage in (1, 2):
         folder = out / f"stage{stage}"
-        run = argparse.Namespace(**{**vars(args), "stage": stage, "out": str(folder), "init": None if stage == 1 else str(out / "stage1" / "best.pt"), "table": False,
+        init = None if stage == 1 else str(out / "stage1" / "best.pt")
+        run = argparse.Namespace(**{**vars(args), "stage": stage, "out": str(folder), "init": init, "table": False,
                                     "resume": args.resume and (folder / "last.pt").exists()})
         metrics = train_stage(run, stage, rank, world, device)
     return metrics
@@ -1184,7 +1210,7 @@ def train(args, rank, world, device):
 def train_stage(args, stage, rank, world, device):
     if rank == 0 and not args.resume and (Path(args.out) / "log.jsonl").exists():  # before anything is read
         raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or delete it")
-    if device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:  # loaders need cores, too: with all of them taken a step takes half as long again
+    if device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:  # loaders need cores, too: without, a step takes half as long again
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
     args.stage = stage
     last = Path(args.out) / "last.pt"
@@ -1200,9 +1226,11 @@ def train_stage(args, stage, rank, world, device):
     fill_paths(args)
     fill_defaults(args, args.backbone)
     words, index, raw = make_vocabulary(args, stage, pretrained)
-    arch = dict(name=args.backbone, kind=f"stage{stage}", stage=stage, head=args.head, gap=stage == 1 and args.stage1_head == "gap", masks=stage == 2 and args.masks,
-                **(words if stage == 2 else words | dict(det=[], pair=[-1] * len(words["cls"]))), setup=args.setup, image_size=args.image_size, stage1_size=args.stage1_size,
-                augment=args.augment, level=args.stage1_level)
+    if stage == 1:
+        words |= dict(det=[], pair=[-1] * len(words["cls"]))
+    arch = dict(words, name=args.backbone, kind=f"stage{stage}", stage=stage, head=args.head, gap=stage == 1 and args.stage1_head == "gap",
+                masks=stage == 2 and args.masks, setup=args.setup, image_size=args.image_size, stage1_size=args.stage1_size, augment=args.augment,
+                level=args.stage1_level)
     data = detection_data(args, arch, raw) if stage == 2 else None
     del raw  # of Objects365 it is gigabytes
     seed_all(args.seed)
@@ -1229,7 +1257,8 @@ def train_stage(args, stage, rank, world, device):
         if args.setup == "own" and arch["cls"] and not shared and rank == 0:
             print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them", flush=True)
     if args.checkpoint and args.backbone == "r50" and not model.body.fixed_norms:
-        raise UserError("--checkpoint: computes each stage twice, and a BatchNorm that learns would count each batch twice; it is for Swin, and for --stage 2 with --bn frozen")
+        raise UserError("--checkpoint: computes each stage twice, and a BatchNorm that learns would count each batch twice; it is for Swin, "
+                        "and for --stage 2 with --bn frozen")
     model.body.recompute = args.checkpoint
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1250,7 +1279,8 @@ def make_streams(model, index, data, args, rank, world):
     """(det, cls, steps of an epoch, text): Stream, dataset and canvas of either kind; det is None in stage I, cls without classification images."""
     det = cls = None
     if args.stage == 1:
-        cls = Stream(len(index), args.stage1_batch, rank, world, args.seed), LabelledImages(index, ClassificationTransform(args.stage1_size, args.augment, True, args.crop)), args.stage1_size
+        images = LabelledImages(index, ClassificationTransform(args.stage1_size, args.augment, True, args.crop))
+        cls = Stream(len(index), args.stage1_batch, rank, world, args.seed), images, args.stage1_size
         return det, cls, -(-len(index) // (args.stage1_batch * world * args.accumulate)), f"{len(index):,} images, {len(index.classes):,} classes"
     det = Stream(len(data), args.batch_size, rank, world, args.seed, data.repeats), data, args.image_size
     text = f"{len(data):,} detection images, {len(data.classes):,} classes, dropped {data.dropped}"
@@ -1312,8 +1342,9 @@ def fit(model, index, data, args, rank, world, device):
             set_rng_state(state["rng"][rank])
     if rank == 0:
         n = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"stage {'I' * stage}, {args.backbone} from {args.init or 'none'}: {n[0]:,} parameters, {n[1]:,} trained | {text} | batch {batch} x {world} x {args.accumulate} = "
-              f"{total_batch}{f', and {args.cls_ratio} x as many classification images' if cls and stage == 2 else ''} | lr {lr / total_batch * base:g} at {base} -> {lr:g} | "
+        more = f", and {args.cls_ratio} x as many classification images" if cls and stage == 2 else ""
+        print(f"stage {'I' * stage}, {args.backbone} from {args.init or 'none'}: {n[0]:,} parameters, {n[1]:,} trained | {text} | "
+              f"batch {batch} x {world} x {args.accumulate} = {total_batch}{more} | lr {lr / total_batch * base:g} at {base} -> {lr:g} | "
               f"{epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
 
     def save_last(due=False):  # due: the evaluation of this step is still to come
@@ -1322,14 +1353,16 @@ def fit(model, index, data, args, rank, world, device):
             rng = [None] * world
             dist.all_gather_object(rng, rng_state())
         if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=rng, total_batch=total_batch, args=vars(args)), out / "last.pt")
+            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=rng, total_batch=total_batch,
+                                 args=vars(args)), out / "last.pt")
 
     def validate():
         nonlocal best
         metrics = evaluate(model, val, rank, world, device, args, out if it >= total else None)
         learner.train()
         if rank == 0:
-            log.write(dict(it=it, epoch=epoch + 1, **{k: v for k, v in metrics.items() if isinstance(v, (int, float))}), f"ep {epoch + 1:02d} eval {metrics['line']}")
+            numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+            log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval {metrics['line']}")
             if val is None or metrics["score"] > best:  # without a validation set the last is the best
                 best = metrics["score"]
                 save_checkpoint(weights_of(model), out / "best.pt")
@@ -1421,7 +1454,8 @@ def evaluate_accuracy(model, val, rank, world, device, args):
     (index, data, labels), counts = val, torch.zeros(3, dtype=torch.float64)
     mine = list(range(rank, len(index), world))
     batches = [[(i, 0) for i in mine[k:k + 64]] for k in range(0, len(mine), 64)]
-    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=partial(collate_labelled, canvas=model.arch["stage1_size"]), generator=torch.Generator())
+    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator(),
+                        collate_fn=partial(collate_labelled, canvas=model.arch["stage1_size"]))
     label_of = torch.tensor(labels, device=device)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         for line in batch["bad"]:
@@ -1504,7 +1538,8 @@ def evaluate_localisation(model, val, rank, world, device, args, out):
         d = detect(model, batch, device, args, vocabulary, best=True)
         rows.append(localise(d["best"], d["best_boxes"], d["labels"], d["boxes"], column[data.names[i]], batch["boxes"][0], batch["original_sizes"][0]))
         boxes = d["boxes"].cpu()
-        found.append((data.info[i]["id"], torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], d["scores"].cpu()[:, None]], 1).numpy(), d["labels"].cpu().numpy()))
+        xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], d["scores"].cpu()[:, None]], 1)
+        found.append((data.info[i]["id"], xywh.numpy(), d["labels"].cpu().numpy()))
     rows, found = gather(rows), gather(found)
     if rank != 0:
         return None
@@ -1520,16 +1555,18 @@ def evaluate_localisation(model, val, rank, world, device, args, out):
         metrics[name] = sum(per_class.values()) / len(per_class)
         metrics[name + "_classes"] = {c["name"]: per_class[c["id"]] for c in truth["categories"] if c["id"] in per_class}
     metrics["score"] = metrics["top1"]
-    metrics["line"] = f"{len(rows)} images | localisation " + " ".join(f"{k} {metrics[k]:.1f}" for k in rows[0]) + f" | AP50 {metrics['AP50']:.1f} federated {metrics['AP50_federated']:.1f}"
+    metrics["line"] = f"{len(rows)} images | localisation " + " ".join(f"{k} {metrics[k]:.1f}" for k in rows[0])
+    metrics["line"] += f" | AP50 {metrics['AP50']:.1f} federated {metrics['AP50_federated']:.1f}"
     if out:
         keep, names = box[:, 4] > 0.05, {i["id"]: i["file_name"] for i in data.info}  # 10 million boxes of score 1e-4 are of no use in a text file
         results = [dict(image_id=i, file_name=names[i], category_id=c, bbox=b[:4], score=b[4]) for i, c, b in
                    zip(image[keep].tolist(), ids[label[keep]].tolist(), box[keep].tolist())]
         (out / "detections.json").write_text(json.dumps(results))
         shown = [i for i in data.info if ".tar/" not in i["file_name"]][:6]
-        page = argparse.Namespace(folder=data.folder, classes=[c["name"] for c in truth["categories"]], category_ids=[c["id"] for c in truth["categories"]], items=[
+        classes, category_ids = ([c[k] for c in truth["categories"]] for k in ("name", "id"))
+        page = argparse.Namespace(folder=data.folder, classes=classes, category_ids=category_ids, items=[
             (i["id"], i["file_name"], i["height"], i["width"], np.array(data.boxes[i["id"]], np.float32).reshape(-1, 4),
-             np.full(len(data.boxes[i["id"]]), [c["id"] for c in truth["categories"]].index(i["category_id"]))) for i in shown])
+             np.full(len(data.boxes[i["id"]]), category_ids.index(i["category_id"]))) for i in shown])
         save_samples(page, [r for r in results if r["category_id"] >= 0], out / "samples.jpg")
     return metrics
 
@@ -1569,8 +1606,9 @@ def predict(args, device):
         item = dict(image=image, size=size, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=tuple(original.shape[1:]))
         found = detect(model, collate([item], args.image_size), device, args, vocabulary)
         boxes, scores, labels = (found[k].cpu() for k in ("boxes", "scores", "labels"))
-        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=vocabulary.names[k], **(dict(mask=found["masks"][i]) if found["masks"] else {}))
-                             for i, (b, s, k) in enumerate(zip(boxes.tolist(), scores.tolist(), labels.tolist()))]
+        masks = [dict(mask=m) for m in found["masks"]] if found["masks"] else [{}] * len(boxes)
+        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=vocabulary.names[k], **m)
+                             for b, s, k, m in zip(boxes.tolist(), scores.tolist(), labels.tolist(), masks)]
         torchvision.io.write_jpeg(draw_boxes(original, boxes, labels, vocabulary.names, scores), str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
     if not answer:
         raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
@@ -1590,9 +1628,11 @@ def shapes_table(args, rank, world, device):
     if rank == 0:
         print(f"\nshapes                base AP  AP50  novel AP  AP50  accuracy   seconds")
         for name, m, seconds in rows:
-            cells = f"{'':25s} {m['top1']:17.1f}" if name == "stage I" else f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f} {'':10s}"
+            boxes = "" if name == "stage I" else f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f}"
+            cells = f"{boxes:30s}" + (f"{m['top1']:12.1f}" if name == "stage I" else " " * 12)
             print(f"{name:20s} {cells} {seconds:9.0f}")
-        print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base scores, also of one that was not trained on: compare the novel columns")
+        print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base scores, also of one that was not trained on:\n"
+              "compare the novel columns")
 
 
 def main():

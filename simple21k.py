@@ -1194,10 +1194,11 @@ def train(args, rank, world, device):
         need(getattr(args, flag), f"--{flag.replace('_', '-')}", "stage II needs it")
     if rank == 0 and not args.resume and (out / "stage2" / "log.jsonl").exists():
         raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or delete it")
-    if not args.resume and args.setup != "s3":  # Objects365's boxes take ten minutes to read
+    if not args.resume:
         trial = argparse.Namespace(**vars(args))
         fill_defaults(trial, args.backbone or "r50")
-        val_data(trial, dict(make_vocabulary(trial, 2)[0], masks=trial.masks))
+        words = make_vocabulary(trial, 1 if args.setup == "s3" else 2)[0]  # Objects365's boxes take minutes to read
+        val_data(trial, dict(words, masks=trial.masks))
     for stage in (1, 2):
         folder = out / f"stage{stage}"
         init = None if stage == 1 else str(out / "stage1" / "best.pt")

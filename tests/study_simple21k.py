@@ -5,7 +5,7 @@ a stage I that is built as the detector (Table 2: full > -reform > -stage I)? Ev
 the study continues where it was stopped; at the end (or with --report) the table. Schedule and weights are the script's defaults for shapes and were
 chosen on seed 0, which is in no table.
 
-The rule (facts 7.3): novel AP50 of "full" at least twice that of "boxes only", and at least 10 points above "-stage I, twice as long".
+The rule, set before the runs: novel AP50 of "full" at least twice that of "boxes only", and at least 10 points above "-stage I, twice as long".
 """
 import argparse
 import json

@@ -40,7 +40,7 @@ def make_batch(boxes=((20, 20, 60, 70), (50, 10, 90, 40)), seed=0, count=2):
     return dict(images=images, sizes=torch.tensor([[128, 96]] * count), boxes=gt, labels=labels)
 
 
-# ------------------------------------------------------------------ values by hand (facts, section 9)
+# ------------------------------------------------------------------ values by hand
 
 def test_quality_focal_kd_by_hand():
     assert quality_focal_kd(torch.tensor([0.0]), torch.logit(torch.tensor([0.9]))).item() == pytest.approx(0.4 * math.log(2), abs=1e-6)

@@ -395,7 +395,7 @@ EVERY = [[], ["--preset", "released"], ["--preset", "released", "--alpha-global"
 @pytest.mark.parametrize("name", ["faster", "retina"])
 @pytest.mark.parametrize("boxes", [3, 0])
 def test_every_choice_trains_also_without_any_object(name, flags, boxes):
-    """Finite losses; every parameter of the student's backbone and of H gets a gradient, the teacher none (facts 9a, 17)."""
+    """Finite losses; every parameter of the student's backbone and of H gets a gradient, the teacher none."""
     torch.manual_seed(0)
     args = arguments("--student", f"{name}_tiny8", *flags)
     teacher, student = new_detector(f"{name}_tiny16", NAMES, "none").eval().requires_grad_(False), new_detector(f"{name}_tiny8", NAMES, "none")
@@ -463,7 +463,7 @@ def test_losses_of_a_step_by_slow_loops():
 
 
 def test_student_loads_strictly_into_the_plain_torchvision_model(tmp_path):
-    """What --out holds is torchvision's state dict: no teacher, no H, no prototypes (facts 9a, 18)."""
+    """What --out holds is torchvision's state dict: no teacher, no H, no prototypes."""
     student = new_detector("faster_r18", NAMES, "none")
     torch.save(weights_of(student), tmp_path / "a.pt")
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -587,7 +587,7 @@ def test_aligned_pool_is_the_mean_of_whole_cells():
 
 # ------------------------------------------------------------------ flags
 
-def test_presets_differ_where_the_facts_say_and_a_flag_beats_its_preset():
+def test_presets_differ_where_they_should_and_a_flag_beats_its_preset():
     want = dict(alpha_global=0, alpha_feat=1, alpha_resp=1, sigma="maxcos", sigma_clamp=False, instances="proposals", level_assign="fpn", kd_local="defeat", bg_weight=4,
                 feat_norm="sigma", adapt="conv3x3", resp_tau=2, resp_norm="mean", kd_decay="linear", density_filter=0.4, proto_min_size=30, photometric=False)
     assert PRESETS["released"] == want

@@ -31,14 +31,17 @@ def no_test_hangs(request):
     faulthandler.cancel_dump_traceback_later()
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def launch(script, flags, procs=1, fail=False):
     """The script's command line on the CPU, one thread each: CompletedProcess. One process runs in this one, which saves the ten seconds of the imports."""
     flags = [str(f) for f in flags]
     if procs > 1:
-        port = socket.socket()
-        port.bind(("127.0.0.1", 0))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs), "--master_port", str(port.getsockname()[1])]
-        port.close()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs), "--master_port", str(free_port())]
         r = subprocess.run([*torchrun, f"{script}.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                            capture_output=True, text=True, timeout=300)
     else:

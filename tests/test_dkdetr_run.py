@@ -207,6 +207,7 @@ if rank == 0:
     torch.save(dict(values=values, grads=torch.cat([p.grad.flatten() for p in model.parameters()])), os.environ["OUT"])
 if world > 1:
     del learner, terms  # now and then the interpreter aborts at its end if a DDP module has outlived its process group
+    dist.barrier()
     dist.destroy_process_group()
 """
 

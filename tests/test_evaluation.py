@@ -11,7 +11,7 @@ import torch
 
 from common.evaluation import (class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate,
                                localise, sparse_ap, to_coco_results, voc_evaluate)
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, free_port
 
 
 @pytest.fixture(scope="module")
@@ -215,16 +215,17 @@ sys.path.insert(0, {root!r})
 import torch.distributed as dist
 from common.evaluation import gather
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=3)
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=3)
 mine = [dict(image_id=10 * rank + k, bbox=[rank + 0.5]) for k in range((3, 0, 2)[rank])]
 whole, nothing = gather(mine), gather([])
 print(json.dumps([whole, nothing, len(mine)]))
+dist.barrier()  # or gloo of torch 2.6 hangs in the next line, now and then
 dist.destroy_process_group()
 """
 
 
-def test_gather_gives_every_record_once_to_rank_0_and_none_to_the_others(tmp_path):
-    code = GATHER.format(root=str(ROOT), store=tmp_path / "store")
+def test_gather_gives_every_record_once_to_rank_0_and_none_to_the_others():
+    code = GATHER.format(root=str(ROOT), port=free_port())
     processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                   env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "GLOO_SOCKET_IFNAME": "lo"}) for rank in range(3)]
     try:

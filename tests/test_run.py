@@ -22,7 +22,7 @@ from PIL import Image
 from common import run
 from common.run import (Log, UserError, draw_boxes, fetch, init_ddp, load_checkpoint, open_run, plot_curves, reduce_mean, rng_state,
                         save_checkpoint, saved_flags, seed_all, set_rng_state, warmup_multistep)
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 
 def error_of(action):
@@ -505,7 +505,7 @@ import torch
 import torch.distributed as dist
 from common.run import Log, UserError, init_ddp, reduce_mean
 rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 joined = init_ddp()[:2]
 x = torch.tensor([1.0, 10.0]) * (1 + 2 * rank)
 mean = reduce_mean(x).tolist()
@@ -516,12 +516,13 @@ try:
 except UserError as e:
     text = str(e)
 print(json.dumps([joined, mean, x.tolist(), text]))
+dist.barrier()
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_average_and_stop_together_on_a_nan_of_one(tmp_path):
-    code = TWO.format(root=str(ROOT), store=tmp_path / "store", folder=str(tmp_path))
+    code = TWO.format(root=str(ROOT), port=free_port(), folder=str(tmp_path))
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                   env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]

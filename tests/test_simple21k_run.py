@@ -209,6 +209,7 @@ def main():  # a function: now and then the interpreter aborts at its end if a D
         print("EQUAL", float(worst))
 
 main()
+dist.barrier()
 dist.destroy_process_group()
 """
 

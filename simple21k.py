@@ -28,7 +28,8 @@ No code, no weights and no benchmark of this paper were published. Where it is s
     torchrun --nproc_per_node 8 simple21k.py --det-json a.json --det-images a/ --cls-dir folders/ --val-json b.json --val-images b/     # your own data
     python simple21k.py --eval runs/x/best.pt --setup s2
     python simple21k.py --predict photo.jpg dir/ --weights runs/x/best.pt --names words.txt --classes "red panda,n02510455"
-Not run by us: any of it at full size. On shapes: README.
+Not run by us: any of it at full size. On shapes (three seeds, README): novel AP50 9.3, without the classifier built as a detector 7.3, without stage I 1.4,
+with boxes only in stage II 3.5.
 
 Letters: B images, R RoIs, D channels of a RoI, C detection classes, K (the paper's C^) classification classes, V classes that are scored.
 """

@@ -645,12 +645,13 @@ class Vocabulary:
 
     def of(self, truth):
         """{category of a COCO dict, plain: column}, best to choose before evaluation: others would take places among an image's best boxes."""
-        wanted, column = {plain(c["name"]) for c in truth["categories"]}, {}
+        wanted, best = {plain(c["name"]) for c in truth["categories"]}, {}
         for k, known in enumerate(self.known_as):
-            for name in known & wanted:
-                if name not in column or self.base[k]:  # a name that two columns have, unmapped: the one that had boxes
-                    column[name] = k
-        return column
+            for name in known & wanted:  # a name that several columns have: the one that had boxes, then the one that has no other
+                rank = self.base[k], plain(self.names[k]) == name
+                if name not in best or rank > best[name][0]:
+                    best[name] = rank, k
+        return {name: k for name, (_, k) in best.items()}
 
 
 def plain(name):
@@ -994,8 +995,10 @@ def make_vocabulary(args, stage, pretrained=None):
     if wnid_of:
         pair = [column.get(name_of.get(w), -1) for w in cls]
     elif args.setup == "own":
-        known = {plain(n): k for n, k in column.items()}
-        pair = [known.get(next((w for w in (plain(n), *map(plain, n.split(","))) if w in known), None), -1) for n in names]
+        free = {plain(n): k for n, k in column.items()}
+        pair = [free.get(plain(n), -1) for n in names]
+        free = {n: k for n, k in free.items() if k not in pair}
+        pair = [p if p >= 0 else next((free.pop(w) for w in map(plain, n.split(",")) if w in free), -1) for p, n in zip(pair, names)]
     else:
         pair = [-1] * len(cls)  # the paper does not map them
     return dict(det=det, cls=cls, cls_names=names, pair=pair), index, raw

@@ -588,6 +588,20 @@ def test_a_class_is_known_by_all_its_names():
     assert vocabulary.find(["tv", "Telly", "N00000000", "b c"]) == [0, 1]
     assert vocabulary.of(dict(categories=[dict(name=n) for n in ("TV", "cat", "dog", "b_c")])) == {"tv": 0, "cat": 6, "b c": 1}
     assert Vocabulary(arch, "cpu").choose([]).names == []
+    twins = arch_of(det=1) | dict(det=["dog"], cls_names=["scan, cat", "cat", "cat, true cat", "c3", "c4"])
+    assert Vocabulary(twins, "cpu").of(dict(categories=[dict(name="cat")])) == {"cat": 1}
+
+
+def test_own_classes_meet_by_name(tmp_path):
+    """The whole name first, then its parts; a detection class has one partner by its parts."""
+    (tmp_path / "det.json").write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=k, name=n) for k, n in enumerate(("cat", "tench", "red panda"))])))
+    names = ["scan, cat", "Cat", "tench, Tinca tinca", "lesser panda, red_panda", "panda, red panda"]
+    for k, n in enumerate(names):
+        (tmp_path / "in" / f"n{k}").mkdir(parents=True)
+        (tmp_path / "in" / f"n{k}" / "a.jpg").touch()
+    (tmp_path / "names.txt").write_text("".join(f"n{k}\t{n}\n" for k, n in enumerate(names)))
+    args = flags("--setup", "own", "--det-json", str(tmp_path / "det.json"), "--cls-dir", str(tmp_path / "in"), "--names", str(tmp_path / "names.txt"))
+    assert simple21k.make_vocabulary(args, 2)[0]["pair"] == [-1, 0, 1, 2, -1]
 
 
 def test_paths_that_are_not_there_are_not_asked_for(tmp_path):

@@ -1277,7 +1277,7 @@ def main():
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\ncrosskd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
     if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line
-        barrier()  # gloo of torch 2.6 hangs in the next line where the others have left already
+        barrier()  # gloo of torch 2.6 often hangs in the next line if the others have left already
         dist.destroy_process_group()
 
 

@@ -55,7 +55,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
@@ -70,7 +69,7 @@ from common.clip import ClipError, load_clip, tiny_clip
 from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_coco,
                              read_image, read_voc, repeat_factors, train_loader)
 from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict,
+from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint, load_strict,
                         open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
 from common.shapes import BASE, NOVEL, ShapesError, make_shapes
 
@@ -1453,9 +1452,7 @@ def main():
     except (UserError, DataError, ClipError, ShapesError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\ndkdetr.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line
-        barrier()  # gloo of torch 2.6 often hangs in the next line if the others have left already
-        dist.destroy_process_group()
+    leave_ddp()
 
 
 if __name__ == "__main__":

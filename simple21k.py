@@ -70,8 +70,9 @@ from common.boxes import constant
 from common.datasets import (CocoDataset, DataError, ImageIndex, LabelledImages, LocalisationImages, Stream, collate, collate_labelled, eval_loader,
                              jitter_image, read_coco, read_ilsvrc, read_image, read_json, repeat_fractions)
 from common.evaluation import class_mean, class_table, coco_evaluate, encode_mask, gather, import_lvis, localise, lvis_evaluate, sparse_ap, to_coco_results
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, load_checkpoint, load_strict, open_run,
-                        plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
+from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint,
+                        load_strict, open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all,
+                        set_rng_state, warmup_multistep)
 from common.shapes import ShapesError, make_shapes
 
 STRIDES = (4, 8, 16, 32)  # of P2 ... P5
@@ -1668,9 +1669,7 @@ def main():
     except (UserError, DataError, ShapesError) as e:
         line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
         sys.exit("\nsimple21k.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    if dist.is_initialized():  # not after an error: it would wait for the others, and nobody would see the line
-        barrier()  # gloo of torch 2.6 often hangs in the next line if the others have left already
-        dist.destroy_process_group()
+    leave_ddp()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ def init_ddp():
     return rank, world, device
 
 
+def leave_ddp():
+    """Ends what init_ddp began, at the end of a run that went well: after an error it would wait for the others, and nobody would see the line."""
+    if dist.is_available() and dist.is_initialized():
+        barrier()  # gloo of torch 2.6 often hangs in the next line if the others have left already
+        dist.destroy_process_group()
+
+
 def keep_memory():
     """CPU runs: keep freed memory in the process. glibc returns each large tensor to the kernel, which hands its pages
     out anew, zeroed, at the next step: 10 to 30 % of a training step here. Does nothing where libc is another."""

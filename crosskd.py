@@ -39,12 +39,10 @@ Expected, COCO val2017 AP (paper; 8 GPUs x 2 images, 12 epochs): GFL R50 teacher
 GFL R101 teacher 44.9, R50 alone 40.2, CrossKD 43.7, with PKD 43.9. Measured here: COCO not run; shapes: README.md.
 """
 import argparse
-import json
+import os
 import re
-import shutil
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -60,97 +58,14 @@ from tqdm import tqdm
 
 from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside, centerness_target, constant, decode_deltas,
                           decode_distances, encode_deltas, encode_distances, grid_anchors, grid_points, overlap)
-from common.datasets import (CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_image,
-                             resize, train_loader)
-from common.evaluation import class_table, coco_evaluate, gather, to_coco_results
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint,
-                        load_strict, open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all,
-                        set_rng_state, warmup_multistep)
-from common.shapes import ShapesError, make_shapes
+from common.datasets import CocoDataset, collate, eval_loader, find_coco, own_files, parse_image_size, resize, train_loader
+from common.evaluation import class_table, coco_evaluate, to_coco_results
+from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, describe_model, gather, load_strict, made_once,
+                        number, open_run, parse, parser, rebuilding, reduce_mean, run_flags, seed_all, started,
+                        warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 METHODS = ("none", "crosskd", "mimic", "ld", "pkd", "fitnet")
-
-
-# ================================================================== flags
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    # data
-    p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
-    p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
-                   "(default 800; FCOS 640,800; shapes 72-120; --eval, --predict: as trained)")
-    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
-    # model
-    p.add_argument("--teacher", help="zoo name (gfl_r101 ...), mmdetection .pth or our .pt (default gfl_r101; shapes: trained on demand)")
-    p.add_argument("--student", help="detector_backbone, e.g. gfl_r18 (default: the teacher's detector with r50)")
-    p.add_argument("--p6", choices=("on_output", "on_input"), default="on_output", help="student's P6 from P5, or from C5 (zoo RetinaNets)")
-    p.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay frozen), or none "
-                   "(default imagenet; shapes none)")
-    # method
-    p.add_argument("--method", help=f"one of {', '.join(METHODS)}, or joined: crosskd+pkd, crosskd+ld (default crosskd)")
-    p.add_argument("--kd-layer", type=int, help="i: the student's feature f_i enters the teacher's head, 0..4 (default 3; FCOS 2)")
-    p.add_argument("--kd-strategy", choices="abcd", default="a", help="which predictions are compared; a is CrossKD, Eq. 3")
-    p.add_argument("--kd-branches", choices=("cls", "reg", "both"), default="both", help="branches that are distilled")
-    p.add_argument("--kd-cls-loss", choices=("qfl", "bce"), default="qfl", help="D of Eq. 3, classification")
-    p.add_argument("--kd-region", choices=("P", "N", "P+N"), default="P+N", help="S of Eq. 3, classification: positives, negatives")
-    p.add_argument("--kd-reg-mask", choices=("soft", "fg"), default="soft", help="S of Eq. 3, boxes: teacher's top score or foreground")
-    p.add_argument("--align", choices=("post", "pre", "none"), default="post", help="phi on f_i after / before its ReLU, or no phi")
-    p.add_argument("--kd-T", type=float, default=1.0, help="temperature of Eq. 6, GFL boxes")
-    p.add_argument("--kd-beta", type=float, default=1.0, help="beta of Eq. 7, QFL")
-    p.add_argument("--pkd-at", choices=("neck", "cls", "reg", "cls+reg"), default="neck", help="where PKD compares features")
-    p.add_argument("--pkd-weight", type=float, help="(default GFL 6, ATSS 1, FCOS 2, RetinaNet 2)")
-    p.add_argument("--sync-stats", action="store_true", help="statistics of phi and PKD over all processes")
-    # schedule
-    p.add_argument("--epochs", type=int, help="(default 12; FCOS and retinanet_r101 -> r50: 24; shapes 6), x0.1 at 2/3 and 11/12")
-    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
-    p.add_argument("--batch-size", type=int, help="images per process and step (default 2; shapes 16)")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
-    p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw, which learns from scratch faster)")
-    p.add_argument("--lr", type=float, help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.002)")
-    p.add_argument("--weight-decay", type=float, default=1e-4)
-    # run
-    p.add_argument("--out", help="run folder (default runs/crosskd, runs/crosskd-eval or runs/crosskd-predict)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
-    p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
-    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags (the table of --data shapes: give them again)")
-    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a zoo name, an mmdetection .pth or our .pt")
-    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
-    p.add_argument("--weights", help="for --predict: as for --eval")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
-    args = p.parse_args(argv)
-    args.out = args.out or "runs/crosskd" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    last = Path(args.out) / "last.pt"
-    if args.resume and last.exists():  # the flags of that run, then those given now
-        p.set_defaults(**saved_flags(last))
-        args = p.parse_args(argv)
-    parts = set((args.method or "crosskd").split("+"))
-    if parts - set(METHODS) or ("none" in parts and len(parts) > 1):
-        p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +")
-    if args.kd_layer is not None and not 0 <= args.kd_layer <= 4:
-        p.error(f"--kd-layer {args.kd_layer}: the heads have 4 blocks, so i is 0..4 (i = n, mimicking, is --method mimic)")
-    for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "kd_T"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    for name in ("workers", "kd_beta", "weight_decay"):
-        if getattr(args, name) < 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
-    if args.eval and args.predict:
-        p.error("--eval and --predict: one at a time")
-    if args.kd_strategy != "a" and "crosskd" not in parts:
-        p.error(f"--kd-strategy {args.kd_strategy}: belongs to --method crosskd")
-    if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, --init is where a student starts")
-    if args.predict and not args.weights:
-        p.error("--predict needs --weights: a zoo name, an mmdetection .pth or our .pt")
-    return args
 
 
 # ================================================================== model: backbone and pyramid
@@ -181,25 +96,13 @@ class Body(nn.Module):
         return maps
 
 
-class NarrowResNet(torchvision.models.ResNet):
-    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
-
-    def __init__(self, width):
-        norm = lambda c: nn.GroupNorm(c // 8, c)
-        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
-        self.inplanes = width
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
-        for level in range(4):
-            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
-            setattr(self, f"layer{level + 1}", layer)
-
-
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "mnv2": "mobilenet_v2", "swint": "swin_t"}
 
 
 def make_body(name, caffe=False, init="none"):
     """(Body, its three channel counts) of r18|r34|r50|r101|swint|mnv2|tinyN; init "imagenet" downloads its weights."""
     if name.startswith("tiny"):
+        from common.tiny import NarrowResNet
         if init == "imagenet":
             raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
         width = int(name[4:])
@@ -212,19 +115,17 @@ def make_body(name, caffe=False, init="none"):
         if name == "swint":
             taps, channels = ("3", "5", "7"), [192, 384, 768]
     if init == "imagenet":
-        if caffe:  # converted from Detectron's Caffe2 models; a few surplus conv biases in the file are not used
-            sha = {"r50": "788b5fa3", "r101": "3ad79236"}[name]
-            url = f"https://download.openmmlab.com/pretrain/third_party/{BACKBONES[name]}_caffe-{sha}.pth"
-        else:  # V1, never V2: the paper's baselines start from these
-            url = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1.url
-            sha = re.search(r"-([0-9a-f]{8})\.pth$", url).group(1)
-        state, own = load_checkpoint(fetch(url, sha)), net.state_dict()
-        state = {k: v for k, v in state.get("state_dict", state).items() if k in own}
+        from common.zoo import imagenet_state
+        (state, url), own = imagenet_state(BACKBONES[name], caffe=caffe), net.state_dict()
+        state = {k: v for k, v in state.items() if k in own}
         missing = [k for k in own if k not in state and not k.startswith(("fc.", "classifier.", "head."))
                    and not k.endswith("num_batches_tracked")]
         if missing:
             raise UserError(f"{url}: lacks {len(missing)} keys of {name}, first {missing[0]}")
         net.load_state_dict(state, strict=False)
+    if name == "swint":
+        from common.zoo import always_shift
+        always_shift(net)  # as mmdetection, whose weights the teacher has; torchvision does not on small maps
     if caffe:  # the stride of a stage sits in its first 1x1 convolution
         for stage in (net.layer2, net.layer3, net.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
@@ -793,134 +694,50 @@ class Distiller(nn.Module):
         return losses
 
 
-# ================================================================== checkpoints of others
+# ================================================================== checkpoints
 
-ZOO_URL = "https://download.openmmlab.com/mmdetection/v2.0/"
-FCOS_NAME = "caffe_fpn_gn-head_mstrain_640-800_2x_coco"
-ZOO = {  # name: folder/file at ZOO_URL; the last 8 digits are the first of its sha256
-    "gfl_r50": "gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth",
-    "gfl_r101": "gfl/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth",
-    "atss_r50": "atss/atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth",
-    "atss_r101": "atss/atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth",
-    "fcos_r50": f"fcos/fcos_r50_{FCOS_NAME}/fcos_r50_{FCOS_NAME}-d92ceeea.pth",
-    "fcos_r101": f"fcos/fcos_r101_{FCOS_NAME}/fcos_r101_{FCOS_NAME}-511424d6.pth",
-    "retinanet_r18": "retinanet/retinanet_r18_fpn_1x_coco/retinanet_r18_fpn_1x_coco_20220407_171055-614fd399.pth",
-    "retinanet_r50": "retinanet/retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth",
-    "retinanet_r50_2x": "retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth",
-    "retinanet_r50_3x": "retinanet/retinanet_r50_fpn_mstrain_3x_coco/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-88476508.pth",
-    "retinanet_r101": "retinanet/retinanet_r101_fpn_2x_coco/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth",
-    # The authors' own file, linked from their repository, not in the zoo: no direct address, no published hash.
-    "retinanet_swint": "retinanet_swin-t-p4-w7_fpn_1x_coco.pth",
-}
+def plain_of(model, classes):
+    """What a checkpoint holds beside weights: enough to rebuild the detector without any flag."""
+    return dict(script="crosskd.py", arch=model.arch, classes=list(classes))
 
 
-def from_mmdet(state):
-    """mmdetection state_dict -> the same tensors under our names (strict: an unknown key stays and is reported).
-
-    Rules, first match wins. The constant buffer integral.project must be 0..16 and is dropped, as is Swin's index
-    table, which torchvision computes itself.
-    """
-    mnv2 = {f"{layer}.{j}": f for f, (layer, j) in enumerate(
-        ((layer, j) for layer, n in enumerate((1, 2, 3, 4, 3, 3, 1), 1) for j in range(n)), 1)}
-    swin = r"^backbone\.stages\.(\d)\."
-    expand = {"expand_conv.conv": "0.0", "expand_conv.bn": "0.1", "depthwise_conv.conv": "1.0", "depthwise_conv.bn": "1.1",
-              "linear_conv.conv": "2", "linear_conv.bn": "3"}
-    first = {"depthwise_conv.conv": "0.0", "depthwise_conv.bn": "0.1", "linear_conv.conv": "1", "linear_conv.bn": "2"}
-    rules = [
-        # MobileNetV2: layer L block j is one of features 1..17; the first block has no expansion
-        (r"^backbone\.conv([12])\.(conv|bn)\.", lambda m: f"body.stages.{0 if m[1] == '1' else 18}.{int(m[2] == 'bn')}."),
-        (r"^backbone\.layer(\d\.\d)\.(\w+_conv\.(?:conv|bn))\.",
-         lambda m: f"body.stages.{mnv2[m[1]]}.conv.{(first if mnv2[m[1]] == 1 else expand)[m[2]]}."),
-        # Swin: stage i is features 2i + 1, its downsampling 2i + 2
-        (r"^backbone\.patch_embed\.(projection|norm)\.", lambda m: f"body.stages.0.{0 if m[1] == 'projection' else 2}."),
-        (swin + r"blocks\.(\d+)\.attn\.w_msa\.", lambda m: f"body.stages.{2 * int(m[1]) + 1}.{m[2]}.attn."),
-        (swin + r"blocks\.(\d+)\.ffn\.layers\.(0\.0|1)\.", lambda m: f"body.stages.{2 * int(m[1]) + 1}.{m[2]}.mlp.{0 if m[3] == '0.0' else 3}."),
-        (swin + r"blocks\.(\d+)\.", lambda m: f"body.stages.{2 * int(m[1]) + 1}.{m[2]}."),
-        (swin + r"downsample\.", lambda m: f"body.stages.{2 * int(m[1]) + 2}."),
-        (r"^backbone\.norm(\d)\.", lambda m: f"body.norms.{2 * int(m[1]) + 1}."),
-        # ResNet: torchvision's own names
-        (r"^backbone\.", lambda m: "body.stages."),
-        (r"^neck\.lateral_convs\.(\d)\.conv\.", lambda m: f"fpn.inner_blocks.{m[1]}.0."),
-        (r"^neck\.fpn_convs\.([012])\.conv\.", lambda m: f"fpn.layer_blocks.{m[1]}.0."),
-        (r"^neck\.fpn_convs\.([34])\.conv\.", lambda m: f"fpn.extra_blocks.p{int(m[1]) + 3}."),
-        (r"^bbox_head\.(cls|reg)_convs\.(\d)\.(conv|gn)\.", lambda m: f"head.{m[1]}_tower.{m[2]}.{'norm' if m[3] == 'gn' else 'conv'}."),
-        (r"^bbox_head\.(?:gfl|atss|conv|fcos|retina)_(cls|reg)\.", lambda m: f"head.{m[1]}_pred."),
-        (r"^bbox_head\.(?:atss|conv|fcos)_centerness\.", lambda m: "head.ctr_pred."),
-        (r"^bbox_head\.scales\.(\d)\.scale$", lambda m: f"head.scales.{m[1]}"),
-    ]
-    ours = {}
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        if key.endswith("integral.project"):
-            if not torch.equal(value, torch.linspace(0, 16, 17)):
-                raise UserError(f"{key} is not 0..16: this file is another kind of GFL")
-            continue
-        if key.endswith("relative_position_index"):
-            continue
-        name = next((re.sub(pattern, rule, key, count=1) for pattern, rule in rules if re.match(pattern, key)), key)
-        if re.search(r"stages\.\d\.(reduction|norm)\.(weight|bias)$", name) and "downsample" in key:
-            # mmdetection unfolds a 2x2 patch channel by channel (TL, TR, BL, BR inside), torchvision patch by patch (TL, BL, TR, BR)
-            c = value.shape[-1] // 4
-            value = value.unflatten(-1, (c, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
-        ours[name] = value
-    return ours
+def weights_of(model, classes):
+    """What a detector is, as plain values and tensors."""
+    return dict(plain_of(model, classes), model=model.state_dict())
 
 
-def infer_arch(state, where):
-    """Detector, backbone, class count and P6 source of an mmdetection state_dict, from its keys and shapes."""
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    cls = [k for k in state if re.fullmatch(r"bbox_head\.(gfl|atss|conv|fcos|retina)_cls\.bias", k)]
-    if not cls:
-        raise UserError(f"{where}: neither ours nor an mmdetection GFL, ATSS, FCOS or RetinaNet checkpoint")
-    prefix = cls[0].removeprefix("bbox_head.").split("_")[0]
-    kind = {"conv": "fcos", "retina": "retinanet"}.get(prefix, prefix)
-    if "backbone.patch_embed.projection.weight" in state:
-        backbone = "swint"
-    elif "backbone.layer7.0.linear_conv.conv.weight" in state:
-        backbone = "mnv2"
-    elif "backbone.layer1.0.conv3.weight" in state:
-        backbone = "r101" if "backbone.layer3.22.conv1.weight" in state else "r50"
-    else:
-        backbone = "r34" if "backbone.layer3.5.conv1.weight" in state else "r18"
-    lateral, p6 = state.get("neck.lateral_convs.0.conv.weight"), state.get("neck.fpn_convs.3.conv.weight")
-    if lateral is None or p6 is None:
-        raise UserError(f"{where}: no FPN with five levels in it")
-    channels = lateral.shape[0]
-    return dict(kind=kind, backbone=backbone, num_classes=len(state[cls[0]]) // DETECTORS[kind].cells, channels=channels,
-                p6="on_output" if p6.shape[1] == channels else "on_input")
+def arch_of(spec, flag):
+    """Kind and backbone of a detector, before anything is downloaded."""
+    from common.zoo import CROSSKD_ZOO
+    if spec in CROSSKD_ZOO:
+        kind, backbone = spec.split("_")[:2]
+        return dict(kind=kind, backbone=backbone)
+    return load_detector(spec, flag)[0].arch
 
 
 def load_detector(spec, flag="--weights"):
     """(detector in eval mode, class names or None) from a zoo name, an mmdetection .pth or a checkpoint of ours."""
-    if spec in ZOO:
-        file, sha = ZOO[spec], re.search(r"-([0-9a-f]{8})\.pth$", ZOO[spec])
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not sha and not cached.exists():
-            raise UserError(f"{flag} {spec}: the authors link this file from https://github.com/jbwang1997/CrossKD; "
-                            f"download {file} and place it at {cached}, or give its path")
-        path = fetch(ZOO_URL + file, sha[1]) if sha else cached
-    elif Path(spec).exists():
-        path = Path(spec)
-    else:
-        raise UserError(f"{flag} {spec}: neither a file nor one of {', '.join(ZOO)}")
-    checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    if "arch" in checkpoint:
-        arch, state, classes = checkpoint["arch"], checkpoint["model"], checkpoint["classes"]
-    else:
-        meta = checkpoint.get("meta") or {}
-        state = checkpoint.get("state_dict", checkpoint)
-        classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-        arch = infer_arch(state, f"{flag} {path}")
-        state, config = from_mmdet(state), str(meta.get("config", ""))
-        caffe = arch["kind"] == "fcos"  # what the keys cannot tell: these variants have the same names and shapes
-        for setting in ("norm_on_bbox=True", "centerness_on_reg=True", "style='pytorch'" if caffe else "style='caffe'"):
-            if setting in config:
-                raise UserError(f"{flag} {path}: its config has {setting}, which this script's {arch['kind']} does not")
-    model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
-    model.arch = arch
-    load_strict(model, state, f"{flag} {path}")
+    from common import zoo
+    path = zoo.zoo_path(spec, zoo.CROSSKD_ZOO, flag)
+    whose, *content = zoo.load_any(path, flag, "crosskd.py")
+    where, trained = f"{flag} {path}", (None, None)
+    with rebuilding(where):
+        if whose == "ours":
+            arch, state, classes = (content[0][k] for k in ("arch", "model", "classes"))
+            trained = tuple(content[0].get(k) for k in ("epoch", "it"))  # of a best.pt
+        else:
+            state, meta = content
+            arch, classes = zoo.infer_arch(state, where), zoo.classes_of(meta)
+            # what the keys cannot tell: these variants have the same names and shapes
+            style = "style='pytorch'" if arch["kind"] == "fcos" else "style='caffe'"
+            settings = ("norm_on_bbox=True", "centerness_on_reg=True", style)
+            zoo.guard(zoo.config_of(meta), settings, where, f"this script's {arch['kind']}")
+            state = zoo.from_mmdet(state)
+        model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
+        model.arch, model.trained = arch, trained
+        load_strict(model, state, where)
+        if classes is not None and (len(classes) != model.num_classes or not all(isinstance(c, str) for c in classes)):
+            raise UserError(f"{where}: names {len(classes)} classes, its head has {model.num_classes}")
     return model.eval(), classes
 
 
@@ -943,11 +760,21 @@ def check_classes(names, count, classes, flag):
 
 # ================================================================== data
 
-def make_data(args, kind, split):
-    """The dataset "train" or "val" of --data, with the image sizes of the detector's schedule."""
-    root = make_shapes() if args.data == "shapes" else args.data
-    args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
-    return CocoDataset(*find_coco(root, split), split == "train", args.image_size)
+def make_data(args, split, kind, like=None, image_size=None):
+    """The dataset "train" or "val" of the flags; None where own training files come without a validation set."""
+    files = own_files(args, split)
+    if files is False:
+        return None
+    if files is None:
+        if args.data == "shapes":
+            from common.shapes import make_shapes
+        files = find_coco(make_shapes() if args.data == "shapes" else args.data, split)
+    size = image_size or default_size(args, kind)
+    return CocoDataset(*files, split == "train", size, like=like, keep_empty=args.keep_empty)
+
+
+def default_size(args, kind):
+    return args.image_size or ("72-120" if args.data == "shapes" else "640,800" if kind == "fcos" else "800")
 
 
 def to_device(batch, device):
@@ -956,17 +783,12 @@ def to_device(batch, device):
 
 # ================================================================== train
 
-def fill_defaults(args, kind, teacher_backbone=None, backbone="r50"):
-    """Defaults that depend on the detector: the paper's schedule, or the small one for shapes."""
-    shapes = args.data == "shapes"
-    long = kind == "fcos" or (kind == "retinanet" and (teacher_backbone, backbone) == ("r101", "r50"))
-    defaults = dict(method="crosskd", kd_layer=DETECTORS[kind].kd_layer, epochs=24 if long else 12, batch_size=2, lr=0.01,
-                    optimizer="sgd", init="imagenet")
-    if shapes:
-        defaults.update(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="none")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+LEGEND = dict(
+    cls="classification loss of the detector", box="box loss of the detector", dfl="GFL's loss of the binned box edges",
+    ctr="centerness loss", kd_cls="Eq. 3 for classes, distance Eq. 7", kd_box="Eq. 3 for boxes, distance Eq. 6 (GFL) or Eq. 5",
+    kd_ctr="Eq. 3 for centerness (released code)", mimic_cls="Eq. 2 for classes", mimic_box="Eq. 2 for boxes",
+    mimic_ctr="Eq. 2 for centerness", ld_cls="LD, classes", ld_box="LD, box edges", pkd="PKD, 1 - Pearson correlation of features",
+    fitnet="Eq. 1, squared distance of FPN features")
 
 
 def make_optimizer(model, algorithm, lr, weight_decay, kind):
@@ -995,151 +817,90 @@ def split_name(student):
     return kind, backbone
 
 
-def train(args, rank, world, device):
-    """Train args.student under args.method; returns the last evaluation's metrics (rank 0) or None."""
-    shapes = args.data == "shapes"
-    parts = set((args.method or "crosskd").split("+"))
-    teacher, teacher_classes = None, None
-    if args.student is None and args.teacher:  # a student like its teacher, but smaller
-        teacher, teacher_classes = load_detector(args.teacher, "--teacher")
-    args.student = args.student or f"{teacher.arch['kind'] if teacher else 'gfl'}_{'tiny8' if shapes else 'r50'}"
+def make_pair(args, data, rank, world, device):
+    """(student, teacher or None) of the flags, on the device."""
     kind, backbone = split_name(args.student)
-    if "ld" in parts and kind != "gfl":
-        raise UserError(f"--method {args.method}: LD compares edge distributions, which only GFL has; use mimic for {kind}")
-    if parts == {"none"}:
-        teacher = None
-    elif teacher is None:
-        args.teacher = args.teacher or (shapes_teacher(args, rank, world, device) if shapes else f"{kind}_r101")
-        teacher, teacher_classes = load_detector(args.teacher, "--teacher")
-    fill_defaults(args, kind, teacher and teacher.arch["backbone"], backbone)
-    out = open_run(args, rank, args.resume)
-    data, val = make_data(args, kind, "train"), make_data(args, kind, "val")
+    teacher = None
+    if args.method != "none":
+        teacher, teacher_classes = load_detector(args.teacher or shapes_teacher(args, rank, world, device), "--teacher")
     seed_all(args.seed)  # here, so that every method starts from the same student
-    student = DETECTORS[kind](backbone, len(data.classes), 64 if backbone.startswith("tiny") else 256, args.p6,
-                              init="imagenet" if args.init == "imagenet" else "none")
-    if args.init not in ("imagenet", "none"):
-        start, _ = load_detector(args.init, "--init")
-        load_strict(student, start.state_dict(), f"--init {args.init}")
+    start = args.init if args.init in ("imagenet", "none") else "none"
+    student = DETECTORS[kind](backbone, len(data.classes), 64 if backbone.startswith("tiny") else 256, args.p6, start)
+    if args.init != start:
+        load_strict(student, load_detector(args.init, "--init")[0].state_dict(), f"--init {args.init}")
         student.freeze()
-    student.arch["image_size"] = args.image_size  # --eval and --predict see the images as training did
+    student.arch["image_size"] = default_size(args, kind)  # --eval and --predict see the images as training did
     if teacher:
         check_pair(teacher, teacher_classes, student, data.classes)
         teacher.to(device)
-    if val.classes != data.classes:
-        raise UserError(f"--data {args.data}: train and val annotations list different categories")
+    return student.to(device), teacher
+
+
+def check_teacher(teacher, val, rank, world, device, args):
+    """Prints the teacher's AP on up to 100 validation images; a teacher that finds nothing has nothing to teach."""
+    metrics, _ = evaluate(teacher, val, rank, world, device, args, most=100)
+    if rank == 0:
+        print(f"teacher AP {metrics['AP']:.1f} on {metrics['images']} validation images", flush=True)
+        if metrics["AP"] < 1 and not args.no_teacher_check:
+            raise UserError(f"--teacher {args.teacher}: AP {metrics['AP']:.1f} on {metrics['images']} validation images: wrong weights, other "
+                            "classes or other pixels? --no-teacher-check goes on")
+
+
+def train(args, rank, world, device):
+    """Train args.student under args.method; returns the last evaluation's metrics (rank 0) or None."""
+    kind = split_name(args.student)[0]
+    data = make_data(args, "train", kind)
+    val = make_data(args, "val", kind, like=data.classes)
+    student, teacher = make_pair(args, data, rank, world, device)
+    open_run(args, rank, args.resume)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    for net in filter(None, (student.to(device), teacher)):
-        net.to(memory_format=layout)
-        if args.compile:
-            net.compile(), net.head.compile()
-    model = Distiller(student, teacher, args).train()
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    example = collate([data[0, 0]])["images"].float()
+    for name, net in (("student", student), ("teacher", teacher)):
+        if net:
+            net.to(memory_format=layout)
+            describe_model(f"{name} {net.kind}_{net.arch['backbone']}", net, example, rank=rank)
+            if args.compile:
+                net.compile()
+                net.head.compile()
+    model = wrap_ddp(Distiller(student, teacher, args).train(), device, world)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
     lr = args.lr * total_batch / 16
     optimizer = make_optimizer(student, args.optimizer, lr, args.weight_decay, kind)
-    steps_per_epoch = -(-len(plan) // args.accumulate)
-    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
+    run = Run(args, student, optimizer, plain_of(student, data.classes), len(plan), total_batch, rank, world, device, legend=LEGEND,
+              every=args.epochs if args.data == "shapes" else None)
+    at = f" i={args.kd_layer}" if "crosskd" in args.method else ""
+    run.describe(f"method {args.method}{at}", lr, args.lr, 16, data, val)
+    if teacher and val and run.it == 0:
+        check_teacher(teacher, val, rank, world, device, args)
     milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
-    warmup = min(500, args.epochs * steps_per_epoch // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
-    it, best, due = 0, -2.0, False  # AP is -1 where val holds no box
-    if can_resume(out, args.resume, rank, device):
-        state = load_checkpoint(out / "last.pt")
-        load_strict(student, state["model"], f"--resume {out / 'last.pt'}")
-        if state["args"]["optimizer"] != args.optimizer:
-            raise UserError(f"--resume {out}: was trained with --optimizer {state['args']['optimizer']}")
-        fresh = [(g["base_lr"], g["weight_decay"]) for g in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for g, (base_lr, weight_decay) in zip(optimizer.param_groups, fresh):  # --resume --lr 0.005 is meant
-            g.update(base_lr=base_lr, weight_decay=weight_decay)
-        if state["total_batch"] != total_batch:
-            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, "
-                            f"this command has {total_batch}")
-        it, best, due = state["it"], state["best"], state.get("due", False)
-        set_rng_state(state["rng"])
-    if rank == 0:
-        n = [sum(p.numel() for p in student.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"student {args.student}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher if teacher else '-'} | "
-              f"method {args.method} i={args.kd_layer} | {len(data)} images, {len(data.classes)} classes, dropped {data.dropped} | "
-              f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at 16 -> {lr:g} | "
-              f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
-
-    def save_last(due=False):  # due: the evaluation of this step is still to come
-        if rank == 0:
-            save_checkpoint(dict(weights_of(student, data.classes), optimizer=optimizer.state_dict(), it=it, best=best, due=due,
-                                 rng=rng_state(), total_batch=total_batch, args=vars(args)), out / "last.pt")
-
-    def validate():
-        nonlocal best
-        metrics = evaluate(student, val, rank, world, device, args, out if it >= total else None)
-        student.train()
-        if rank == 0:
-            numbers = {k: v for k, v in metrics.items() if k != "classes"}
-            log.write(dict(it=it, epoch=epoch + 1, **numbers), eval_line(epoch + 1, metrics))
-            if metrics["AP"] > best:
-                best = metrics["AP"]
-                save_checkpoint(weights_of(student, data.classes), out / "best.pt")
-        log.restart_clock()
-        return metrics
-
-    log = Log(out, rank, total, it, args.log_every)
-    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
-    if it == 0:
-        save_last()  # from here on --resume finds the run and its flags
-    elif due or it >= total:  # killed before the evaluation was done, or --resume of a finished run
-        metrics = validate()
-        save_last()
-    while it < total:
-        epoch, done = divmod(it, steps_per_epoch)
-        plan.set_epoch(epoch, done * args.accumulate)
-        batches, left = iter(loader), len(plan)
-        while left and it < total:
-            factor = warmup_multistep(it, steps_per_epoch, milestones, warmup, *((1 / 3, True) if kind == "fcos" else (0.001, False)))
-            for g in optimizer.param_groups:
-                g["lr"] = g["base_lr"] * factor
-            waited, losses = 0.0, {}
-            count = min(args.accumulate, left)
-            for micro in range(count):
-                since = time.time()
-                batch = to_device(next(batches), device)
-                waited += time.time() - since
-                hold = model.no_sync() if world > 1 and micro < count - 1 else nullcontext()
-                with hold:
-                    terms = model(batch)
-                    (sum(terms.values()) / count).backward()  # Eq. 4
-                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
-            left -= count
+    warmup = min(500, args.epochs * run.steps // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
+    start, constant_start = (1 / 3, True) if kind == "fcos" else (0.001, False)
+    while True:
+        if run.due:
+            run.scored(*evaluate(student, val, rank, world, device, args), val)
+            student.train()
+        if run.finished:
+            break
+        for batches in run.batches(loader, plan):
+            factor = warmup_multistep(run.it, run.steps, milestones, warmup, start, constant_start)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            losses = {}
+            for n, batch in enumerate(batches, 1):
+                model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
+                terms = model(to_device(batch, device))
+                (sum(terms.values()) / len(batches)).backward()  # Eq. 4
+                losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
             if kind == "fcos":
                 nn.utils.clip_grad_norm_(student.parameters(), 35.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            it += 1
-            log.step(it, epoch + 1, losses, lr * factor, waited)
-            if it % args.save_every == 0 and left and it < total:
-                log.flush(it, epoch + 1, lr * factor)
-                save_last()
-        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        if it >= total or (epoch + 1) % (args.epochs if shapes else max(1, args.epochs // 12)) == 0:
-            save_last(due=True)  # before anything of the evaluation can fail
-            metrics = validate()
-            save_last()
-    log.bar.close()
-    if rank == 0:
-        plot_curves(out / "log.jsonl", out / "curves.png")
-        print(f"{class_table(metrics)}\nbest AP {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
-    barrier()
-    return metrics
-
-
-def weights_of(model, classes):
-    """What a detector is, as plain values and tensors: enough to rebuild it without any flag."""
-    return dict(arch=model.arch, classes=list(classes), model=model.state_dict())
-
-
-def eval_line(epoch, m):
-    numbers = " ".join(f"{k} {m[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
-    return f"ep {epoch:02d} eval {m['images']} images | {numbers} | {m['seconds']:.0f}s"
+            run.step(losses, lr * factor)
+        run.end_epoch()
+    if rank == 0 and val:
+        print(class_table(run.metrics))
+    return run.close()
 
 
 # ================================================================== evaluate, predict
@@ -1157,127 +918,206 @@ def run_detector(model, batch, device, args):
     return found
 
 
-def evaluate(model, dataset, rank, world, device, args, out=None):
-    """COCO metrics on rank 0, None elsewhere. Images by stride over ranks. out: also write the result files."""
+def evaluate(model, val, rank, world, device, args, most=None):
+    """(COCO metrics, detections) on rank 0, (None, None) elsewhere or without a validation set. Images by stride over ranks.
+    most: the first so many images only."""
+    if val is None:
+        return None, None
     model.eval()
     since, results = time.time(), []
-    loader = eval_loader(dataset, rank, world, args.workers, device.type == "cuda")
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda", most)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         (boxes, scores, labels), = run_detector(model, batch, device, args)
-        results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, dataset.category_ids)
+        results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, val.category_ids)
     results = gather(results)
     if rank != 0:
-        return None
-    metrics = dict(coco_evaluate(dataset.annotations, results), images=len(dataset), seconds=time.time() - since)
-    if out:
-        (out / "detections.json").write_text(json.dumps(results))
-        (out / "results.json").write_text(json.dumps(metrics, indent=1))
-        save_samples(dataset, results, out / "samples.jpg")
-    return metrics
+        return None, None
+    count = min(len(val), most or len(val))
+    metrics = coco_evaluate(val.truth(rows=range(count)), results)
+    metrics |= dict(score=metrics["AP"], images=count, seconds=time.time() - since)
+    numbers = " ".join(f"{k} {metrics[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+    metrics["line"] = f"{count} images | {numbers} | {metrics['seconds']:.0f}s"
+    return metrics, results
+
+
+def evaluate_file(args, rank, world, device):
+    """--eval: metrics of a checkpoint, into --out."""
+    from common.pictures import write_results
+    kind = arch_of(args.eval, "--eval")["kind"]
+    make_data(args, "val", kind)  # what is missing is told before anything is downloaded
+    model, classes = load_detector(args.eval, "--eval")
+    val = make_data(args, "val", kind, image_size=args.image_size or model.arch.get("image_size"), like=classes)
+    check_classes(classes, model.num_classes, val.classes, f"--eval {args.eval}")
+    metrics, results = evaluate(model.to(device), val, rank, world, device, args)
+    if rank == 0:
+        write_results(Path(args.out), metrics, results, val, args.eval, *model.trained)
+        print(f"{class_table(metrics)}\n{metrics['line']}")
 
 
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file) and one picture per image into --out."""
+    from common.pictures import Pictures
+    pictures = Pictures(args.predict, args.out, args.score)  # before anything is downloaded: are they there?
     model, classes = load_detector(args.weights)
     model.to(device)
     classes = classes or [f"class {k}" for k in range(model.num_classes)]
     size = max(parse_image_size(args.image_size or model.arch.get("image_size") or "800"))
-    out, answer = Path(args.out), {}
-    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
-             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
-    if not paths:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
-    for number, path in enumerate(tqdm(paths, desc="predict")):
-        try:
-            original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
-        except DataError as e:  # the others are still wanted
-            print(f"left out: {e}", file=sys.stderr)
-            continue
-        image, (h, w) = resize(original, size)
+    for picture in pictures:
+        image, (h, w) = resize(picture.pixels, size)
         item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
-                    original_size=original.shape[1:])
-        (boxes, scores, labels), = run_detector(model, collate([item]), device, args)
-        keep = scores > args.score
-        boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
-        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
-                             zip(boxes.tolist(), scores.tolist(), labels.tolist())]
-        picture = draw_boxes(original, boxes, labels, classes, scores)
-        torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
-    if not answer:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
-    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
-    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+                    original_size=picture.pixels.shape[1:])
+        picture.save(*run_detector(model, collate([item]), device, args)[0], classes)
 
 
 # ================================================================== the embedded dataset: teacher, baseline, CrossKD
 
 def shapes_teacher(args, rank, world, device):
     """Path of the teacher for shapes; trained by this script the first time, then cached beside the data."""
-    kind, backbone = split_name(args.student or "gfl_tiny8")
+    from common.shapes import make_shapes
+    kind, backbone = split_name(args.student)
     if not backbone.startswith("tiny"):
         raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the tiny8 ... tiny64 students only")
     done = make_shapes().parent / "teachers" / f"{kind}_tiny32-s{args.seed}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is never taken for a teacher
-    if not done.exists():
-        if rank == 0:
-            print(f"== teacher {kind}_tiny32: trained once, cached at {done}")
-            if draft.exists() and not (draft / "last.pt").exists():
-                shutil.rmtree(draft)
-        barrier()
-        flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs", "8", "--out", str(draft)]
-        flags += ["--seed", str(args.seed), "--workers", str(args.workers)] + ["--resume"] * (draft / "last.pt").exists()
-        train(parse_args(flags), rank, world, device)
-        if rank == 0:
-            draft.rename(done)
-        barrier()
+    with made_once(done, rank) as missing:
+        if missing:
+            if rank == 0:
+                print(f"== teacher {kind}_tiny32: trained once, cached at {done}")
+            flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs", "8", "--out", str(draft)]
+            flags += ["--seed", str(args.seed), "--workers", str(args.workers), "--resume"]
+            train(resolve(parse_args(flags)), rank, world, device)
+            if rank == 0:
+                draft.rename(done)
     return str(done / "best.pt")
 
 
 def shapes_table(args, rank, world, device):
     """Teacher, plain student and CrossKD student on shapes, in one table."""
     since, rows = time.time(), []
-    args.teacher = args.teacher or shapes_teacher(args, rank, world, device)
-    teacher, _ = load_detector(args.teacher, "--teacher")
-    args.student = args.student or f"{teacher.arch['kind']}_tiny8"
-    metrics = evaluate(teacher.to(device), make_data(args, teacher.arch["kind"], "val"), rank, world, device, args)
-    rows.append((f"teacher {teacher.arch['kind']}_{teacher.arch['backbone']}", metrics, time.time() - since))
+    path = args.teacher or shapes_teacher(resolve(args), rank, world, device)
+    teacher, _ = load_detector(path, "--teacher")
+    kind, backbone = teacher.arch["kind"], teacher.arch["backbone"]
+    metrics, _ = evaluate(teacher.to(device), make_data(args, "val", kind), rank, world, device, args)
+    rows.append((f"teacher {kind}_{backbone}", metrics, time.time() - since))
     for method, name in (("none", "student alone"), ("crosskd", "student with CrossKD")):
         since, out = time.time(), Path(args.out) / method
-        resume = args.resume and (out / "last.pt").exists()
-        run = argparse.Namespace(**{**vars(args), "method": method, "out": str(out), "resume": resume})
-        rows.append((name, train(run, rank, world, device), time.time() - since))
+        more = dict(method=method, teacher=None if method == "none" else path, student=args.student or f"{kind}_tiny8", out=str(out),
+                    resume=args.resume and (out / "last.pt").exists())
+        rows.append((name, train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device), time.time() - since))
     if rank == 0:
-        print(f"\nshapes, 300 validation images     AP  AP50  AP75   seconds")
+        count = f"shapes, {metrics['images']} validation images"
+        print(f"\n{count:31s}    AP  AP50  AP75   seconds")
         for name, m, seconds in rows:
             print(f"{name:31s} {m['AP']:5.1f} {m['AP50']:5.1f} {m['AP75']:5.1f} {seconds:9.0f}")
 
 
+# ================================================================== flags
+
+EXAMPLES = """
+torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101        # GFL R101 -> R50 on data/coco
+python crosskd.py --data shapes                                  # everything in minutes on a CPU
+python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
+"""
+# flags, the flag that gives them an effect, its values
+BELONGS = (
+    ("kd_layer kd_strategy align", "method", ("crosskd", None)),
+    ("kd_cls_loss kd_region kd_reg_mask kd_T kd_beta", "method", ("crosskd", "mimic", None)),
+    ("kd_branches", "method", ("crosskd", "mimic", "ld", None)),
+    ("kd_cls_loss kd_region kd_beta", "kd_branches", ("cls", "both")),
+    ("kd_reg_mask kd_T", "kd_branches", ("reg", "both")),
+    ("kd_beta", "kd_cls_loss", ("qfl",)),
+    ("sync_stats", "method", ("crosskd", "pkd", None)),
+    ("pkd_at pkd_weight", "method", ("pkd",)),
+    ("no_teacher_check", "method", ("crosskd", "mimic", "ld", "pkd", "fitnet", None)))
+
+
+def parse_args(argv=None):
+    p = parser(__doc__, EXAMPLES)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
+    g.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
+                   "(default 800; FCOS 640,800; shapes 72-120; --eval, --predict: as trained)")
+    g = p.add_argument_group("models")
+    g.add_argument("--teacher", help="zoo name (gfl_r101 ...), mmdetection .pth or our .pt (default gfl_r101; shapes: trained on demand)")
+    g.add_argument("--student", help="detector_backbone, e.g. gfl_r18 (default: the teacher's detector with r50)")
+    g.add_argument("--p6", choices=("on_output", "on_input"), default="on_output", help="student's P6 from P5, or from C5 (zoo RetinaNets)")
+    g.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay frozen), or none "
+                   "(default imagenet; shapes none)")
+    g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
+    g = p.add_argument_group("method")
+    g.add_argument("--method", help=f"one of {', '.join(METHODS)}, or joined: crosskd+pkd, crosskd+ld (default crosskd)")
+    g.add_argument("--kd-layer", type=number(int, 0, 4), help="i: the student's feature f_i enters the teacher's head, 0..4 (default 3; FCOS 2)")
+    g.add_argument("--kd-strategy", choices="abcd", default="a", help="which predictions are compared; a is CrossKD, Eq. 3")
+    g.add_argument("--kd-branches", choices=("cls", "reg", "both"), default="both", help="branches that are distilled")
+    g.add_argument("--kd-cls-loss", choices=("qfl", "bce"), default="qfl", help="D of Eq. 3, classification")
+    g.add_argument("--kd-region", choices=("P", "N", "P+N"), default="P+N", help="S of Eq. 3, classification: positives, negatives")
+    g.add_argument("--kd-reg-mask", choices=("soft", "fg"), default="soft", help="S of Eq. 3, boxes: teacher's top score or foreground")
+    g.add_argument("--align", choices=("post", "pre", "none"), default="post", help="phi on f_i after / before its ReLU, or no phi")
+    g.add_argument("--kd-T", type=POSITIVE, default=1.0, help="temperature of Eq. 6, GFL boxes")
+    g.add_argument("--kd-beta", type=number(), default=1.0, help="beta of Eq. 7, QFL")
+    g.add_argument("--pkd-at", choices=("neck", "cls", "reg", "cls+reg"), default="neck", help="where PKD compares features")
+    g.add_argument("--pkd-weight", type=number(), help="(default GFL 6, ATSS 1, FCOS 2, RetinaNet 2)")
+    g.add_argument("--sync-stats", action="store_true", help="statistics of phi and PKD over all processes")
+    g = p.add_argument_group("schedule")
+    g.add_argument("--epochs", type=COUNT, help="(default 12; FCOS and retinanet_r101 -> r50: 24; shapes 6), x0.1 at 2/3 and 11/12")
+    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw, which learns from scratch faster)")
+    g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.002)")
+    g.add_argument("--weight-decay", type=number(), default=1e-4)
+    run_flags(p, "crosskd")
+    args = parse(p, argv, "crosskd", dict(eval="val_json val_images", predict="weights score"), belongs=BELONGS)
+    parts = set((args.method or "crosskd").split("+"))
+    if parts - set(METHODS) or ("none" in parts and len(parts) > 1):
+        p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +")
+    if args.image_size:
+        parse_image_size(args.image_size)
+    if args.method == "none" and args.teacher and args.student and int(os.environ.get("RANK", 0)) == 0:
+        print("note: with --method none there is no effect of --teacher", file=sys.stderr)
+    return args
+
+
+def resolve(args):
+    """The flags with every default that depends on another flag; after this they are only read."""
+    shapes, method = args.data == "shapes", args.method or "crosskd"
+    arch = arch_of(args.teacher, "--teacher") if args.teacher else {}
+    student = args.student or f"{arch.get('kind', 'gfl')}_{'tiny8' if shapes else 'r50'}"
+    kind, backbone = split_name(student)
+    if "ld" in method.split("+") and kind != "gfl":
+        raise UserError(f"--method {method}: LD compares edge distributions, which only GFL has; use mimic for {kind}")
+    if args.kd_T != 1 and kind != "gfl":
+        raise UserError(f"--kd-T {args.kd_T}: is the temperature of GFL's binned edges, which {kind} has not")
+    teacher = args.teacher
+    if shapes and args.train_json and method != "none" and not teacher:
+        raise UserError("--train-json: the teacher of --data shapes knows other classes; give --teacher, or "
+                        "--method none")
+    if method != "none" and not teacher and not shapes:
+        teacher = f"{kind}_r101"
+        arch = dict(kind=kind, backbone="r101")
+    long = kind == "fcos" or (kind == "retinanet" and (arch.get("backbone"), backbone) == ("r101", "r50"))
+    defaults = dict(kd_layer=DETECTORS[kind].kd_layer, epochs=24 if long else 12, batch_size=2, lr=0.01, optimizer="sgd", init="imagenet")
+    if shapes:
+        defaults.update(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="none")
+    found = {k: v for k, v in defaults.items() if getattr(args, k) is None}
+    return argparse.Namespace(**vars(args) | found | dict(method=method, teacher=teacher, student=student))
+
+
+# ================================================================== main
+
 def main():
-    try:
+    with started("crosskd.py") as (rank, world, device):
         args = parse_args()
-        rank, world, device = init_ddp()
         if args.eval or args.predict:
-            answer_folder(args.out)
+            answer_folder(args.out, rank)
         if args.eval:
-            model, classes = load_detector(args.eval, "--eval")
-            args.image_size = args.image_size or model.arch.get("image_size")
-            val = make_data(args, model.arch["kind"], "val")
-            check_classes(classes, model.num_classes, val.classes, f"--eval {args.eval}")
-            metrics = evaluate(model.to(device), val, rank, world, device, args, Path(args.out))
-            if rank == 0:
-                print(f"{class_table(metrics)}\n{eval_line(0, metrics)}")
+            evaluate_file(args, rank, world, device)
         elif args.predict:
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
             predict(args, device)
-        elif args.data == "shapes" and args.method is None:
+        elif args.data == "shapes" and args.method is None and not (args.train_json or args.val_json):
             shapes_table(args, rank, world, device)
         else:
-            train(args, rank, world, device)
-    except (UserError, DataError, ShapesError) as e:
-        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
-        sys.exit("\ncrosskd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    leave_ddp()
+            train(resolve(args), rank, world, device)
 
 
 if __name__ == "__main__":

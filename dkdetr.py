@@ -44,14 +44,10 @@ Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 
 3 seeds: AP50 novel 9.9 (2.7 without KD), base 35.1 (36.0); README has the other arms.
 """
 import argparse
-import json
 import math
 import os
 import re
-import sys
 import time
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,18 +56,18 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import box_convert, roi_align, sigmoid_focal_loss
+from torchvision.ops import box_convert, box_iou, roi_align, sigmoid_focal_loss
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.boxes import constant, overlap, pairwise_iou
-from common.clip import ClipError, load_clip, tiny_clip
-from common.datasets import (BASE_48, NOVEL_17, VOC_CLASSES, CocoDataset, DataError, collate, eval_loader, find_coco, find_lvis, read_coco,
-                             read_image, read_voc, repeat_factors, train_loader)
-from common.evaluation import class_mean, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint, load_strict,
-                        open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
-from common.shapes import BASE, NOVEL, ShapesError, make_shapes
+from common.boxes import constant, overlap
+from common.clip import load_clip
+from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, collate, eval_loader, find_coco, find_lvis, objects365,
+                             own_files, read_annotations, read_voc, repeat_factors, require_lvis, train_loader)
+from common.evaluation import class_mean, coco_evaluate, encode_mask, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model, gather, given_flags,
+                        load_checkpoint, load_strict, number, open_run, parse, parser, rebuilding, reduce_mean, run_flags,
+                        saved_flags, seed_all, started, warmup_multistep, wrap_ddp)
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 QUALITIES = "good, bad, bright, dark, low resolution, cropped, close-up, jpeg corrupted, blurry, pixelated, black and white".split(", ")
@@ -87,162 +83,6 @@ DEFAULTS = dict(  # flag: (the paper's or the release's, else ours: kd_min_size,
     backbone=("r50", "tiny16"), init=("imagenet", "none"), dim=(256, 64), hidden=(1024, 128), levels=(4, 3), encoder=(6, 2), decoder=(6, 3),
     queries=(300, 40), dropout=(0.1, 0.0), ckpt_msda=(True, False), w_skd=(0.1, 0.3), kd_topk=(20, 8), kd_min_size=(16.0, 8.0), crop_fit=("warp", "pad"),
     epochs=(70, 24), batch_size=(8, 16), lr=(8e-4, 1e-3), backbone_lr=(0.1, 1.0), warmup=(2000, 100))
-
-
-# ================================================================== flags
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    flag = partial(p.add_argument, action=argparse.BooleanOptionalAction)
-
-    def sized(name, text, **options):  # a flag of DEFAULTS
-        full, small = DEFAULTS[name.replace("-", "_")]
-        p.add_argument(f"--{name}", help=f"{text} (default {full}" + (f"; shapes {small})" if small != full else ")"), **options)
-
-    # data
-    p.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, objects365, voc "
-                   "(default lvis; shapes ovcoco)")
-    p.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
-    p.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
-    p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
-    sized("image-size", "canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it", type=int)
-    sized("jitter", "scales of the jitter", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    p.add_argument("--rfs", type=float, default=0.0, help="repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001")
-    p.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names of the classifier in training; all: a control, novel ones as negatives")
-    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
-    # model
-    p.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, trained on demand)")
-    sized("templates", "63 prompts a name, or one", choices=("vild", "one"))
-    sized("name-style", "names as in the file, or without underscores, brackets and joined words", choices=("raw", "clean"))
-    sized("backbone", "r50 or r101")
-    sized("init", "backbone start", choices=("imagenet", "none"))
-    p.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
-    for name, text in (("dim", "width D, a multiple of 32"), ("hidden", "width of the feed-forward layers"), ("levels", "levels, from stride 8"),
-                       ("encoder", "encoder layers"), ("decoder", "decoder layers"), ("queries", "N")):
-        sized(name, text, type=int)
-    sized("dropout", "of the transformer", type=float)
-    flag("--masks", help="SOIT's mask head; data must have outlines (default no; --eval: if the checkpoint has it, on lvis and ovcoco)")
-    p.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
-    p.add_argument("--tau", type=float, default=0.05, help="temperature of the classifier, Eq. 2; evaluation uses the checkpoint's")
-    p.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners, for --compile")
-    flag("--ckpt-msda", help="compute the encoder's samples again in the backward pass rather than keep them (default yes; shapes no)")
-    # method
-    p.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features")
-    p.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
-    flag("--aux-queries", default=True, help="KD queries; without, the object queries are distilled, Table 5")
-    sized("w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk, so 8 targets need 19/7 of the weight of 20", type=float)
-    p.add_argument("--w-rkd", type=float, default=2.0, help="lambda_rkd of Eq. 6")
-    p.add_argument("--tau-s", type=float, default=0.05, help="temperature of Eq. 4")
-    p.add_argument("--tau-r", type=float, default=0.2, help="temperature of Eq. 5")
-    p.add_argument("--burn-in", type=int, help="epochs without distillation (default 40 of 70, so 4/7 of --epochs)")
-    sized("kd-topk", "targets of an image", type=int)
-    sized("kd-min-size", "smallest side of a target, pixels of the network's input", type=float)
-    p.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="what is cropped; gt: the hidden novel objects, an oracle")
-    p.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="no targets: matched queries; or also overlaps of an object")
-    p.add_argument("--kd-dedupe", type=float, default=1.0, help="IoU from which a target is dropped for a better one; 1: none is")
-    p.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
-    p.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own")
-    p.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
-    p.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled; all: the mean of their losses")
-    p.add_argument("--crop-scales", default="1", help="crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD")
-    sized("crop-fit", "crops are stretched to CLIP's square, or padded", choices=("warp", "pad"))
-    p.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="cut crops from the network's input, or from the file")
-    p.add_argument("--skd-scope", choices=("image", "batch"), default="image", help="targets that are negatives of each other in Eq. 4")
-    p.add_argument("--rkd-dir", choices=("teacher", "student"), default="teacher", help="KL(teacher || student) or the other way round")
-    flag("--rkd-diag", default=True, help="the diagonal of the relation maps takes part")
-    p.add_argument("--shuffle-crops", action="store_true", help="control: each target gets the embedding of another image's crop")
-    # schedule
-    sized("epochs", "the rate falls by 10 at 55/70 of them; the table of shapes takes 18", type=int)
-    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
-    sized("batch-size", "images per process and step", type=int)
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
-    sized("lr", "for a total batch of 128, shapes 16; scaled linearly", type=float)
-    sized("backbone-lr", "share of --lr for the backbone", type=float)
-    p.add_argument("--weight-decay", type=float, default=0.05)
-    sized("warmup", "steps of linear warm-up, at most a tenth of the run", type=int)
-    flag("--table", help="train without and with distillation, from one burn-in, and print both (default: on shapes, without --max-iters)")
-    # run
-    p.add_argument("--out", help="run folder (default runs/dkdetr; runs/dkdetr-eval, -eval-DATASET, -predict)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; matching, boxes, classifier and losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the detector in training; not the passes of the KD queries and of the masks")
-    p.add_argument("--channels-last", action="store_true", help="NHWC memory format of the backbone")
-    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
-    p.add_argument("--from", dest="start_from", metavar="WEIGHTS", help="begin as a copy of the run of this last.pt, in all but its flags, which are given anew")
-    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint, ours or the authors' (dkd_r50_70e_lvis)")
-    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
-    p.add_argument("--weights", help="for --predict: a checkpoint")
-    p.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
-    p.set_defaults(burn_in_to=None, method=None)  # of --table: where its first run leaves the burn-in, and the (skd, rkd) of its second
-    args = p.parse_args(argv)
-    args.out = args.out or "runs/dkdetr" + ("-eval" + f"-{args.dataset}" * bool(args.dataset) if args.eval else "-predict" if args.predict else "")
-    one, table = Path(args.out) / "last.pt", Path(args.out) / "without-kd/last.pt"
-    if args.resume and one.exists() and table.exists():
-        p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
-    if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
-        saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(table=True, out=args.out)
-        if table.exists():
-            saved["skd"], saved["rkd"] = saved.get("method") or (None, None)
-        p.set_defaults(**{k: v for k, v in saved.items() if v is not None})
-        args = p.parse_args(argv)
-    if args.table is None:
-        args.table = (args.data == "shapes" and args.dataset in (None, "ovcoco") and {args.skd, args.rkd} != {"none"}
-                      and args.max_iters is None and not args.start_from)
-    check_flags(p, args)
-    return args
-
-
-def check_flags(p, args):
-    """Stops with one line where a flag makes no sense; turns --crop-scales into numbers."""
-    try:
-        scales = args.crop_scales if isinstance(args.crop_scales, list) else [float(x) for x in args.crop_scales.split(",")]
-        if not all(x > 0 for x in scales):
-            raise ValueError
-    except ValueError:
-        p.error(f"--crop-scales {args.crop_scales}: expected positive numbers as 1 or 1,1.5")
-    args.crop_scales = scales
-    at_least_1 = "epochs max_iters batch_size accumulate log_every save_every queries hidden decoder encoder kd_topk image_size".split()
-    at_least_0 = "rfs workers weight_decay backbone_lr kd_dedupe kd_min_size w_skd w_rkd warmup burn_in".split()
-    for low, names in ((1, at_least_1), (0, at_least_0), (1e-9, ("lr", "tau", "tau_s", "tau_r"))):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not low <= value < math.inf:
-                p.error(f"--{name.replace('_', '-')} {value}: must be {'positive' if low == 1e-9 else f'at least {low}'}")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        p.error(f"--dropout {args.dropout}: must lie in 0 to 1")
-    if args.jitter is not None and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
-        p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected 0 < LOW <= HIGH")
-    if args.dim is not None and (args.dim < 32 or args.dim % 32):
-        p.error(f"--dim {args.dim}: must be a multiple of 32")
-    if args.levels is not None and not 1 <= args.levels <= 4:
-        p.error(f"--levels {args.levels}: 1 to 4")
-    if args.eval and args.predict:
-        p.error("--eval, --predict: one at a time")
-    if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, --from is where a run begins")
-    if args.predict and not args.weights:
-        p.error("--predict needs --weights: a checkpoint")
-    if args.classes is not None and not (args.predict or args.eval):
-        p.error("--classes: belongs to --predict or --eval")
-    if not (args.eval or args.predict) and args.dataset in ("coco", "objects365", "voc"):
-        p.error(f"--dataset {args.dataset}: is for --eval; train on lvis or ovcoco")
-
-
-def fill_defaults(args):
-    """Defaults that depend on the dataset."""
-    shapes = args.data == "shapes"
-    args.dataset = args.dataset or ("ovcoco" if shapes else "lvis")
-    args.data = args.data or DATASETS[args.dataset]
-    for name, both in DEFAULTS.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, both[shapes])
-    args.burn_in = args.epochs * 40 // 70 if args.burn_in is None else args.burn_in
-    args.masks = bool(args.masks)
-    if args.masks and args.image_size % 32:
-        raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
 
 
 # ================================================================== model: multi-scale deformable attention
@@ -442,28 +282,17 @@ def normalise(images, sizes, mean_std=IMAGENET):
     return (images - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])
 
 
-class NarrowResNet(torchvision.models.ResNet):
-    """A ResNet of one BasicBlock a stage (10 layers), `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
-
-    def __init__(self, width):
-        norm = lambda c: nn.GroupNorm(c // 8, c)
-        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
-        self.inplanes = width
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
-        for level in range(4):
-            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
-            setattr(self, f"layer{level + 1}", layer)
-
-
 class Body(nn.Module):
     """A torchvision ResNet up to C5; returns [C3, C4, C5]. pretrained: stem and layer1 do not learn, their BatchNorm uses its running statistics.
 
     bn "sync": the other BatchNorms learn and use the statistics of the batch, over all GPUs; "frozen": running statistics, few images a GPU.
+    last: the last stage that anybody reads; those behind it do not exist, for they would get no gradient, for which DDP waits.
     """
 
-    def __init__(self, net, pretrained, bn="sync"):
+    def __init__(self, net, pretrained, bn="sync", last="layer4"):
         super().__init__()
-        self.stages = nn.ModuleDict({n: getattr(net, n) for n in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")})
+        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+        self.stages = nn.ModuleDict({n: getattr(net, n) for n in names[:names.index(last) + 1]})
         frozen = ("conv1", "bn1", "layer1") if pretrained else ()
         for name in frozen:
             self.stages[name].requires_grad_(False)
@@ -486,20 +315,24 @@ class Body(nn.Module):
         return maps
 
 
-def make_body(name, init, bn):
-    """(Body, channels of C3, C4, C5) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
-    if re.fullmatch("tiny(8|16|24|32|48|64)", name):
+def make_body(name, init, bn, levels=4):
+    """(Body, channels of C3, C4, C5 as far as `levels` needs them) of r50|r101|tinyN; init "imagenet" downloads V1 weights."""
+    last, count = f"layer{min(levels, 3) + 1}", min(levels, 3)
+    if name.startswith("tiny"):
+        from common.tiny import WIDTHS, NarrowResNet, tiny_width
+        width = tiny_width(name)
+        if width is None:
+            raise UserError(f"--backbone {name}: its width is one of {', '.join(map(str, WIDTHS))}")
         if init == "imagenet":
             raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
-        width = int(name[4:])
-        return Body(NarrowResNet(width), False, bn), [2 * width, 4 * width, 8 * width]
+        return Body(NarrowResNet(width), False, bn, last), [2 * width, 4 * width, 8 * width][:count]
     if name not in ("r50", "r101"):
         raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
-        url = torchvision.models.get_model_weights("resnet" + name[1:]).IMAGENET1K_V1.url
-        net.load_state_dict(load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1])))
-    return Body(net, init == "imagenet", bn), [512, 1024, 2048]
+        from common.zoo import imagenet_state
+        load_strict(net, *imagenet_state("resnet" + name[1:]))
+    return Body(net, init == "imagenet", bn, last), [512, 1024, 2048][:count]
 
 
 class DKDETR(nn.Module):
@@ -515,9 +348,9 @@ class DKDETR(nn.Module):
         self.arch = dict(backbone=backbone, text_dim=text_dim, dim=dim, heads=heads, hidden=hidden, levels=levels, encoder=encoder, decoder=decoder,
                          queries=queries, masks=masks, kd_embed=kd_embed, classes=classes)
         self.queries, self.core, self.save_memory = queries, msda_grid, False
-        self.body, widths = make_body(backbone, init, bn)
+        self.body, widths = make_body(backbone, init, bn, levels)
         conv = lambda c, k, s: nn.Sequential(nn.Conv2d(c, dim, k, s, k // 2, bias=False), nn.GroupNorm(32, dim))
-        self.neck = nn.ModuleList([conv(c, 1, 1) for c in widths[:levels]] + [conv(widths[-1], 3, 2)] * (levels > 3))
+        self.neck = nn.ModuleList([conv(c, 1, 1) for c in widths] + [conv(widths[-1], 3, 2)] * (levels > 3))
         for m in self.neck.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.xavier_uniform_(m.weight)
@@ -609,12 +442,12 @@ class DKDETR(nn.Module):
         """
         inputs, hidden, boxes, features, used = [], [], [], [], []
         reference = references[0]
-        for number, (layer, refine, project) in enumerate(zip(self.decoder, self.refine, self.project)):
-            reference = reference if update else references[number]
+        for index, (layer, refine, project) in enumerate(zip(self.decoder, self.refine, self.project)):
+            reference = reference if update else references[index]
             inputs.append(x)
             used.append(reference)
-            x = layer(x, state["where"], reference[:, :, None] * state["ratio"], state["values"][number], state["level_sizes"], self.core,
-                      seen[number] if seen else None)
+            x = layer(x, state["where"], reference[:, :, None] * state["ratio"], state["values"][index], state["level_sizes"], self.core,
+                      seen[index] if seen else None)
             h = fp32(x)
             with torch.autocast(h.device.type, enabled=False):
                 features.append(project(h))
@@ -711,7 +544,7 @@ def choose_targets(usable, matched, boxes, k, least):
 
 def duplicates(boxes, good, iou):
     """(B, N) bool: boxes that overlap a better good one by `iou`, even one that is a duplicate itself: this is no NMS. Best box first."""
-    over = (pairwise_iou(boxes, boxes) >= iou) & good[:, None]  # (B, N, N): row n overlaps column m, which is good
+    over = (box_iou(boxes, boxes) >= iou) & good[:, None]  # (B, N, N): row n overlaps column m, which is good
     return over.tril(-1).any(-1)                                # m < n: the better one
 
 
@@ -752,11 +585,10 @@ def relational_loss(f, v, there, tau=0.2, direction="teacher", diagonal=True):
 
 # ================================================================== loss: all of Eq. 6
 
-class Learner(nn.Module):
+class Distiller(nn.Module):
     """The detector with its text matrix and, outside the module tree, CLIP: forward(batch) -> {name: loss}; their sum is Eq. 6.
 
-    L_det there is that of Deformable DETR: of all decoder layers, of the encoder's coarse boxes, and with masks. `kd_active` is set by the training
-    loop: burn-in is over.
+    L_det there is that of Deformable DETR: of all decoder layers, of the encoder's coarse boxes, and with masks. `kd_active`: burn-in is over.
     """
 
     def __init__(self, model, text, clip, a):
@@ -764,6 +596,11 @@ class Learner(nn.Module):
         self.model, self.a, self.clip, self.kd_active = model, a, clip, False  # FrozenCLIP is no nn.Module
         self.watch = {}  # see cosines
         self.register_buffer("text", text, persistent=False)
+
+    def distil(self, on):
+        """Begin, or wait with, distillation. KD queries learn while something is distilled into them; DDP must be told, so it is wrapped anew."""
+        self.kd_active = on
+        self.model.kd_queries.requires_grad_(on and self.a.aux_queries)
 
     def forward(self, batch):
         a, labels, sizes = self.a, batch["labels"], batch["sizes"]
@@ -820,10 +657,10 @@ class Learner(nn.Module):
         boxes = to_pixels(out["boxes"][-1] if a.kd_boxes == "decoder" else out["proposals"], scale)            # (B, N, 4)
         if a.kd_boxes == "gt":  # oracle: the hidden novel objects, and the query nearest to each
             crops = batch["hidden"]
-            best, index = pairwise_iou(crops, boxes).max(2)
+            best, index = box_iou(crops, boxes).max(2)
             return index, (crops[..., 2] > 0) & (best > 0.1), crops
         if a.kd_exclude == "iou":
-            near = pairwise_iou(boxes, batch["boxes"]) >= 0.5                                                  # (B, N, M)
+            near = box_iou(boxes, batch["boxes"]) >= 0.5                                                  # (B, N, M)
             matched = matched | (near & (batch["labels"] >= 0)[:, None]).any(-1)
         if a.kd_dedupe < 1:
             matched = matched | duplicates(boxes, out["usable"] & ~matched, a.kd_dedupe)
@@ -906,56 +743,119 @@ def to_original(boxes, window):
     return (boxes + window[:, 2:4].repeat(1, 2)) / window[:, :2].repeat(1, 2)
 
 
+# ================================================================== checkpoints
+
+PARTS = ("backbone", "text_dim", "dim", "heads", "hidden", "levels", "encoder", "decoder", "queries", "masks", "kd_embed",
+         "classes")  # of DKDETR, as its arch has them
+SEEN = dict(image_size=1024, clip="", data="data/lvis", dataset="lvis", data_seed=0, tau=0.05, templates="vild",
+            name_style="raw")  # how the authors' model sees images and names; ours say it themselves
+
+
+def plain_of(model, classes):
+    """What a checkpoint holds beside weights. No CLIP tensor; classes: names for --predict, any others can be given."""
+    return dict(script="dkdetr.py", arch=model.arch, classes=list(classes))
+
+
+def weights_of(model, classes=()):
+    """What a detector is, as plain values and tensors."""
+    return dict(plain_of(model, classes), model=model.state_dict())
+
+
+def load_detector(path, flag="--weights"):
+    """(DKDETR in eval mode, class names, none in others' files) from a checkpoint of ours, of the authors or of mmdetection.
+
+    Keys of others are renamed; those that have no place here are named.
+    """
+    from common import zoo
+    whose, *content = zoo.load_any(path, flag, "dkdetr.py")
+    if whose == "ours":
+        arch, state, classes = content[0]["arch"], content[0]["model"], content[0].get("classes", [])
+        with rebuilding(f"{flag} {path}"):
+            model = DKDETR(**{k: arch[k] for k in PARTS}, dropout=0.0)
+        model.arch = SEEN | arch
+        state = {k: v for k, v in state.items() if k != "kd_queries"}
+    else:
+        state, classes = content[0], []
+        if "neck.convs.0.conv.weight" not in state:
+            raise UserError(f"{flag} {path}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of mmdetection's key names")
+        state, unknown = zoo.to_dkdetr(state)
+        if unknown:
+            print(f"{flag} {path}: {len(unknown)} keys have no place here, first {unknown[0]}")
+            state = {k: v for k, v in state.items() if k not in unknown}
+        width = len(state["project.0.weight"]) if getattr(state.get("project.0.weight"), "ndim", 0) else 0
+        if not width or "objectness.weight" not in state:
+            raise UserError(f"{flag} {path}: is no two-stage, box-refining Deformable DETR")
+        text = width == 512  # a closed-vocabulary model has as many outputs as classes
+        model = DKDETR(text_dim=512 if text else None, classes=None if text else width,
+                       masks="mask_head.trans.weight" in state, dropout=0.0)
+        model.arch.update(SEEN)
+    # the KD queries are of no use any more
+    load_strict(model, state | dict(kd_queries=model.kd_queries.detach()), f"{flag} {path}")
+    return model.eval(), classes
+
+
 # ================================================================== data
 
-def class_split(args, names, frequency):
-    """(names to train, novel names) of a training set: `names` in the order of its ids, frequency {name: r|c|f} of LVIS."""
+def class_split(args, categories):
+    """(names to train, novel names) of a file's categories, in the order of their ids. LVIS: the rare ones are novel."""
     if args.dataset == "lvis":
-        return [n for n in names if frequency.get(n) != "r"], [n for n in names if frequency.get(n) == "r"]
-    if args.dataset == "ovcoco":
-        return (BASE, NOVEL) if args.data == "shapes" else (BASE_48, NOVEL_17)
-    return names, []
+        rare = [c["name"] for c in categories if c.get("frequency") == "r"]
+        return [c["name"] for c in categories if c["name"] not in set(rare)], rare
+    if args.dataset == "ovcoco" and args.data == "shapes":
+        from common.shapes import BASE, NOVEL
+        return BASE, NOVEL
+    return (BASE_48, NOVEL_17) if args.dataset == "ovcoco" else ([c["name"] for c in categories], [])
+
+
+def find_data(args, split):
+    """(image folder, json or Records) of --dataset in --data's layout."""
+    root = args.data
+    if args.dataset == "voc":
+        return Path(root) / "VOCdevkit", read_voc(root, [("2007", "test")])
+    if args.dataset == "objects365":
+        folder, annotations = Path(root) / "val", Path(root) / "annotations" / "zhiyuan_objv2_val.json"
+        if not annotations.exists():
+            raise UserError(f"--data {root}: {annotations} is missing; Objects365 v2 is at https://www.objects365.org "
+                            "(own files: --val-json and --val-images; --data shapes needs nothing)")
+        return folder, objects365(read_annotations(annotations), folder)
+    if root == "shapes":
+        from common.shapes import make_shapes
+        root = make_shapes(seed=args.data_seed)
+    if args.dataset == "lvis":
+        return find_lvis(root, split, root if args.data == "shapes" else args.images)
+    return find_coco(root, split)
 
 
 def make_data(args, split):
-    """(CocoDataset, base names, novel names, truth): truth is a path (lvis) or a COCO dict to evaluate against. Training sees base boxes only."""
-    train = split == "train"
-    options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks, originals=args.crop_source == "original")
-    if args.dataset == "voc":
-        truth, root = read_voc(args.data, [("2007", "test")]), Path(args.data) / "VOCdevkit"
-        return CocoDataset(root, root, False, raw=truth, **options | dict(masks=False)), VOC_CLASSES, [], truth
-    root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
+    """The dataset "train" or "val" of the flags; None where own training files come without a validation set.
+
+    Training sees base boxes only. class_split of its records says which names are novel.
+    """
+    files = own_files(args, split)
+    if files is False:
+        return None
+    folder, records = files or find_data(args, split)
+    if not isinstance(records, Records):
+        records = read_annotations(records, folder)
     if args.dataset == "lvis":
-        images, annotations = find_lvis(root, split, root if args.data == "shapes" else args.images)
+        require_lvis(records)
         try:
             import_lvis()
         except RuntimeError as e:
             raise UserError(e) from None
-    elif args.dataset == "objects365":
-        images, annotations = Path(root) / "val", Path(root) / "annotations" / "zhiyuan_objv2_val.json"
-        if not annotations.exists():
-            raise DataError(f"--data {root}: {annotations} is missing; Objects365 v2 is at https://www.objects365.org")
-    else:
-        images, annotations = find_coco(root, split)
-    raw = read_coco(annotations)
-    if args.dataset == "objects365":
-        for image in raw["images"]:  # "images/v2/patch16/objects365_v2_00908726.jpg": published as patch16/...
-            image["file_name"] = "/".join(Path(image["file_name"]).parts[-2:])
-    categories = sorted(raw["categories"], key=lambda c: c["id"])
-    names = [c["name"] for c in categories]
-    base, novel = class_split(args, names, {c["name"]: c.get("frequency") for c in categories})
-    if train:
-        data = CocoDataset(images, annotations, True, raw=raw, classes=base, hidden=novel if args.kd_boxes == "gt" else (), **options)
+    base, novel = class_split(args, records.categories)
+    options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks)
+    if split == "train":
+        data = CocoDataset(folder, records, True, classes=base, hidden=novel if args.kd_boxes == "gt" else (),
+                           originals=args.crop_source == "original", keep_empty=args.keep_empty, **options)
         data.repeats = repeat_factors(data, args.rfs) if args.rfs else None
-        return data, base, novel, annotations
-    split_names = [n for n in names if n in {*base, *novel}] if args.dataset == "ovcoco" else None  # elsewhere images without objects count, too
-    data = CocoDataset(images, annotations, False, raw=raw, classes=split_names, **options | dict(masks=False))
-    if args.dataset == "lvis":
-        return data, base, novel, annotations
-    ids, used = set(data.category_ids), {image_id for image_id, *_ in data.items}
-    truth = dict(images=[i for i in raw["images"] if i["id"] in used], categories=[c for c in raw["categories"] if c["id"] in ids],
-                 annotations=[a for a in raw["annotations"] if a["category_id"] in ids and a["image_id"] in used])
-    return data, base, novel, truth
+        return data
+    names = None  # all, and images without objects, too
+    if args.dataset == "ovcoco":
+        names = [n for n in records.classes if n in {*base, *novel}]
+        if not names:
+            raise UserError(f"{records.path}: knows none of the classes of --dataset ovcoco, such as {', '.join(base[:3])}")
+    return CocoDataset(folder, records, False, classes=names, **options)
 
 
 def prompt_name(name, style):
@@ -970,8 +870,8 @@ def prompt_name(name, style):
 def text_matrix(clip, names, args):
     """(K, T) unit rows of dataset names. Cached on disk: 1203 names times 63 prompts take a minute on a GPU, an hour on a laptop."""
     cache = None if args.data == "shapes" else Path(torch.hub.get_dir()) / "text"
-    prompts = [prompt_name(n, args.name_style) for n in names]
-    return clip.class_embeddings(prompts, TEMPLATES if args.templates == "vild" else ("a photo of a {}.",), cache, raw=args.name_style == "raw")
+    templates = TEMPLATES if args.templates == "vild" else ("a photo of a {}.",)
+    return clip.class_embeddings([prompt_name(n, args.name_style) for n in names], templates, cache, raw=args.name_style == "raw")
 
 
 def to_device(batch, device):
@@ -987,6 +887,8 @@ def get_clip(args, device):
     def load():
         if args.clip or args.data != "shapes":
             return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
+        from common.shapes import make_shapes
+        from common.tiny import tiny_clip
         root = make_shapes(seed=args.data_seed)
         return load_clip(tiny_clip(root, root.parent / "clip", args.data_seed, device=device), device)
     clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
@@ -996,28 +898,36 @@ def get_clip(args, device):
 
 # ================================================================== train
 
-def train(args, rank, world, device):
-    """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
-    fill_defaults(args)
-    out = open_run(args, rank, args.resume)
-    (data, base, novel, _), val = make_data(args, "train"), make_data(args, "val")
+LEGEND = dict(
+    cls="focal loss of classes, of all decoder layers", l1="L1 loss of boxes", giou="GIoU loss of boxes",
+    enc_cls="focal loss of objectness, of the encoder's tokens", enc_box="L1 and GIoU loss of the coarse boxes",
+    dice="dice loss of masks", mask="cross-entropy of masks", skd="Eq. 4, semantic distillation (--skd l1: Eq. 3)",
+    rkd="Eq. 5, relational distillation", norm="norm of the gradient, before it is cut to 0.1",
+    own="mean cosine of a feature and the crop of its own box", other="the same with the other crops of its image")
+
+
+def make_pair(args, rank, device):
+    """(student, CLIP) of the flags, on the device."""
     clip = get_clip(args, device)
     seed_all(args.seed)
-    has_kd = args.skd != "none" or args.rkd != "none"
-    names = data.classes if args.train_vocab == "base" else data.classes + novel
     heads = args.dim // 32 if args.dim < 256 else 8
-    model = DKDETR(args.backbone, clip.dim, args.dim, heads, args.hidden, args.levels, args.encoder, args.decoder, args.queries, args.dropout, args.masks,
-                   args.init, args.bn, args.kd_embed)
-    clip_name = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
-    model.arch.update(image_size=args.image_size, clip=clip_name or "", data=args.data,
-                      dataset=args.dataset, data_seed=args.data_seed, tau=args.tau, templates=args.templates, name_style=args.name_style)
+    model = DKDETR(args.backbone, clip.dim, args.dim, heads, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
+                   args.dropout, args.masks, args.init, args.bn, args.kd_embed)
     seed_all(args.seed + rank)  # dropout differs from process to process
-    if rank == 0:
-        when = f"from epoch {args.burn_in + 1}" if args.burn_in < args.epochs else f"never: --burn-in {args.burn_in} of {args.epochs} epochs"
-        print(f"CLIP {clip.name} | SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, {when if has_kd else 'no distillation'} | "
-              f"{len(data.classes)} base and {len(novel)} novel classes")
-    learner = Learner(model.to(device), text_matrix(clip, names, args), clip, args)
-    return fit(learner, data, val, clip, out, has_kd, args, rank, world, device)
+    clip_name = str(Path(args.clip).resolve()) if args.clip and Path(args.clip).is_file() else args.clip
+    seen = {k: getattr(args, k) for k in SEEN}
+    model.arch.update(seen | dict(clip=clip_name or ""))  # --eval and --predict see images and names as training did
+    model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
+    if args.channels_last:
+        model.body.to(memory_format=torch.channels_last)
+    return model.to(device), clip
+
+
+def describe_pair(student, clip, args, rank):
+    """Sizes of the detector, and of the CLIP that encodes a crop."""
+    side = args.image_size
+    describe_model(f"student DK-DETR {args.backbone}", student, torch.zeros(1, 3, side, side), torch.tensor([[side, side]]), rank=rank)
+    describe_model(f"teacher CLIP {clip.name}, of a crop", clip.model.visual, torch.zeros(1, 3, clip.size, clip.size), rank=rank)
 
 
 def parameter_groups(model, lr, decay, backbone=0.1):
@@ -1037,205 +947,85 @@ def parameter_groups(model, lr, decay, backbone=0.1):
             for (part, plain), ps in groups.items()]
 
 
-def fit(learner, data, val, clip, out, has_kd, args, rank, world, device):
-    """The training loop: minimises Eq. 6. has_kd: after the burn-in. Returns the metrics of the last evaluation (rank 0)."""
-    model, ddp = learner.model, learner
-    model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
+def describe_method(args, clip, base, novel):
+    """What is learnt from whom, and when."""
+    when = f"from epoch {args.burn_in + 1}" if args.burn_in < args.epochs else f"never: burn-in {args.burn_in} of {args.epochs} epochs"
+    what = f"SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, {when}" if distils(args) else "no distillation"
+    return f"CLIP {clip.name} | {what} | {len(base)} base and {len(novel)} novel classes"
+
+
+def begin_as_copy(run, path):
+    """--from: the state of another run's last.pt, as the beginning of this one."""
+    run.load(load_checkpoint(path, "dkdetr.py"), f"--from {path}", copy=True)
+    run.log.bar.initial = run.log.bar.n = run.it
+    run.due = run.finished
+    run.save()
+
+
+def at_epoch(model, distiller, run, device, world):
+    """The module to train in the epoch that begins or goes on: the distiller, wrapped for DDP, anew where distillation begins."""
+    start = run.args.burn_in * run.steps
+    if run.args.burn_in_to and run.it == start:
+        run.save(run.args.burn_in_to)  # where the distilled run of the table starts
+    active = distils(run.args) and run.it >= start
+    if model is None or active != distiller.kd_active:
+        distiller.distil(active)
+        model = wrap_ddp(distiller, device, world)
+    return model
+
+
+def train(args, rank, world, device):
+    """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val")
+    base, novel = class_split(args, data.records.categories)
+    open_run(args, rank, args.resume)
+    student, clip = make_pair(args, rank, device)
+    text = text_matrix(clip, data.classes + (novel if args.train_vocab == "all" else []), args)
+    describe_pair(student, clip, args, rank)
     if world > 1 and device.type == "cuda" and args.bn == "sync":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.channels_last:
-        model.body.to(memory_format=torch.channels_last)
-    learner.train()
-    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
-    total_batch, paper_batch = args.batch_size * world * args.accumulate, 16 if args.data == "shapes" else 128
-    lr = args.lr * total_batch / paper_batch
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, args.weight_decay, args.backbone_lr))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps_per_epoch = -(-len(plan) // args.accumulate)
-    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
-    warmup = min(args.warmup, args.epochs * steps_per_epoch // 10)
-    it, best, due = 0, -2.0, False  # a score is -1 where val holds no box
-    resumed = can_resume(out, args.resume, rank, device)
-    if resumed or args.start_from:
-        flag = f"--resume {out / 'last.pt'}" if resumed else f"--from {args.start_from}"
-        state = load_checkpoint(out / "last.pt" if resumed else args.start_from)
-        if not isinstance(state, dict) or not {"model", "optimizer", "it", "rng"} <= set(state):
-            raise UserError(f"{flag}: holds no training state; give a last.pt of dkdetr.py")
-        was = state.get("arch", {}).get("text_dim")
-        if was != model.arch["text_dim"]:
-            raise UserError(f"{flag}: was trained with a CLIP of {was} dimensions, {clip.name} has {clip.dim}")
-        load_strict(model, state["model"], flag)
-        fresh = [{k: g[k] for k in ("base_lr", "weight_decay")} for g in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for g, now in zip(optimizer.param_groups, fresh):  # --resume --lr 1e-4 is meant
-            g.update(now)
-        if state["total_batch"] != total_batch:
-            raise UserError(f"{flag}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        it = state["it"]
-        best, due = (state["best"], state.get("due", False)) if resumed else (best, due)
-        if rank < len(state["rng"]):
-            set_rng_state(state["rng"][rank])
-    if rank == 0:
-        n = sum(p.numel() for p in model.parameters())
-        print(f"DK-DETR {args.backbone}: {n:,} parameters, {sum(p.numel() for p in parameters):,} trained | {len(data)} images, "
-              f"dropped {data.dropped} | batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
-              f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if args.compile:
-        model.compile()
-
-    def save_last(path=out / "last.pt", due=False):
-        """due: the evaluation of this step is still to come."""
-        states = gather([rng_state()])  # of every process
-        if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=states,
-                                 total_batch=total_batch, args=vars(args)), path)
-
-    def validate():
-        nonlocal best
-        metrics = evaluate(model, val, clip, rank, world, device, args, out if it >= total else None)
-        model.train()
-        if rank == 0:
-            numbers = {k: v for k, v in metrics.items() if not k.endswith("classes") and k != "line"}
-            log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval " + metrics["line"])
-            if metrics["score"] > best:
-                best = metrics["score"]
-                save_checkpoint(weights_of(model), out / "best.pt")
-        log.restart_clock()
-        return metrics
-
-    log, kd_active = Log(out, rank, total, it, args.log_every), None
-    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
-    if not resumed:
-        save_last()  # from here on --resume finds the run and its flags
-    if due or it >= total:  # killed before the evaluation was done, or a finished run
-        metrics = validate()
-        save_last()
-    while it < total:
-        epoch, done = divmod(it, steps_per_epoch)
-        if kd_active != (has_kd and epoch >= args.burn_in):  # burn-in ends: the KD queries get gradients from here on, and DDP must expect them
-            kd_active = learner.kd_active = has_kd and epoch >= args.burn_in
-            model.kd_queries.requires_grad_(kd_active and args.aux_queries)
-            if world > 1:
-                ddp = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-        plan.set_epoch(epoch, done * args.accumulate)
-        batches, left = iter(loader), len(plan)
-        while left and it < total:
-            factor = warmup_multistep(it, steps_per_epoch, [args.epochs * 55 // 70], warmup)
-            for g in optimizer.param_groups:
-                g["lr"] = g["base_lr"] * factor
-            waited, losses = 0.0, {}
-            count = min(args.accumulate, left)
-            for micro in range(count):
-                since = time.time()
-                batch = to_device(next(batches), device)
-                waited += time.time() - since
-                hold = ddp.no_sync() if world > 1 and micro < count - 1 else nullcontext()
-                with hold:
-                    terms = ddp(batch)
-                    (sum(terms.values()) / count).backward()  # Eq. 6
-                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
-            left -= count
+        student.compile()
+    distiller = Distiller(student, text, clip, args).train()
+    model = None  # see at_epoch
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    total_batch = args.batch_size * world * args.accumulate
+    paper_batch = 16 if args.data == "shapes" else 128
+    lr = args.lr * total_batch / paper_batch
+    optimizer = torch.optim.AdamW(parameter_groups(student, lr, args.weight_decay, args.backbone_lr))
+    run = Run(args, student, optimizer, plain_of(student, base + novel), len(plan), total_batch, rank, world, device, legend=LEGEND,
+              every=args.epochs if args.data == "shapes" else max(1, args.epochs // 14),
+              report="last" if novel else "best", metric="AP50" if args.dataset == "ovcoco" else "AP")
+    if args.start_from and run.it == 0:  # also where a kill came before the copy was saved
+        begin_as_copy(run, args.start_from)
+    run.describe(describe_method(args, clip, base, novel), lr, args.lr, paper_batch, data, val)
+    milestones = (args.epochs * 55 // 70,)
+    warmup = min(args.warmup, args.epochs * run.steps // 10)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    while True:
+        if run.due:
+            run.scored(*evaluate(student, val, clip, rank, world, device, args), val)
+            student.train()
+        if run.finished:
+            break
+        model = at_epoch(model, distiller, run, device, world)
+        for batches in run.batches(loader, plan):
+            factor = warmup_multistep(run.it, run.steps, milestones, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            losses = {}
+            for n, batch in enumerate(batches, 1):
+                model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
+                terms = model(to_device(batch, device))
+                (sum(terms.values()) / len(batches)).backward()  # Eq. 6
+                losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
             norm = nn.utils.clip_grad_norm_(parameters, 0.1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            it += 1
-            log.step(it, epoch + 1, losses, lr * factor, waited, dict(norm=norm, **learner.watch))
-            if it % args.save_every == 0 and left and it < total:
-                log.flush(it, epoch + 1, lr * factor)
-                save_last()
-        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        if args.burn_in_to and epoch + 1 == args.burn_in:
-            save_last(Path(args.burn_in_to))  # where the distilled run of the table starts
-        if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 14)) == 0:
-            save_last(due=True)  # before anything of the evaluation can fail
-            metrics = validate()
-            save_last()
-    log.bar.close()
-    if rank == 0:
-        plot_curves(out / "log.jsonl", out / "curves.png")
-        print(f"best {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
-    barrier()
-    return metrics
-
-
-def weights_of(model):
-    """What a detector is, as plain values and tensors. No CLIP tensor, no class list: names are chosen when it is used."""
-    return dict(arch=model.arch, model=model.state_dict())
-
-
-# ================================================================== checkpoints of others
-
-RENAMED = [  # mmdetection 3's Deformable DETR and the authors' release (mmdetection 2) -> ours, the first rule that fits
-    (r"^backbone\.(conv1|bn1|layer\d)\.", r"body.stages.\1."),
-    (r"^neck\.convs\.(\d)\.conv\.", r"neck.\1.0."), (r"^neck\.convs\.(\d)\.gn\.", r"neck.\1.1."),
-    (r"^neck\.extra_convs\.0\.conv\.", r"neck.3.0."), (r"^neck\.extra_convs\.0\.gn\.", r"neck.3.1."),
-    (r"^(bbox_head\.transformer\.)?level_embeds?$", "level_embed"),
-    (r"^(memory_trans_fc|bbox_head\.transformer\.enc_output)\.", "memory_trans."),
-    (r"^(memory_trans_norm|bbox_head\.transformer\.enc_output_norm)\.", "memory_norm."),
-    (r"^(pos_trans_fc|bbox_head\.transformer\.pos_trans)\.", "query_trans."), (r"^(pos_trans_norm|bbox_head\.transformer\.pos_trans_norm)\.", "query_norm."),
-    (r"^bbox_head\.reg_branches\.", "refine."), (r"^bbox_head\.cls_branches\.6\.", "objectness."), (r"^bbox_head\.cls_branches\.", "project."),
-    (r"^bbox_head\.transformer\.seg_encoder\.layers\.0\.attentions\.0\.", "mask_head.encoder.attention."),
-    (r"^bbox_head\.transformer\.seg_encoder\.layers\.0\.", "mask_head.encoder."),
-    (r"^bbox_head\.transformer\.mask_trans\.", "mask_head.trans."), (r"^bbox_head\.transformer\.mask_trans_norm\.", "mask_head.norm."),
-    (r"^bbox_head\.seg_branches\.0\.", "mask_head.weights."), (r"^bbox_head\.seg_branches\.\d\.", None),  # six names of one module
-    (r"^bbox_head\.transformer\.(encoder|decoder)\.", r"\1."), (r"^text_encoder\.", None),
-]
-INNER = [(r"(encoder\.layers\.\d)\.attentions\.0\.", r"\1.attention."), (r"(decoder\.layers\.\d)\.attentions\.0\.attn\.", r"\1.self_attention."),
-         (r"(decoder\.layers\.\d)\.attentions\.1\.", r"\1.attention."), (r"(encoder\.layers\.\d)\.self_attn\.", r"\1.attention."),
-         (r"(decoder\.layers\.\d)\.self_attn\.attn\.", r"\1.self_attention."), (r"\.cross_attn\.", ".attention."),
-         (r"\.ffns?(\.0)?\.layers\.0\.0\.", ".ffn.0."), (r"\.ffns?(\.0)?\.layers\.1\.", ".ffn.3."), (r"coder\.layers\.", "coder.")]
-
-
-def convert_mmdet(state):
-    """State dict of mmdetection's two-stage, box-refining Deformable DETR or of the authors' DK-DETR -> (ours, keys that have no place here).
-
-    Of the objectness layer only channel 0 is used, there too. The vocabulary that was saved along is dropped.
-    """
-    ours, unknown = {}, []
-    for key, value in state.items():
-        new = key
-        for pattern, name in RENAMED:
-            if re.search(pattern, key):
-                new = name and re.sub(pattern, name, key)
-                break
-        if new is None or key.endswith("num_batches_tracked"):
-            continue
-        for pattern, name in INNER:
-            new = re.sub(pattern, name, new)
-        if new.startswith("objectness."):
-            value = value[:1]
-        if new == key and new != "level_embed":
-            unknown.append(key)
-        ours[new] = value
-    return ours, unknown
-
-
-def load_detector(path, flag="--weights"):
-    """DKDETR in eval mode from a file: of ours, or of the authors (its keys are renamed, what has no place is named)."""
-    checkpoint = load_checkpoint(path)
-    arch = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
-    if isinstance(arch, dict) and {"dim", "queries"} <= set(arch):
-        extra = ("image_size", "clip", "data", "dataset", "data_seed", "tau", "templates", "name_style")
-        model = DKDETR(**{k: v for k, v in arch.items() if k not in extra}, dropout=0.0)
-        model.arch = arch
-        state = {k: v for k, v in checkpoint["model"].items() if k != "kd_queries"}
-    else:
-        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-        state = state if isinstance(state, dict) else {}
-        if "neck.convs.0.conv.weight" not in state:
-            raise UserError(f"{flag} {path}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of mmdetection's key names")
-        state, unknown = convert_mmdet(state)
-        if unknown:
-            print(f"{flag} {path}: {len(unknown)} keys have no place here, first {unknown[0]}")
-            state = {k: v for k, v in state.items() if k not in unknown}
-        width = len(state.get("project.0.weight", ()))
-        if not width or "objectness.weight" not in state:
-            raise UserError(f"{flag} {path}: is no two-stage, box-refining Deformable DETR")
-        text = width == 512  # a closed-vocabulary model has as many outputs as classes
-        model = DKDETR(text_dim=512 if text else None, classes=None if text else width, masks="mask_head.trans.weight" in state, dropout=0.0)
-        model.arch.update(image_size=1024, clip="", data="data/lvis", dataset="lvis", data_seed=0, tau=0.05, templates="vild", name_style="raw")
-    load_strict(model, state | dict(kd_queries=model.kd_queries.detach()), f"{flag} {path}")  # they are of no use any more
-    return model.eval()
+            run.step(losses, lr * factor, dict(norm=norm, **distiller.watch))
+        run.end_epoch()
+    return run.close()
 
 
 # ================================================================== evaluate, predict
@@ -1286,75 +1076,78 @@ def names_of(flag):
     return names
 
 
-def evaluate(model, val, clip, rank, world, device, args, out=None):
-    """Metrics of the dataset on rank 0, None elsewhere. val: what make_data gave. Novel and base names compete, as in the paper's tables."""
-    data, base, novel, truth = val
+def scored_names(args, val):
+    """The class names of an evaluation: all of the validation set's, or those of --classes among them."""
+    if args.classes is None:
+        return val.classes
+    chosen = set(names_of(args.classes))
+    unknown = sorted(chosen - set(val.classes))
+    if unknown:
+        raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names are {', '.join(val.classes[:5])}, ...")
+    return [n for n in val.classes if n in chosen]
+
+
+def evaluate(model, val, clip, rank, world, device, args):
+    """(metrics, detections) on rank 0, (None, None) elsewhere or without a validation set. Novel and base names compete, as in the paper's tables."""
+    if val is None:
+        return None, None
     model.eval()
-    since, names = time.time(), data.classes
-    if args.classes is not None:
-        chosen = names_of(args.classes)
-        unknown = sorted(set(chosen) - set(names))
-        if unknown:
-            raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names are {', '.join(names[:5])}, ...")
-        names = [n for n in names if n in chosen]
-    ids, text = [data.category_ids[data.classes.index(n)] for n in names], text_matrix(clip, names, args)
-    results, masks = [], args.masks
-    loader = eval_loader(data, rank, world, args.workers, device.type == "cuda")
+    since, results, names = time.time(), [], scored_names(args, val)
+    ids, text = [val.category_ids[val.classes.index(n)] for n in names], text_matrix(clip, names, args)
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
-        boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=masks)
+        boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=args.masks)
         found = to_coco_results(batch["image_ids"][0], boxes, scores, labels, ids)
-        results += [r | dict(segmentation=m) for r, m in zip(found, codes)] if masks else found
+        results += [r | dict(segmentation=m) for r, m in zip(found, codes)] if args.masks else found
     results = gather(results)
     if rank != 0:
-        return None
-    metrics = dict(images=len(data))
-    if args.dataset != "lvis":
-        truth = truth | {k: [x for x in truth[k] if x[key] in set(ids)] for k, key in (("categories", "id"), ("annotations", "category_id"))}
-    for kind in ("bbox", "segm")[:1 + masks]:
-        prefix = "" if kind == "bbox" else "mask_"
-        if args.dataset == "lvis":
-            stats = lvis_evaluate(truth, results, kind, ids)
-            keys = ("AP", "APr", "APc", "APf", "AP50", "AP75")
-        elif args.dataset == "voc":
-            every = {iou: voc_evaluate(truth, results, iou, legacy=True) for iou in (0.5, 0.75)}
-            stats = dict(AP50=every[0.5]["AP11"], AP75=every[0.75]["AP11"], AP50_area=every[0.5]["AP"], AP75_area=every[0.75]["AP"],
-                         classes=every[0.5]["classes"])
-            keys = ("AP50", "AP75", "AP50_area", "AP75_area")
-        else:
-            stats = coco_evaluate(truth, results, kind)
-            keys = ("AP", "AP50", "AP75")
-            if novel:
-                stats |= {f"{group}_{key}": class_mean(stats, members, key)
-                          for group, members in (("novel", novel), ("base", base)) for key in ("AP50", "AR50")}
-                keys = ("novel_AP50", "base_AP50", "AP50", "AP")
+        return None, None
+    truth = val.truth(None if args.dataset == "lvis" else names, outlines=args.masks)  # LVIS: of an image, it says which names count
+    metrics = dict(images=len(val), line=f"{len(val)} images")
+    for kind in ("bbox", "segm")[:1 + args.masks]:
+        prefix, word = ("", "boxes") if kind == "bbox" else ("mask_", "masks")
+        stats, keys = score(args, val, truth, results, kind, ids)
         metrics |= {prefix + k: v for k, v in stats.items()}
-        numbers = " ".join(f"{k} {stats[k]:.1f}" for k in keys)
-        metrics["line"] = metrics.get("line", f"{len(data)} images") + (" | boxes " if not prefix else " | masks ") + numbers
+        metrics["line"] += f" | {word} " + " ".join(f"{k} {stats[k]:.1f}" for k in keys)
     metrics.update(seconds=time.time() - since, score=metrics["AP50" if args.dataset in ("ovcoco", "voc") else "AP"])
     metrics["line"] += f" | {metrics['seconds']:.0f}s"
-    if out:
-        (out / "detections.json").write_text(json.dumps(results))
-        (out / "results.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "line"}, indent=1))
-        save_samples(data, results, out / "samples.jpg")
-    return metrics
+    return metrics, results
+
+
+def score(args, val, truth, results, kind, ids):
+    """(numbers of --dataset's own evaluation, names of those to print). kind: bbox or segm."""
+    if args.dataset == "lvis":
+        return lvis_evaluate(truth, results, kind, ids), ("AP", "APr", "APc", "APf", "AP50", "AP75")
+    if args.dataset == "voc":
+        at_50, at_75 = (voc_evaluate(truth, results, iou, legacy=True) for iou in (0.5, 0.75))
+        stats = dict(AP50=at_50["AP11"], AP75=at_75["AP11"], AP50_area=at_50["AP"], AP75_area=at_75["AP"], classes=at_50["classes"])
+        return stats, ("AP50", "AP75", "AP50_area", "AP75_area")
+    stats, (base, novel) = coco_evaluate(truth, results, kind), class_split(args, val.records.categories)
+    if not novel:
+        return stats, ("AP", "AP50", "AP75")
+    stats |= {f"{group}_{key}": class_mean(stats, members, key)
+              for group, members in (("novel", novel), ("base", base)) for key in ("AP50", "AR50")}
+    return stats, ("novel_AP50", "base_AP50", "AP50", "AP")
 
 
 def follow(args, arch):
-    """Dataset, prompts, seed of shapes and image size are those that a checkpoint was trained with, where the command names no other."""
-    if args.data == "shapes" and arch["data"] != "shapes":
+    """The flags of --eval and --predict, resolved: dataset, prompts, seed of shapes and image size are those of the checkpoint's
+    training, where the command names no other."""
+    shapes = arch["data"] == "shapes"
+    if args.data == "shapes" and not shapes:
         raise UserError("--data shapes: the checkpoint was trained on real classes")
-    if arch["data"] == "shapes" and (args.data not in (None, "shapes") or args.dataset in ("voc", "objects365")):
+    if shapes and (args.data not in (None, "shapes") or args.dataset in ("voc", "objects365")):
         raise UserError(f"--data {args.data}, --dataset {args.dataset}: the checkpoint was trained on shapes and knows these only, as ovcoco, coco or lvis")
-    if arch["data"] == "shapes":
-        args.data, args.data_seed = "shapes", arch["data_seed"]
-    args.dataset = args.dataset or arch["dataset"]
-    for name in ("image_size", "templates", "name_style"):
-        if getattr(args, name) is None:
-            setattr(args, name, arch[name])
     if args.masks and not arch["masks"]:
         raise UserError("--masks: the checkpoint has no mask head")
-    args.masks = arch["masks"] and args.dataset in ("lvis", "ovcoco") if args.masks is None else args.masks
-    fill_defaults(args)
+    known = {name: arch[name] for name in ("dataset", "image_size", "templates", "name_style")}
+    if args.val_json:  # own files
+        known["dataset"] = "coco"
+    known["masks"] = arch["masks"] and (args.dataset or known["dataset"]) in ("lvis", "ovcoco")
+    known = {k: v for k, v in known.items() if getattr(args, k) is None}
+    if shapes:
+        known.update(data="shapes", data_seed=arch["data_seed"])
+    return resolve(argparse.Namespace(**vars(args) | known | dict(train_json=None)))
 
 
 def clip_of(model, args, device):
@@ -1367,92 +1160,248 @@ def clip_of(model, args, device):
     return clip
 
 
+def evaluate_file(args, rank, world, device):
+    """--eval: metrics of a checkpoint, into --out."""
+    from common.pictures import write_results
+    model, _ = load_detector(args.eval, "--eval")
+    args = follow(args, model.arch)
+    val = make_data(args, "val")
+    scored_names(args, val)  # what is wrong with them is told before CLIP is downloaded
+    clip = clip_of(model, args, device)
+    metrics, results = evaluate(model.to(device), val, clip, rank, world, device, args)
+    if rank == 0:
+        write_results(Path(args.out), metrics, results, val, args.eval, None, None)
+        print(metrics["line"])
+
+
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image into --out."""
-    model = load_detector(args.weights).to(device)
-    follow(args, model.arch)
-    clip = clip_of(model, args, device)
-    if args.classes is None:
-        _, base, novel, _ = make_data(args, "val")
-        classes = base + novel
-    else:
+    from common.pictures import Pictures
+    model, trained = load_detector(args.weights)
+    named, args = args.dataset, follow(args, model.arch)
+    pictures = Pictures(args.predict, args.out, args.score)
+    if args.classes is not None:
         classes = names_of(args.classes)
+    elif trained and not named:
+        classes = trained
+    else:
+        data = make_data(args, "val")
+        classes = sum(class_split(args, data.records.categories), [])
+    clip = clip_of(model.to(device), args, device)
     text = text_matrix(clip, classes, args)
-    out, answer = Path(args.out), {}
-    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
-             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
-    if not paths:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
-    for number, path in enumerate(tqdm(paths, desc="predict")):
-        try:
-            original = TF.pil_to_tensor(read_image(path))
-        except DataError as e:  # the others are still wanted
-            print(f"left out: {e}", file=sys.stderr)
-            continue
-        height, width = original.shape[1:]
+    for picture in pictures:
+        height, width = picture.pixels.shape[1:]
         scale = args.image_size / max(height, width)
         h, w = max(1, round(height * scale)), max(1, round(width * scale))
-        image = TF.resize(original, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
+        image = TF.resize(picture.pixels, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
         item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=(height, width))
         boxes, scores, labels, codes = run_detector(model, collate([item], args.image_size), device, args, text, masks=args.masks)
-        keep = (scores > args.score).nonzero()[:, 0].tolist()
-        answer[str(path)] = [dict(box=[round(v, 1) for v in boxes[i].tolist()], score=round(scores[i].item(), 4), label=classes[labels[i]],
-                                  **(dict(mask=codes[i]) if codes else {})) for i in keep]
-        picture = draw_boxes(original, boxes[keep].cpu(), labels[keep].cpu(), classes, scores[keep].cpu())
-        torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
-    if not answer:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
-    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
-    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+        picture.save(boxes, scores, labels, classes, masks=codes)
 
 
 # ================================================================== the embedded dataset: without and with distillation
 
 def compare(args, rank, world, device):
     """The detector without distillation and DK-DETR, both from one burn-in, side by side."""
-    if args.data == "shapes" and args.epochs is None:
-        args.epochs = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
-    fill_defaults(args)
-    if args.dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start_from or (args.skd, args.rkd) == ("none", "none"):
-        raise UserError("--table: compares on ovcoco or shapes, needs a method, 0 < --burn-in < --epochs, and neither --max-iters nor --from")
-    rows, root, args.method = [], Path(args.out), (args.skd, args.rkd)
-    start = str(root / "burn-in.pt")
-    for name, method in (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start_from=start))):
+    root, rows = Path(args.out), []
+    start, method = str(root / "burn-in.pt"), (args.skd, args.rkd)
+    arms = (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start_from=start, burn_in_to=None)))
+    for name, flags in arms:
         since, out = time.time(), root / name.lower().replace(" ", "-")
-        resume = args.resume and (out / "log.jsonl").exists()
-        run = argparse.Namespace(**{**vars(args), **method, "out": str(out), "resume": resume, "table": False})
-        rows.append((name, train(run, rank, world, device), f"{time.time() - since:.0f}" if not resume else "resumed"))
+        resume = args.resume and (out / "last.pt").exists()
+        more = dict(flags, out=str(out), resume=resume, table=False, method=method)
+        metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
+        rows.append((name, metrics, "resumed" if resume else f"{time.time() - since:.0f}"))
     if rank == 0:
         print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds (DK-DETR: after the common burn-in)")
         for name, m, seconds in rows:
             print(f"{name:14s} {m['novel_AP50']:5.1f} {m['base_AP50']:5.1f} {m['AP50']:5.1f} {seconds:>9s}")
 
 
+# ================================================================== flags
+
+EXAMPLES = """
+torchrun --nproc_per_node 8 dkdetr.py --dataset ovcoco           # COCO 48/17 in data/coco
+python dkdetr.py --data shapes                                   # everything in minutes on a CPU
+python dkdetr.py --predict photo.jpg --weights runs/dkdetr/best.pt --classes "red panda,umbrella"
+"""
+# flags, the flag that gives them an effect, its values
+BELONGS = (
+    ("images", "dataset", ("lvis", None)),
+    ("data_seed", "data", ("shapes",)),
+    ("bn", "backbone", ("r50", "r101", None)),
+    ("mask_layers", "masks", (True,)),
+    ("tau_s skd_scope", "skd", ("bce",)),
+    ("w_skd", "skd", ("bce", "l1")),
+    ("w_rkd tau_r rkd_dir rkd_diag", "rkd", ("both", "image", "batch")),
+    ("kd_attn kd_ref", "aux_queries", (True,)),
+    ("kd_exclude kd_topk kd_dedupe kd_min_size", "kd_boxes", ("encoder", "decoder")))
+DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_dedupe kd_attn kd_ref kd_layers crop_scales crop_fit crop_source
+    shuffle_crops""".split()  # of no effect where there is none
+NAMING = "dataset images clip templates name_style masks classes"  # what --eval and --predict read
+
+
+def distils(args):
+    return (args.skd, args.rkd) != ("none", "none")
+
+
+def numbers(text):
+    """argparse type of --crop-scales: "1,1.5" -> [1.0, 1.5]."""
+    return [POSITIVE(x) for x in text.split(",")]
+
+
+def parse_args(argv=None):
+    p = parser(__doc__, EXAMPLES)
+    both = argparse.BooleanOptionalAction
+
+    def sized(group, name, text, **options):  # a flag of DEFAULTS
+        full, small = DEFAULTS[name.replace("-", "_")]
+        group.add_argument(f"--{name}", help=f"{text} (default {full}" + (f"; shapes {small})" if small != full else ")"), **options)
+
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, "
+                   "objects365, voc (default lvis; shapes ovcoco; own data coco: all its classes)")
+    g.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
+    g.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
+    g.add_argument("--data-seed", type=SEED, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
+    sized(g, "image-size", "canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it", type=COUNT)
+    sized(g, "jitter", "scales of the jitter", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"))
+    g.add_argument("--rfs", type=number(), default=0.0, help="repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001")
+    g.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names of the classifier in training; all: a control, "
+                   "novel ones as negatives")
+    g = p.add_argument_group("model")
+    g.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, "
+                   "trained on demand)")
+    sized(g, "templates", "63 prompts a name, or one", choices=("vild", "one"))
+    sized(g, "name-style", "names as in the file, or without underscores, brackets and joined words", choices=("raw", "clean"))
+    sized(g, "backbone", "r50 or r101")
+    sized(g, "init", "backbone start", choices=("imagenet", "none"))
+    g.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
+    sized(g, "dim", "width D, a multiple of 32", type=COUNT)
+    sized(g, "hidden", "width of the feed-forward layers", type=COUNT)
+    sized(g, "levels", "levels, from stride 8", type=number(int, 1, 4))
+    sized(g, "encoder", "encoder layers", type=COUNT)
+    sized(g, "decoder", "decoder layers", type=COUNT)
+    sized(g, "queries", "N", type=COUNT)
+    sized(g, "dropout", "of the transformer", type=number(float, 0, 1, below=True))
+    g.add_argument("--masks", action=both, help="SOIT's mask head; boxes without outline are left out (default no; --eval: if the checkpoint "
+                   "has it, on lvis and ovcoco)")
+    g.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
+    g.add_argument("--tau", type=POSITIVE, default=0.05, help="temperature of the classifier, Eq. 2; evaluation uses the checkpoint's")
+    g.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners, "
+                   "for --compile")
+    g.add_argument("--ckpt-msda", action=both, help="compute the encoder's samples again in the backward pass rather than keep them (default "
+                   "yes; shapes no)")
+    g = p.add_argument_group("method")
+    g.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features")
+    g.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
+    g.add_argument("--aux-queries", action=both, default=True, help="KD queries; without, the object queries are distilled, Table 5")
+    sized(g, "w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk, so 8 targets need 19/7 of the weight of 20", type=number())
+    g.add_argument("--w-rkd", type=number(), default=2.0, help="lambda_rkd of Eq. 6")
+    g.add_argument("--tau-s", type=POSITIVE, default=0.05, help="temperature of Eq. 4")
+    g.add_argument("--tau-r", type=POSITIVE, default=0.2, help="temperature of Eq. 5")
+    g.add_argument("--burn-in", type=number(int, 0, 2**31), help="epochs without distillation (default 40 of 70, so 4/7 of --epochs)")
+    sized(g, "kd-topk", "targets of an image", type=COUNT)
+    sized(g, "kd-min-size", "smallest side of a target, pixels of the network's input", type=number())
+    g.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="what is cropped; gt: the hidden novel objects, "
+                   "an oracle")
+    g.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="no targets: matched queries; or also overlaps of an object")
+    g.add_argument("--kd-dedupe", type=number(), default=1.0, help="IoU from which a target is dropped for a better one; 1: none is")
+    g.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
+    g.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own")
+    g.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
+    g.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled; all: the mean of their losses")
+    g.add_argument("--crop-scales", type=numbers, default="1", help="crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD")
+    sized(g, "crop-fit", "crops are stretched to CLIP's square, or padded", choices=("warp", "pad"))
+    g.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="cut crops from the network's input, or from "
+                   "the file")
+    g.add_argument("--skd-scope", choices=("image", "batch"), default="image", help="targets that are negatives of each other in Eq. 4")
+    g.add_argument("--rkd-dir", choices=("teacher", "student"), default="teacher", help="KL(teacher || student) or the other way round")
+    g.add_argument("--rkd-diag", action=both, default=True, help="the diagonal of the relation maps takes part")
+    g.add_argument("--shuffle-crops", action="store_true", help="control: each target gets the embedding of another image's crop")
+    g = p.add_argument_group("schedule")
+    sized(g, "epochs", "the rate falls by 10 at 55/70 of them; the table of shapes takes 18", type=COUNT)
+    sized(g, "batch-size", "images per process and step", type=COUNT)
+    sized(g, "lr", "for a total batch of 128, shapes 16; scaled linearly", type=POSITIVE)
+    sized(g, "backbone-lr", "share of --lr for the backbone", type=number())
+    g.add_argument("--weight-decay", type=number(), default=0.05)
+    sized(g, "warmup", "steps of linear warm-up, at most a tenth of the run", type=number(int, 0, 2**31))
+    g.add_argument("--from", "--start-from", dest="start_from", metavar="LAST.PT", help="begin as a copy of the run of this last.pt, in all but its flags, which "
+                   "are given anew")
+    g.add_argument("--table", action=both, help="train without and with distillation, from one burn-in, and print both (default: on shapes, "
+                   "without --max-iters)")
+    g.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
+    run_flags(p, "dkdetr")
+    p.set_defaults(burn_in_to=None, method=None)  # of --table: where its first run leaves the burn-in, and the (skd, rkd) of its second
+    args = parse(p, argv, "dkdetr", dict(eval=f"{NAMING} val_json val_images", predict=f"{NAMING} weights score"), only="weights score classes",
+                 belongs=BELONGS, apart=("resume start_from", "data train_json"), saved=run_or_table)
+    if args.jitter is not None and args.jitter[0] > args.jitter[1]:
+        p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected LOW <= HIGH")
+    if args.dim is not None and args.dim % 32:
+        p.error(f"--dim {args.dim}: must be a multiple of 32")
+    if args.eval or args.predict:
+        return args
+    if args.dataset in ("objects365", "voc") or args.dataset == "coco" and not args.train_json:
+        p.error(f"--dataset {args.dataset}: is for --eval; train on lvis or ovcoco, or on own files")
+    idle = [f for f in DISTILLATION if f in given_flags(p, argv)]
+    if idle and not distils(args):
+        p.error(f"--{idle[0].replace('_', '-')}: belongs to --skd or --rkd, here both are none")
+    return args
+
+
+def run_or_table(args):
+    """The flags of the run, or of the table of runs, that --resume continues; {} where there is none yet."""
+    one, table = Path(args.out) / "last.pt", Path(args.out) / "without-kd" / "last.pt"
+    if one.exists() and table.exists():
+        raise UserError(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
+    if one.exists():
+        return saved_flags(one, "dkdetr.py")
+    if not table.exists():
+        return {}
+    flags = saved_flags(table, "dkdetr.py")
+    skd, rkd = flags["method"] or ("none", "none")
+    return flags | dict(table=True, skd=skd, rkd=rkd)
+
+
+def resolve(args):
+    """The flags with every default that depends on another flag; after this they are only read."""
+    shapes = args.data == "shapes"
+    known = dict(dataset="coco" if args.train_json else "ovcoco" if shapes else "lvis", masks=False)
+    known |= {name: values[shapes] for name, values in DEFAULTS.items()}
+    dataset = args.dataset or known["dataset"]
+    known["data"] = DATASETS[dataset]
+    training = not (args.eval or args.predict)
+    known["table"] = training and shapes and dataset == "ovcoco" and distils(args) and not (args.max_iters or args.start_from)
+    table = known["table"] if args.table is None else args.table
+    if table and shapes:
+        known["epochs"] = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
+    known["burn_in"] = (args.epochs or known["epochs"]) * 40 // 70
+    args = argparse.Namespace(**vars(args) | {k: v for k, v in known.items() if getattr(args, k) is None})
+    if args.masks and args.image_size % 32:
+        raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
+    unfit = dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start_from or not distils(args)
+    if table and (unfit or args.train_json and not args.val_json):
+        raise UserError("--table: compares on ovcoco or shapes, needs a method, a validation set, 0 < --burn-in < --epochs, and neither "
+                        "--max-iters nor --from")
+    return args
+
+
+# ================================================================== main
+
 def main():
-    try:
+    with started("dkdetr.py") as (rank, world, device):
         args = parse_args()
-        rank, world, device = init_ddp()
         if args.eval or args.predict:
-            answer_folder(args.out)
+            answer_folder(args.out, rank)
         if args.eval:
-            model = load_detector(args.eval, "--eval").to(device)
-            follow(args, model.arch)
-            clip = clip_of(model, args, device)
-            metrics = evaluate(model, make_data(args, "val"), clip, rank, world, device, args, Path(args.out))
-            if rank == 0:
-                print(metrics["line"])
+            evaluate_file(args, rank, world, device)
         elif args.predict:
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
             predict(args, device)
-        elif args.table:
-            compare(args, rank, world, device)
         else:
-            train(args, rank, world, device)
-    except (UserError, DataError, ClipError, ShapesError) as e:
-        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
-        sys.exit("\ndkdetr.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    leave_ddp()
+            args = resolve(args)
+            (compare if args.table else train)(args, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,11 @@ Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6, R50 3x 25.3; GZSD b
 Measured here, shapes, ZSD novel AP50, mean of 3 seeds: 2.0 without distillation, 26.4 with IKD, 3.4 with GKD (its gain is not shown), 19.3 with both. COCO not run.
 """
 import argparse
-import json
 import math
 import os
 import re
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -53,143 +51,18 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.boxes import assign_atss, cells_inside, centerness_target, constant, decode_deltas, grid_anchors, overlap
-from common.clip import ClipError, load_clip, tiny_clip
-from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size,
-                             read_image, read_json, resize, train_loader)
-from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, gather, to_coco_results
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint, load_strict, open_run,
-                        plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all, set_rng_state, warmup_multistep)
-from common.shapes import BASE, NOVEL, ShapesError, make_shapes
+from common.boxes import (assign_atss, cells_inside, centerness_target, constant, decode_deltas, grid_anchors,
+                          overlap)
+from common.clip import load_clip
+from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, collate, eval_loader, find_coco, own_files,
+                             parse_image_size, read_annotations, read_image, resize, train_loader)
+from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, to_coco_results
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model, gather,
+                        given_flags, load_checkpoint, load_strict, number, open_run, parse, parser, reduce_mean,
+                        run_flags, saved_flags, seed_all, started, warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
-RELEASED = dict(ikd_norm="l2", ikd_weight=0.05, ikd_mean="level", cls_weight="learn", crop_norm="imagenet", crop_antialias=False, direct_quality=True)
-
-
-# ================================================================== flags
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    flag = partial(p.add_argument, action=argparse.BooleanOptionalAction)
-    # data
-    p.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
-    p.add_argument("--split", choices=("48_17", "65_15"), default="48_17", help="base / novel classes of COCO; shapes has its own")
-    p.add_argument("--data-seed", type=int, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
-    flag("--drop-novel-images", default=False, help="leave out training images that hold a novel object (the older 65/15 protocol)")
-    p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 (default 800; schedule 3x 480-800; shapes 72-120)")
-    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
-    # model
-    p.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, trained on demand)")
-    p.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
-    p.add_argument("--init", choices=("imagenet", "none"), help="backbone start (default imagenet; shapes none)")
-    p.add_argument("--quality", choices=("iou", "centerness", "none"), default="iou", help="what the quality branch learns, and the weight of boxes")
-    p.add_argument("--bg", choices=("learn", "fixed"), default="learn", help="background embedding, or a constant cosine of 0.2")
-    p.add_argument("--tau-c", type=float, help="start of the classifier's temperature, Eq. 1 (default 100; shapes 30)")
-    p.add_argument("--embed-bias", choices=("focal", "zero"), help="start of the embedding's bias: -4.6 or 0 (default focal; shapes zero)")
-    # method
-    p.add_argument("--preset", choices=("paper", "released"), default="paper", help="released: --ikd-norm l2 --ikd-weight 0.05 --ikd-mean level --cls-weight learn --crop-norm imagenet --no-crop-antialias --direct-quality")
-    flag("--ikd", default=True, help="instance-level distillation, Eq. 2")
-    p.add_argument("--ikd-norm", choices=("l1", "l2"), default="l1", help="distance of Eq. 2")
-    p.add_argument("--ikd-weight", type=float, help="lambda_ins of Eq. 6 (default 1; shapes 0.4)")
-    p.add_argument("--ikd-mean", choices=("all", "level"), default="all", help="mean over positives, or per level and then over levels")
-    p.add_argument("--ikd-box", choices=("pred", "gt"), default="pred", help="boxes that are cropped")
-    p.add_argument("--ikd-iou", type=float, default=0.5, help="positives whose predicted box overlaps its object less are left out")
-    p.add_argument("--ikd-max", type=int, help="at most so many crops per process and step, drawn at random (default all; shapes 64)")
-    p.add_argument("--crop-scale", type=float, help="crops are enlarged by this (default 1; training on shapes 1.2)")
-    p.add_argument("--crop-norm", choices=("clip", "imagenet"), default="clip", help="mean and deviation of the crops")
-    flag("--crop-antialias", default=True, help="PIL's antialiased resize, or plain bicubic")
-    flag("--gkd", default=True, help="global (caption) distillation, Eqs. 3-5")
-    p.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl", help="contrastive, Eq. 5, or positive pairs only")
-    p.add_argument("--gkd-weight", type=float, help="lambda_Glo of Eq. 6 (default 1; shapes 0.2)")
-    p.add_argument("--gkd-patches", type=int, default=3, help="N: each level is cut into N x N patches")
-    p.add_argument("--gkd-levels", type=int, choices=range(1, 6), help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
-    p.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
-    flag("--gkd-gather", default=False, help="contrast with the images and captions of all processes")
-    p.add_argument("--tau-a", type=float, help="temperature of the captions' attention, Eq. 3 (default 1; shapes 0.1)")
-    p.add_argument("--tau-m", type=float, default=10.0, help="start of the temperature of Eq. 5")
-    p.add_argument("--negatives", default="0.1", help="share of the negatives that is kept, per level; or 1to1: as many as positives")
-    p.add_argument("--cls-weight", help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s| (default 1)")
-    p.add_argument("--nms", type=float, default=0.4, help="IoU of the class-wise NMS")
-    p.add_argument("--shuffle-captions", action="store_true", help="control: each image gets the caption of another")
-    p.add_argument("--shuffle-crops", action="store_true", help="control: each positive gets the crop embedding of another")
-    # schedule
-    p.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x", help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
-    p.add_argument("--epochs", type=int, help="instead of the schedule's (shapes 16)")
-    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
-    p.add_argument("--batch-size", type=int, help="images per process and step (default 8; shapes 16)")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
-    p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
-    p.add_argument("--lr", type=float, help="for a total batch of 32, of 16 without GKD; scaled linearly (default 0.01; shapes 0.004 at 16)")
-    p.add_argument("--weight-decay", type=float, default=1e-4)
-    flag("--table", help="train without and with distillation and print both (default: on shapes, with IKD and GKD, without --max-iters)")
-    # analyses
-    flag("--clip-direct", default=False, help="with --eval: Algorithm 1, Table 6: CLIP classifies crops of the detector's boxes; crops as by --crop-*")
-    flag("--direct-quality", default=False, help="the quality still multiplies CLIP's score there")
-    p.add_argument("--gt-upper-bound", action="store_true", help="Table 9: CLIP classifies the true boxes of novel objects")
-    p.add_argument("--rpn-recall", action="store_true", help="Table 1: train a class-agnostic RPN on base boxes, then its recall of novel boxes")
-    p.add_argument("--heat-map", action="store_true", help="with --predict: Fig. 4, the classification score of each name at each place")
-    # run
-    p.add_argument("--out", help="run folder (default runs/hierkd, or runs/hierkd-eval, -predict, -bound, -rpn)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast the networks; losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the detector, in training")
-    p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
-    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags")
-    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint")
-    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
-    p.add_argument("--weights", help="for --predict: a checkpoint")
-    p.add_argument("--classes", help="for --predict: any names, comma-separated (default: base and novel)")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
-    if p.parse_known_args(argv)[0].preset == "released":
-        p.set_defaults(**RELEASED)
-    args = p.parse_args(argv)
-    mode = dict(eval=args.eval, predict=args.predict, bound=args.gt_upper_bound, rpn=args.rpn_recall)
-    args.out = args.out or "-".join(["runs/hierkd", *[name for name, on in mode.items() if on][:1]])
-    one, table = Path(args.out) / "last.pt", Path(args.out) / "baseline/last.pt"
-    if args.resume and one.exists() and table.exists():
-        p.error(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
-    if args.resume and (one.exists() or table.exists()):  # the flags of that run, or of the table's runs, then those given now
-        saved = saved_flags(one) if one.exists() else saved_flags(table) | dict(ikd=True, gkd=True, table=True, out=args.out)
-        p.set_defaults(**saved)
-        args = p.parse_args(argv)
-        for name in ("preset", "schedule", "optimizer"):  # they would set other flags, which the run has already
-            if getattr(args, name) != saved[name]:
-                p.error(f"--{name} {getattr(args, name)}: the run has {saved[name]}; what can change with --resume are single flags, as --epochs or --lr")
-    try:
-        if args.negatives != "1to1" and not 0 < float(args.negatives) <= 1:
-            raise ValueError
-    except ValueError:
-        p.error(f"--negatives {args.negatives}: 1to1, or a share above 0 and up to 1")
-    try:
-        if args.cls_weight not in (None, "learn") and not float(args.cls_weight) > 0:
-            raise ValueError
-    except ValueError:
-        p.error(f"--cls-weight {args.cls_weight}: learn, or a number above 0")
-    for name in ("epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "gkd_patches", "ikd_max"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "tau_a", "tau_c", "tau_m", "crop_scale"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if sum(map(bool, mode.values())) > 1:
-        p.error("--eval, --predict, --gt-upper-bound, --rpn-recall: one at a time")
-    if args.clip_direct and not args.eval:
-        p.error("--clip-direct: belongs to --eval")
-    if args.heat_map and not args.predict:
-        p.error("--heat-map: belongs to --predict")
-    for name, low, high in (("nms", 0, 1), ("ikd_iou", -1, 1), ("ikd_weight", 0, math.inf), ("gkd_weight", 0, math.inf), ("weight_decay", 0, math.inf), ("workers", 0, math.inf)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low} to {high}")
-    if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, a training starts from --init")
-    if args.predict and not args.weights:
-        p.error("--predict needs --weights: a checkpoint")
-    if args.classes and not args.predict:
-        p.error("--classes: belongs to --predict")
-    return args
 
 
 # ================================================================== model
@@ -214,19 +87,6 @@ def encode_regions(clip, images, sizes, boxes, owner, a, scale):
     """CLIP's embeddings (N, D) of boxes (N, 4) in uint8 images, under the flags --crop-norm and --crop-antialias."""
     pixels = normalise(images, sizes, IMAGENET if a.crop_norm == "imagenet" else clip.grey_levels)
     return clip.encode_crops(pixels, boxes, owner, scale, a.crop_antialias)
-
-
-class NarrowResNet(torchvision.models.ResNet):
-    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
-
-    def __init__(self, width):
-        norm = lambda c: nn.GroupNorm(c // 8, c)
-        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
-        self.inplanes = width
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
-        for level in range(4):
-            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
-            setattr(self, f"layer{level + 1}", layer)
 
 
 class Body(nn.Module):
@@ -260,20 +120,25 @@ class Body(nn.Module):
         return maps
 
 
+def check_backbone(name, init):
+    if name not in ("r50", "r101") and not re.fullmatch("tiny(8|16|24|32|48|64)", name):
+        raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
+    if name.startswith("tiny") and init == "imagenet":
+        raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
+
+
 def make_body(name, init, from_c2=False):
     """(Body, channels of its maps) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+    check_backbone(name, init)
     frozen, skip = init == "imagenet", 0 if from_c2 else 1
-    if re.fullmatch("tiny(8|16|24|32|48|64)", name):
-        if init == "imagenet":
-            raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
+    if name.startswith("tiny"):
+        from common.tiny import NarrowResNet
         width = int(name[4:])
         return Body(NarrowResNet(width), frozen, from_c2), [width, 2 * width, 4 * width, 8 * width][skip:]
-    if name not in ("r50", "r101"):
-        raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
-        url = torchvision.models.get_model_weights("resnet" + name[1:]).IMAGENET1K_V1.url
-        net.load_state_dict(load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1])))
+        from common.zoo import imagenet_state
+        load_strict(net, *imagenet_state("resnet" + name[1:]))
     return Body(net, frozen, from_c2), [256, 512, 1024, 2048][skip:]
 
 
@@ -437,16 +302,17 @@ def gather_rows(x):
     return torch.cat(all_gather(x))
 
 
-class Learner(nn.Module):
+class Distiller(nn.Module):
     """The detector with its text matrix and, outside the module tree, CLIP: forward(batch) -> {name: loss}; their sum is Eq. 6."""
 
-    def __init__(self, model, text, clip, a):
+    def __init__(self, student, clip, classes, a):
         super().__init__()
-        self.model, self.a, self.clip = model, a, clip  # FrozenCLIP is no nn.Module
-        self.register_buffer("text", text, persistent=False)
+        self.student, self.a, self.clip = student, a, clip  # FrozenCLIP is no nn.Module
+        self.register_buffer("text", clip.class_embeddings(classes), persistent=False)
+        self.draws = 0  # how often crops were chosen, see crop_generator
 
     def forward(self, batch):
-        a, model = self.a, self.model
+        a, model = self.a, self.student
         model.unit_background()
         x = normalise(batch["images"], batch["sizes"])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
@@ -483,12 +349,20 @@ class Learner(nn.Module):
             losses["gkd"] = a.gkd_weight * self.global_loss(batch, out["f"], level_sizes)
         return losses
 
+    def crop_generator(self, device):
+        """For --ikd-max, so that runs with and without it draw the same negatives. Each draw has a seed of its own,
+        made of run, process and number of the draw: that number, alike in all processes, is what last.pt keeps."""
+        self.draws += 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return torch.Generator(device).manual_seed(hash((self.a.seed, rank, self.draws)))
+
     def instance_loss(self, batch, f, decoded, boxes, chosen, counts):
         """Eq. 2, IKD: embeddings of positives against CLIP's of their crops. chosen (B, A): the positives that take part."""
         a = self.a
+        generator = self.crop_generator(chosen.device)
         image, anchor = chosen.nonzero(as_tuple=True)  # here a step waits for the device: CLIP must know how many crops, and their sizes
         if a.ikd_max and len(image) > a.ikd_max:
-            pick = torch.randperm(len(image), device=image.device)[:a.ikd_max]
+            pick = torch.randperm(len(image), generator=generator, device=image.device)[:a.ikd_max]
             image, anchor = image[pick], anchor[pick]
         crops = (decoded if a.ikd_box == "pred" else boxes)[image, anchor]
         with torch.autocast(f.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
@@ -517,36 +391,110 @@ class Learner(nn.Module):
             start = dist.get_rank() * len(patches)
             patches, captions, has = gather_rows(patches), gather_rows(captions), gather_rows(has.float()) > 0
         mine = slice(start, start + len(batch["captions"]))
-        return caption_loss(mlca(patches, captions, a.tau_a), self.model.tau_m, mine, has, a.gkd_loss) + self.model.tau_m * 0  # pl does not use it, but DDP waits for its gradient
+        return caption_loss(mlca(patches, captions, a.tau_a), self.student.tau_m, mine, has, a.gkd_loss) + self.student.tau_m * 0  # pl: unused, but DDP waits for it
+
+
+# ================================================================== checkpoints
+
+ARCH = "backbone dim channels quality bg cls_weight gkd image_size clip data split data_seed".split()
+
+
+def plain_of(model):
+    """What a checkpoint holds beside weights: enough to rebuild the detector without any flag. No tensor of
+    CLIP: names are chosen when it is used; arch has those of training (base) and evaluation (novel)."""
+    return dict(script="hierkd.py", arch=model.arch)
+
+
+def weights_of(model):
+    """What a detector is, as plain values and tensors."""
+    return dict(plain_of(model), model=model.state_dict())
+
+
+def load_detector(path, flag="--weights"):
+    """OpenATSS in eval mode from a checkpoint of ours."""
+    checkpoint = load_checkpoint(path, "hierkd.py")
+    a = checkpoint.get("arch")
+    if isinstance(a, dict) and a.get("rpn"):
+        raise UserError(f"{flag} {path}: is an RPN of --rpn-recall, which names nothing; give a detector")
+    if not isinstance(a, dict) or not set(ARCH) <= set(a):
+        raise UserError(f"{flag} {path}: is no checkpoint of hierkd.py")
+    background = torch.ones(a["dim"]) if a["bg"] == "learn" else None
+    model = OpenATSS(a["backbone"], background, a["dim"], a["channels"], a["quality"],
+                     cls_weight=a["cls_weight"], gkd=a["gkd"])
+    model.arch = a
+    load_strict(model, checkpoint.get("model"), f"{flag} {path}")
+    model.unit_background()
+    return model.eval()
+
+
+def follow(args, arch):
+    """The flags with what a checkpoint was trained with: its novel classes must stay novel."""
+    shapes, split = arch["data"] == "shapes", arch["split"]
+    if args.data == "shapes" and not shapes:
+        raise UserError("--data shapes: the checkpoint was trained on other classes, not on those of shapes")
+    if shapes and split != "own":
+        split = "shapes"  # an earlier version wrote 48_17
+    return argparse.Namespace(**vars(args) | dict(
+        data="shapes" if shapes else args.data, split=split, data_seed=arch["data_seed"],
+        image_size=args.image_size or arch["image_size"]))
 
 
 # ================================================================== data
 
-def class_split(args):
-    """(base names, novel names) of --data and --split."""
-    if args.data == "shapes":
+def class_split(split, names, base=None):
+    """Class names of a file -> (base, novel). split: of COCO, or "shapes", or "own": base is what training
+    knows, by default this file's, and novel whatever else it names."""
+    if split == "own":
+        base = names if base is None else base
+        known = {n.replace("_", " ") for n in base}
+        return list(base), [n for n in names if n.replace("_", " ") not in known]
+    if split == "shapes":
+        from common.shapes import BASE, NOVEL
         return BASE, NOVEL
-    if args.split == "48_17":
-        return BASE_48, NOVEL_17
-    names = [c["name"] for c in read_json(find_coco(args.data, "val")[1])["categories"]]
-    return [n for n in names if n not in NOVEL_15], NOVEL_15
+    return (BASE_48, NOVEL_17) if split == "48_17" else ([n for n in names if n not in NOVEL_15], NOVEL_15)
 
 
-def make_data(args, split):
-    """The training set (base boxes only, with captions) or the images of val that hold any base or novel object."""
-    root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
-    args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "480-800" if args.schedule == "3x" else "800")
-    base, novel = class_split(args)
-    if split == "val":
-        return CocoDataset(*find_coco(root, "val"), False, args.image_size, classes=base + novel)
-    captions = Path(root) / "annotations" / "captions_train2017.json"
-    if args.gkd and not captions.exists():
-        raise UserError(f"--data {root}: {captions} is missing, which GKD needs; it comes with COCO's annotations. Or use --no-gkd")
-    data = CocoDataset(*find_coco(root, "train"), True, args.image_size, classes=base, captions=captions if args.gkd else None,
-                       without=novel if args.drop_novel_images else ())
-    if args.gkd and not any(data.captions[image_id] for image_id, *_ in data.items):
-        raise UserError(f"--data {root}: {captions} has no caption for any of the {len(data)} training images; do their image ids agree? Or use --no-gkd")
-    return data
+def make_data(args, split, base=None):
+    """The training set (base boxes, with captions), or the images of val with a base or novel object; None
+    without a val set. base: what was trained on; for own files, all other classes are novel."""
+    files, captions = own_files(args, split), args.train_captions
+    if files is False:
+        return None
+    rule, root = "own" if files else args.split, None
+    if files is None:
+        if args.data == "shapes":
+            from common.shapes import make_shapes
+        root = make_shapes(seed=args.data_seed) if args.data == "shapes" else args.data
+        files = find_coco(root, split)
+        captions = Path(root) / "annotations" / "captions_train2017.json"
+    need = split == "train" and args.gkd
+    if need and not (captions and Path(captions).exists()):
+        where = f"--train-captions {captions}: is missing" if captions else "--train-captions: is missing"
+        if root:
+            where = f"--data {root}: {captions} is missing; it comes with COCO's annotations"
+        raise UserError(f"{where}. GKD needs captions; or use --no-gkd (--data shapes needs nothing)")
+    folder, annotations = files
+    records, size = read_annotations(annotations, folder), args.image_size or "800"
+    base, novel = class_split(rule, records.classes, base)
+    if split == "train":
+        data = CocoDataset(folder, records, True, size, classes=base, captions=captions if need else None,
+                           without=novel if args.drop_novel_images else (), keep_empty=args.keep_empty)
+        if need and not any(data.captions):
+            raise UserError(f"{captions}: has no caption for any of the {len(data)} training images; do "
+                            "their ids agree? Or use --no-gkd (--data shapes needs nothing)")
+        return data
+    chosen = dict(like=base + novel) if rule == "own" else dict(classes=base + novel)
+    val = CocoDataset(folder, records, False, size, **chosen)
+    if (args.rpn_recall or args.clip_direct or args.gt_upper_bound) and not truth_of(val, novel)["images"]:
+        raise UserError(f"{annotations}: has no box of a novel class, and this evaluation is about them")
+    return val
+
+
+def truth_of(val, names):
+    """COCO ground truth of these classes and of the images that hold one of them; called as in `val`."""
+    called = dict(zip(val.category_ids, val.classes))
+    truth = val.truth(names, holding=True)
+    return truth | dict(categories=[c | dict(name=called[c["id"]]) for c in truth["categories"]])
 
 
 def to_device(batch, device):
@@ -554,10 +502,13 @@ def to_device(batch, device):
 
 
 def get_clip(args, device):
-    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. The first process of a machine goes first: it downloads, or trains the tiny CLIP."""
+    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. The first process of a machine goes first:
+    it downloads, or trains the tiny CLIP."""
     def load():
         if args.clip or args.data != "shapes":
             return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
+        from common.shapes import make_shapes
+        from common.tiny import tiny_clip
         root = make_shapes(seed=args.data_seed)
         return load_clip(tiny_clip(root, root.parent / "clip", args.data_seed, device=device), device)
     clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
@@ -567,168 +518,99 @@ def get_clip(args, device):
 
 # ================================================================== train
 
-def fill_defaults(args):
-    """Defaults that depend on the dataset and the schedule."""
-    shapes = args.data == "shapes"
-    defaults = dict(backbone="r50", init="imagenet", gkd_levels=5, tau_a=1.0, tau_c=100.0, embed_bias="focal", cls_weight="1", ikd_weight=1.0, crop_scale=1.0, gkd_weight=1.0,
-                    epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd", lr=0.01)
-    if shapes:
-        defaults.update(backbone="tiny16", init="none", gkd_levels=2, tau_a=0.1, tau_c=30.0, embed_bias="zero", ikd_weight=0.4, crop_scale=1.2, gkd_weight=0.2,
-                        ikd_max=64, epochs=16, batch_size=16, optimizer="adamw", lr=0.004)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    contrasted = args.batch_size * (dist.get_world_size() if args.gkd_gather and dist.is_initialized() else 1)
-    if args.gkd and args.gkd_loss == "cl" and contrasted == 1:
-        raise UserError("--batch-size 1: GKD contrasts the images of a batch, with one image its loss is always 0; use more or --gkd-gather")
+METRIC = {False: "GZSD all AP50", True: "novel AR1000"}  # metrics["score"], without and with --rpn-recall
+LEGEND = dict(
+    cls="classification loss, Eq. 1: focal loss of the softmax over names and background",
+    box="box loss: GIoU (RPN: L1)", quality="loss of the quality branch: IoU or centerness of a box",
+    ikd="Eq. 2: embeddings of positives against CLIP's of their crops", gkd="Eqs. 3-5: captions and images",
+    norm="norm of the gradient, clipped at 10", tau_c="temperature of Eq. 1, learnt",
+    tau_m="temperature of Eq. 5, learnt", s="of the learnt weight exp(-s) of cls",
+    objectness="the RPN's loss of object or not")
+
+
+def make_pair(args, data, val, device):
+    """(student, CLIP) of the flags, on the device; with --rpn-recall (RPN, None)."""
+    clip = None if args.rpn_recall else get_clip(args, device)
+    channels = 64 if args.backbone.startswith("tiny") else 256
+    seed_all(args.seed)
+    if args.rpn_recall:
+        student = BaseRPN(args.backbone, args.init, channels)
+    else:
+        background = None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0]
+        student = OpenATSS(args.backbone, background, clip.dim, channels, args.quality, args.tau_c,
+                           args.tau_m, args.cls_weight, args.gkd, args.embed_bias, args.init)
+        if val:
+            clip.class_embeddings(val.classes)  # a name that the evaluation could not use is told now
+    own = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
+    novel = [n for n in val.classes if n not in data.classes] if val else []
+    student.arch |= dict(image_size=args.image_size, clip=own or "", data=args.data, split=args.split,
+                         data_seed=args.data_seed, base=data.classes, novel=novel)
+    return student.to(device), clip
+
+
+def describe_pair(args, student, clip):
+    """What the log says of the models at the start."""
+    names = f"{len(student.arch['base'])} base and {len(student.arch['novel'])} novel classes"
+    return f"RPN | {names}" if clip is None else f"CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | {names}"
+
+
+def make_optimizer(model, algorithm, lr, weight_decay):
+    """SGD with momentum 0.9, or AdamW, for the weights that learn."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=weights, lr=lr, base_lr=lr, weight_decay=weight_decay)]
+    return torch.optim.SGD(groups, lr, momentum=0.9) if algorithm == "sgd" else torch.optim.AdamW(groups, lr)
 
 
 def train(args, rank, world, device):
-    """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
-    fill_defaults(args)
-    data, val = make_data(args, "train"), make_data(args, "val")
-    clip = get_clip(args, device)
-    out = open_run(args, rank, args.resume)
-    seed_all(args.seed)
-    model = OpenATSS(args.backbone, None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0], clip.dim,
-                     64 if args.backbone.startswith("tiny") else 256, args.quality, args.tau_c, args.tau_m, args.cls_weight, args.gkd,
-                     args.embed_bias, args.init)
-    own = args.clip and (str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip)
-    model.arch.update(image_size=args.image_size, clip=own or "", data=args.data,
-                      split=args.split, data_seed=args.data_seed)
-    learner = Learner(model.to(device), clip.class_embeddings(data.classes), clip, args)
-    if rank == 0:
-        print(f"CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | {len(data.classes)} base and {len(class_split(args)[1])} novel classes")
-    return fit(learner, data, out, args, rank, world, device, partial(evaluate, model, val, clip, rank, world, device, args))
-
-
-def fit(learner, data, out, args, rank, world, device, measure):
-    """The training loop: minimises the sum of learner(batch)'s losses. Returns what the last measure(folder or None) gave.
-
-    learner.model is what is saved. measure: -> metrics on rank 0; "score" of them chooses best.pt, "line" is printed.
-    """
-    model = learner.model
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+    """Train the detector, or Table 1's RPN; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val", base=data.classes)
+    student, clip = make_pair(args, data, val, device)
+    open_run(args, rank, args.resume)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    example = collate([data[0, 0]])["images"].float()
+    student.to(memory_format=layout)
+    describe_model(f"student {type(student).__name__}_{args.backbone}", student, example, rank=rank)
     if args.compile:
-        model.compile()
-    learner.train()
-    if world > 1:
-        learner = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None)
+        student.compile()
+    distiller = Distiller(student, clip, data.classes, args) if clip else RPNLearner(student, args)
+    measure = partial(evaluate, clip) if clip else measure_recall
+    model = wrap_ddp(distiller.train(), device, world)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
-    total_batch, paper_batch = args.batch_size * world * args.accumulate, 32 if args.gkd and args.data != "shapes" else 16
+    total_batch = args.batch_size * world * args.accumulate
+    paper_batch = 32 if args.gkd and args.data != "shapes" else 16
     lr = args.lr * total_batch / paper_batch
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay) if args.optimizer == "sgd" else
-                 torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay))
-    steps_per_epoch = -(-len(plan) // args.accumulate)
-    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
+    optimizer = make_optimizer(student, args.optimizer, lr, args.weight_decay)
+    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device, legend=LEGEND,
+              every=args.epochs if args.data == "shapes" else None, metric=METRIC[args.rpn_recall], report="last")
+    distiller.draws = run.state.get("draws", 0) if run.resumed else 0
+    run.beside = dict(draws=lambda: distiller.draws)
+    run.describe(describe_pair(args, student, clip), lr, args.lr, paper_batch, data, val)
     milestones = (args.epochs * (3 / 4 if args.schedule == "3x" else 2 / 3), args.epochs * 11 / 12)
-    warmup = min(500, args.epochs * steps_per_epoch // 10)
-    it, best, due = 0, -2.0, False  # a score is -1 where val holds no box
-    if can_resume(out, args.resume, rank, device):
-        state = load_checkpoint(out / "last.pt")
-        load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
-        optimizer.load_state_dict(state["optimizer"])
-        for g in optimizer.param_groups:
-            g["weight_decay"] = args.weight_decay  # --resume --weight-decay 0 is meant
-        if state["total_batch"] != total_batch:
-            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        it, best, due = state["it"], state["best"], state.get("due", False)
-        if rank < len(state["rng"]):
-            set_rng_state(state["rng"][rank])
-    if rank == 0:
-        n = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"{type(model).__name__} {args.backbone}: {n[0]:,} parameters, {n[1]:,} trained | {len(data)} images, dropped {data.dropped} | "
-              f"batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | lr {args.lr:g} at {paper_batch} -> {lr:g} | "
-              f"{args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
-
-    scalars = {n: p for n in ("tau_c", "tau_m", "s") if (p := getattr(model, n, None)) is not None}
-
-    def save_last(due=False):  # due: the evaluation of this step is still to come
-        states = gather([rng_state()])  # of every process
-        if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=states,
-                                 total_batch=total_batch, args=vars(args)), out / "last.pt")
-
-    def validate():
-        nonlocal best
-        metrics = measure(out if it >= total else None)
-        model.train()
-        if rank == 0:
-            numbers = {k: v for k, v in metrics.items() if k not in ("classes", "line")}
-            log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval " + metrics["line"])
-            if metrics["score"] > best:
-                best = metrics["score"]
-                save_checkpoint(weights_of(model), out / "best.pt")
-        log.restart_clock()
-        return metrics
-
-    log = Log(out, rank, total, it, args.log_every)
-    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
-    if it == 0:
-        save_last()  # from here on --resume finds the run and its flags
-    elif due or it >= total:  # killed before the evaluation was done, or --resume of a finished run
-        metrics = validate()
-        save_last()
-    while it < total:
-        epoch, done = divmod(it, steps_per_epoch)
-        plan.set_epoch(epoch, done * args.accumulate)
-        batches, left = iter(loader), len(plan)
-        while left and it < total:
-            factor = warmup_multistep(it, steps_per_epoch, milestones, warmup)
-            for g in optimizer.param_groups:
-                g["lr"] = lr * factor
-            waited, losses = 0.0, {}
-            count = min(args.accumulate, left)
-            for micro in range(count):
-                since = time.time()
-                batch = to_device(next(batches), device)
-                waited += time.time() - since
-                hold = learner.no_sync() if world > 1 and micro < count - 1 else nullcontext()
-                with hold:
-                    terms = learner(batch)
-                    (sum(terms.values()) / count).backward()  # Eq. 6
-                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
-            left -= count
-            norm = nn.utils.clip_grad_norm_(parameters, 10.0)
+    warmup = min(500, args.epochs * run.steps // 10)
+    watch = {n: p for n in ("tau_c", "tau_m", "s") if (p := getattr(student, n, None)) is not None}
+    while True:
+        if run.due:
+            run.scored(*measure(student, val, rank, world, device, args), val)
+            student.train()
+        if run.finished:
+            break
+        for batches in run.batches(loader, plan):
+            factor = warmup_multistep(run.it, run.steps, milestones, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            losses = {}
+            for n, batch in enumerate(batches, 1):
+                model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
+                terms = model(to_device(batch, device))
+                (sum(terms.values()) / len(batches)).backward()  # Eq. 6
+                losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
+            norm = nn.utils.clip_grad_norm_(student.parameters(), 10.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            it += 1
-            log.step(it, epoch + 1, losses, lr * factor, waited, dict(norm=norm, **scalars))
-            if it % args.save_every == 0 and left and it < total:
-                log.flush(it, epoch + 1, lr * factor)
-                save_last()
-        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 12)) == 0:
-            save_last(due=True)  # before anything of the evaluation can fail
-            metrics = validate()
-            save_last()
-    log.bar.close()
-    if rank == 0:
-        plot_curves(out / "log.jsonl", out / "curves.png")
-        print(f"best {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
-    barrier()
-    return metrics
-
-
-def weights_of(model):
-    """What a detector is, as plain values and tensors. No CLIP tensor, no class list: names are chosen when it is used."""
-    return dict(arch=model.arch, model=model.state_dict())
-
-
-def load_detector(path, flag="--weights"):
-    """OpenATSS in eval mode from a checkpoint of ours."""
-    checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "dim" not in checkpoint.get("arch", {}):
-        raise UserError(f"{flag} {path}: is no checkpoint of hierkd.py")
-    a = checkpoint["arch"]
-    model = OpenATSS(a["backbone"], torch.ones(a["dim"]) if a["bg"] == "learn" else None, a["dim"], a["channels"], a["quality"],
-                     cls_weight=a["cls_weight"], gkd=a["gkd"])
-    model.arch = a
-    load_strict(model, checkpoint["model"], f"{flag} {path}")
-    model.unit_background()
-    return model.eval()
+            run.step(losses, lr * factor, dict(norm=norm, **watch))
+        run.end_epoch()
+    return run.close()
 
 
 # ================================================================== evaluate, predict
@@ -777,7 +659,8 @@ def detect(model, maps, size, texts, nms_iou=0.4, per_level=1000, count=100, dir
 
 
 def run_detector(model, batch, device, args, texts, clip=None):
-    """One collated image -> for each text matrix (boxes in original pixels, scores, labels). clip: it classifies (--clip-direct)."""
+    """One collated image -> for each text matrix (boxes in original pixels, scores, labels). clip: with
+    --clip-direct it classifies."""
     batch = to_device(batch, device)
     x, direct = normalise(batch["images"], batch["sizes"]), None
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
@@ -786,162 +669,171 @@ def run_detector(model, batch, device, args, texts, clip=None):
         def by_clip(boxes, text):
             owner = torch.zeros(len(boxes), dtype=torch.long, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                v = encode_regions(clip, batch["images"], batch["sizes"], boxes, owner, args, args.crop_scale or 1.0)
+                v = encode_regions(clip, batch["images"], batch["sizes"], boxes, owner, args, args.crop_scale)
             return (100 * v @ text.T).softmax(-1)
         direct = by_clip, args.direct_quality
     (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
     scale = torch.tensor([width / w, height / h] * 2, device=device)
-    return [(boxes * scale, scores, labels) for boxes, scores, labels in detect(model, maps, (h, w), texts, args.nms, direct=direct)]
+    found = detect(model, maps, (h, w), texts, args.nms, direct=direct)
+    return [(boxes * scale, scores, labels) for boxes, scores, labels in found]
 
 
-def truth_of(val, raw, names):
-    """COCO ground truth `raw` of these classes and of the images that hold one of them, as a dict."""
-    ids = {c for c, n in zip(val.category_ids, val.classes) if n in set(names)}
-    used = {a["image_id"] for a in raw["annotations"] if a["category_id"] in ids and not a.get("iscrowd")}
-    return dict(images=[i for i in raw["images"] if i["id"] in used], categories=[c for c in raw["categories"] if c["id"] in ids],
-                annotations=[a for a in raw["annotations"] if a["category_id"] in ids and a["image_id"] in used])
+GROUPS = dict(zsd="ZSD novel", base="base", gzsd_base="GZSD base", gzsd_novel="novel", gzsd_all="all")
+KEYS = ("AP50", "AR50", "AP50s", "AP50m", "AP50l")
 
 
-def evaluate(model, val, clip, rank, world, device, args, out=None):
-    """AP50 and AR50 under ZSD, GZSD and base only, on rank 0, None elsewhere; one pass over the images.
+def evaluate(clip, model, val, rank, world, device, args):
+    """(AP50 and AR50 under ZSD, GZSD and base only, GZSD's detections) on rank 0, (None, None) elsewhere or
+    without a validation set.
 
-    ZSD: novel names, images with a novel object. Base: likewise. GZSD: all names compete; means over base, novel and all classes.
-    With --clip-direct ZSD alone, as in Table 6.
+    ZSD: novel names, images with a novel object. Base: likewise. GZSD: all names compete; means over base,
+    novel and all classes. With --clip-direct ZSD alone, as in Table 6; without a novel object without ZSD.
     """
+    if val is None:
+        return None, None
     model.eval()
     model.unit_background()  # it is off the sphere after a step
-    since, (base, novel) = time.time(), class_split(args)
-    names = dict(zsd=[n for n in val.classes if n in novel], base=[n for n in val.classes if n in base], gzsd=val.classes)
-    names = {p: names[p] for p in names if p == "zsd" or not args.clip_direct}
+    since, known = time.time(), model.arch.get("base") or class_split(args.split, val.classes)[0]
+    base, novel = ([n for n in val.classes if (n in known) == wanted] for wanted in (True, False))
+    names = dict(zsd=novel) if args.clip_direct else dict(zsd=novel, base=base, gzsd=val.classes)
+    truth = {p: truth_of(val, names[p]) for p in names}
+    names = {p: names[p] for p in names if truth[p]["images"]}
     ids = {p: [val.category_ids[val.classes.index(n)] for n in names[p]] for p in names}
-    texts, raw = {p: clip.class_embeddings(names[p]) for p in names}, read_json(val.annotations)
-    truth = {p: truth_of(val, raw, names[p]) for p in names}
+    texts = {p: clip.class_embeddings(names[p]) for p in names}
     wanted = {p: {i["id"] for i in truth[p]["images"]} for p in names}
     results = {p: [] for p in names}
-    for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         image_id = batch["image_ids"][0]
         asked = [p for p in names if image_id in wanted[p]]
         if asked:
-            found = run_detector(model, batch, device, args, [texts[p] for p in asked], clip if args.clip_direct else None)
+            direct = clip if args.clip_direct else None
+            found = run_detector(model, batch, device, args, [texts[p] for p in asked], direct)
             for p, result in zip(asked, found):
                 results[p] += to_coco_results(image_id, *result, ids[p])
     results = {p: gather(results[p]) for p in names}
     if rank != 0:
-        return None
+        return None, None
     stats = {p: coco_evaluate(truth[p], results[p]) for p in names}
-    groups = dict(zsd=("zsd", novel), base=("base", base), gzsd_base=("gzsd", base), gzsd_novel=("gzsd", novel), gzsd_all=("gzsd", val.classes))
-    groups = {g: (p, members) for g, (p, members) in groups.items() if p in names}
-    metrics = dict(images=len(val), seconds=time.time() - since) | {
-        f"{g}_{key}": class_mean(stats[p], members, key) for g, (p, members) in groups.items() for key in ("AP50", "AR50", "AP50s", "AP50m", "AP50l")}
+    members = dict(zsd=novel, base=base, gzsd_base=base, gzsd_novel=novel, gzsd_all=val.classes)
+    groups = [g for g in GROUPS if g.split("_")[0] in names and members[g]]
+    metrics = dict(images=len(val), seconds=time.time() - since)
+    for g in groups:
+        protocol = stats[g.split("_")[0]]
+        metrics |= {f"{g}_{key}": class_mean(protocol, members[g], key) for key in KEYS}
     metrics["score"] = metrics["zsd_AP50" if args.clip_direct else "gzsd_all_AP50"]
     metrics["classes"] = {p: stats[p]["classes"] for p in names}
-    metrics["line"] = f"{len(val)} images | " + " | ".join(f"{label} AP50 {metrics[g + '_AP50']:.1f} AR50 {metrics[g + '_AR50']:.1f}" for g, label in (
-        ("zsd", "ZSD novel"), ("base", "base"), ("gzsd_base", "GZSD base"), ("gzsd_novel", "novel"), ("gzsd_all", "all")) if g in groups)
-    metrics["line"] += f" | {metrics['seconds']:.0f}s"
-    write_results(out, metrics, results["zsd" if args.clip_direct else "gzsd"], val)
-    return metrics
+    both = {g: f"AP50 {metrics[g + '_AP50']:.1f} AR50 {metrics[g + '_AR50']:.1f}" for g in groups}
+    numbers = [f"{GROUPS[g]} {both[g]}" for g in groups]
+    metrics["line"] = " | ".join([f"{len(val)} images", *numbers, f"{metrics['seconds']:.0f}s"])
+    return metrics, results["zsd" if args.clip_direct else "gzsd"]
 
 
-def write_results(out, metrics, results, val):
-    """results.json, detections.json and samples.jpg into the folder out, if given."""
-    if out:
-        (out / "detections.json").write_text(json.dumps(results))
-        (out / "results.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "line"}, indent=1))
-        save_samples(val, results, out / "samples.jpg")
-
-
-def follow(args, arch):
-    """Classes, split, seed of shapes and image size are those that a checkpoint was trained with: its novel classes must stay novel."""
-    if args.data == "shapes" and arch["data"] != "shapes":
-        raise UserError("--data shapes: the checkpoint was trained on COCO's classes")
-    args.data = "shapes" if arch["data"] == "shapes" else args.data
-    args.split, args.data_seed, args.image_size = arch["split"], arch["data_seed"], args.image_size or arch["image_size"]
+def evaluate_file(args, rank, world, device):
+    """--eval: metrics of a checkpoint, into --out."""
+    from common.pictures import write_results
+    model = load_detector(args.eval, "--eval").to(device)
+    args = follow(args, model.arch)
+    val = make_data(args, "val", base=model.arch.get("base"))
+    metrics, results = evaluate(clip_of(model, args, device), model, val, rank, world, device, args)
+    if rank == 0:
+        write_results(Path(args.out), metrics, results, val, args.eval, None, None)
+        print(metrics["line"])
 
 
 def clip_of(model, args, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
-    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), device)
-    if clip.dim != model.arch["dim"]:
-        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['dim']}-d")
+    name = args.clip or model.arch["clip"] or None
+    clip, dim = get_clip(argparse.Namespace(**vars(args) | dict(clip=name)), device), model.arch["dim"]
+    if clip.dim != dim:
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {dim}-d")
     return clip
+
+
+def class_names(values, flag="--classes"):
+    """One value is split at commas, or is a file with one name a line; several values are one name each."""
+    names = values
+    if len(values) == 1 and Path(values[0]).is_file():
+        names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+    elif len(values) == 1:
+        names = values[0].split(",")
+    names = [n.strip() for n in names]
+    if not all(names):
+        raise UserError(f"{flag} {' '.join(values)}: holds an empty name")
+    return names
 
 
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file) and one picture per image into --out."""
+    from common.pictures import Pictures
     model = load_detector(args.weights).to(device)
-    follow(args, model.arch)
-    classes = [n.strip() for n in args.classes.split(",")] if args.classes else sum(class_split(args), [])
+    args = follow(args, model.arch)
+    classes = model.arch.get("base", []) + model.arch.get("novel", [])
+    if args.classes:
+        classes = class_names(args.classes)
+    if not classes:
+        raise UserError(f"--weights {args.weights}: of an earlier version, without names; give --classes")
+    pictures = Pictures(args.predict, args.out, args.score)
     text = clip_of(model, args, device).class_embeddings(classes)
     size = max(parse_image_size(args.image_size))
-    out, answer = Path(args.out), {}
-    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
-             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
-    if not paths:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
-    for number, path in enumerate(tqdm(paths, desc="predict")):
-        try:
-            original = TF.pil_to_tensor(read_image(path))
-        except DataError as e:  # the others are still wanted
-            print(f"left out: {e}", file=sys.stderr)
-            continue
-        image, (h, w) = resize(original, size)
-        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
-                    original_size=original.shape[1:])
+    for picture in pictures:
+        image, (h, w) = resize(picture.pixels, size)
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(),
+                    image_id=0, original_size=picture.pixels.shape[1:])
         batch = collate([item])
-        (boxes, scores, labels), = run_detector(model, batch, device, args, [text])
-        keep = scores > args.score
-        boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
-        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
-                             zip(boxes.tolist(), scores.tolist(), labels.tolist())]
-        picture = draw_boxes(original, boxes, labels, classes, scores)
-        torchvision.io.write_jpeg(picture, str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
+        picture.save(*run_detector(model, batch, device, args, [text])[0], classes)
         if args.heat_map:
             from matplotlib import colormaps  # comes with lvis
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 maps = model(normalise(batch["images"].to(device), batch["sizes"].to(device)))
-                heat = F.interpolate(heat_map(model, maps, text, (h, w))[None], original.shape[1:], mode="bilinear")[0].cpu().numpy()
+                heat = heat_map(model, maps, text, (h, w))[None]
+                heat = F.interpolate(heat, picture.pixels.shape[1:], mode="bilinear")[0].cpu().numpy()
             for name, score in zip(classes, heat):
                 coloured = torch.from_numpy(colormaps["jet"](score)[..., :3]).permute(2, 0, 1) * 255
-                file = f"{number:04d}_{path.stem}_heat_" + re.sub(r"[^\w-]", "_", name) + ".jpg"
-                torchvision.io.write_jpeg((0.5 * original + 0.5 * coloured).byte(), str(out / file), quality=90)
-    if not answer:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
-    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
-    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+                picture.write(f"heat_{name}", 0.5 * picture.pixels + 0.5 * coloured)
 
 
 # ================================================================== analyses of the paper
 
 def upper_bound(args, rank, world, device):
-    """Table 9: each novel object's true box is one detection, named by CLIP among the novel names. Metrics on rank 0.
+    """Table 9: each novel object's true box is one detection, named by CLIP among the novel names.
 
-    Crops come from the original file, enlarged by --crop-scale. One name a box, so AR50 is the mean over classes of the top-1 accuracy.
+    Crops come from the original file, enlarged by --crop-scale. One name a box, so AR50 is the mean over
+    classes of the top-1 accuracy.
     """
-    val, clip = make_data(args, "val"), get_clip(args, device)
-    novel = class_split(args)[1]
+    from common.pictures import write_results
+    val = make_data(args, "val", base=[])
+    novel = class_split("own" if args.val_json else args.split, val.classes, [])[1]
     names = [n for n in val.classes if n in novel]
     ids = [val.category_ids[val.classes.index(n)] for n in names]
-    text, truth, results = clip.class_embeddings(names), truth_of(val, read_json(val.annotations), names), []
+    truth, results = truth_of(val, names), []
+    clip = get_clip(args, device)
+    text = clip.class_embeddings(names)
     boxes = {i["id"]: [] for i in truth["images"]}
     for a in truth["annotations"]:
-        if not a.get("iscrowd"):
+        if not a["iscrowd"]:
             x, y, w, h = a["bbox"]
             boxes[a["image_id"]].append((x, y, x + w, y + h))
     for image in tqdm(truth["images"][rank::world], desc="upper bound", disable=rank != 0, mininterval=1):
-        pixels, where = TF.pil_to_tensor(read_image(val.folder / image["file_name"]))[None], torch.tensor(boxes[image["id"]])
-        owner = torch.zeros(len(where), dtype=torch.long)
-        v = encode_regions(clip, pixels.to(device), torch.tensor([pixels.shape[2:]], device=device), where.to(device), owner.to(device), args, args.crop_scale or 1.0)
+        path, where = val.folder / image["file_name"], torch.tensor(boxes[image["id"]])
+        pixels = TF.pil_to_tensor(read_image(path))[None]
+        size = pixels.shape[2:]
+        if tuple(size) != (image["height"], image["width"]):
+            raise UserError(f"{path}: is {size[1]}x{size[0]}, but {val.annotations.name} says "
+                            f"{image['width']}x{image['height']}")
+        owner = torch.zeros(len(where), dtype=torch.long, device=device)
+        sizes = torch.tensor([size], device=device)
+        v = encode_regions(clip, pixels.to(device), sizes, where.to(device), owner, args, args.crop_scale)
         score, label = (100 * v @ text.T).softmax(-1).max(-1)
         results += to_coco_results(image["id"], where, score, label, ids)
     results = gather(results)
-    if rank != 0:
-        return None
-    stats = coco_evaluate(truth, results)
-    metrics = {key: class_mean(stats, names, key) for key in ("AR50", "AP50", "AP50s", "AP50m", "AP50l")} | dict(classes=stats["classes"])
-    metrics["line"] = (f"CLIP {clip.name} on {len(results)} true boxes of {len(names)} novel classes | AR50 {metrics['AR50']:.1f} "
-                       f"AP50 {metrics['AP50']:.1f} S {metrics['AP50s']:.1f} M {metrics['AP50m']:.1f} L {metrics['AP50l']:.1f}")
-    write_results(Path(args.out), metrics, results, val)
-    return metrics
+    if rank == 0:
+        stats = coco_evaluate(truth, results)
+        metrics = {key: class_mean(stats, names, key) for key in KEYS} | dict(classes=stats["classes"])
+        sizes = " ".join(f"{k[-1].upper()} {metrics[k]:.1f}" for k in KEYS[2:])
+        print(f"CLIP {clip.name} on {len(results)} true boxes of {len(names)} novel classes | "
+              f"AR50 {metrics['AR50']:.1f} AP50 {metrics['AP50']:.1f} {sizes}")
+        write_results(Path(args.out), metrics, results, val, f"CLIP {clip.name}", None, None)
 
 
 class BaseRPN(nn.Module):
@@ -956,18 +848,24 @@ class BaseRPN(nn.Module):
         count = dict(training=1000, testing=1000)
         self.rpn = RegionProposalNetwork(anchors, RPNHead(channels, 3), 0.7, 0.3, 256, 0.5, count, count, 0.7)
 
-    def forward(self, x, sizes, boxes=None, amp="none"):
-        """-> (proposals of each image, best first, {name: loss}, empty without boxes). bf16 up to the FPN: torchvision's anchors have the maps' dtype."""
+    def forward(self, x, sizes=None, boxes=None, amp="none"):
+        """-> (proposals of each image, best first, {name: loss}, empty without boxes); without sizes raw
+        predictions. bf16 up to the FPN: torchvision's anchors have the maps' dtype."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp == "bf16"):
             maps = self.fpn(self.body(x))
+        if sizes is None:
+            return self.rpn.head(list(maps.values()))
         targets = None if boxes is None else [dict(boxes=b) for b in boxes]
-        return self.rpn(ImageList(x, [tuple(size) for size in sizes.tolist()]), {k: fp32(m) for k, m in maps.items()}, targets)
+        images = ImageList(x, [tuple(size) for size in sizes.tolist()])
+        return self.rpn(images, {k: fp32(m) for k, m in maps.items()}, targets)
 
 
 class RPNLearner(nn.Module):
-    def __init__(self, model, args):
+    """The RPN, which has no teacher: forward(batch) -> {name: loss}."""
+
+    def __init__(self, model, a):
         super().__init__()
-        self.model, self.a = model, args
+        self.model, self.a = model, a
 
     def forward(self, batch):
         x = normalise(batch["images"], batch["sizes"])
@@ -976,42 +874,32 @@ class RPNLearner(nn.Module):
         return dict(objectness=losses["loss_objectness"], box=losses["loss_rpn_box_reg"])
 
 
-def rpn_recall(args, rank, world, device):
-    """Table 1: recall of novel boxes by an RPN that has seen base boxes only. Metrics on rank 0."""
-    args.gkd = False  # no captions, learning rate for 16 images, mmdetection's for an RPN
-    args.lr = args.lr or (None if args.data == "shapes" else 0.02)
-    fill_defaults(args)
-    data, val = make_data(args, "train"), make_data(args, "val")
-    seed_all(args.seed)
-    model = BaseRPN(args.backbone, args.init, 64 if args.backbone.startswith("tiny") else 256).to(device)
-    return fit(RPNLearner(model, args), data, open_run(args, rank, args.resume), args, rank, world, device,
-               partial(measure_recall, model, val, rank, world, device, args))
-
-
 @torch.no_grad()
-def measure_recall(model, val, rank, world, device, args, out=None, most=(100, 300, 1000), ious=(0.5, 0.75)):
-    """Recall of novel boxes among the best `most` proposals, at each IoU, one proposal a box; classes are ignored."""
+def measure_recall(model, val, rank, world, device, args, most=(100, 300, 1000), ious=(0.5, 0.75)):
+    """Table 1: (recall of novel boxes by an RPN that has seen base boxes only, None) on rank 0, (None, None)
+    elsewhere. Among the best `most` proposals, at each IoU, one proposal a box; classes are ignored."""
     model.eval()
-    names = [n for n in val.classes if n in class_split(args)[1]]
-    truth, results = truth_of(val, read_json(val.annotations), names), []
+    since, names = time.time(), [n for n in val.classes if n not in model.arch["base"]]
+    truth, results = truth_of(val, names), []
     wanted = {i["id"] for i in truth["images"]}
-    for batch in tqdm(eval_loader(val, rank, world, args.workers, device.type == "cuda"), desc="recall", disable=rank != 0, leave=False, mininterval=1):
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    for batch in tqdm(loader, desc="recall", disable=rank != 0, leave=False, mininterval=1):
         if batch["image_ids"][0] in wanted:
             batch = to_device(batch, device)
             boxes = model(normalise(batch["images"], batch["sizes"]), batch["sizes"], None, args.amp)[0][0]
             (h, w), (height, width) = batch["sizes"][0].tolist(), batch["original_sizes"][0]
             boxes = boxes * torch.tensor([width / w, height / h] * 2, device=device)
-            results += to_coco_results(batch["image_ids"][0], boxes, torch.arange(len(boxes), 0, -1) / len(boxes),
-                                       torch.zeros(len(boxes), dtype=torch.long), val.category_ids)
+            scores = torch.arange(len(boxes), 0, -1) / len(boxes)
+            labels = torch.zeros(len(boxes), dtype=torch.long)
+            results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, [0])
     results = gather(results)
     if rank != 0:
-        return None
+        return None, None
     metrics = {f"AR{n}_{iou}": r for (iou, n), r in class_agnostic_recall(truth, results, most, ious).items()}
-    metrics["score"] = metrics[f"AR{most[-1]}_{ious[0]}"]
-    metrics["line"] = " | ".join(f"novel boxes, IoU {iou}: recall " + " ".join(f"@{n} {metrics[f'AR{n}_{iou}']:.1f}" for n in most) for iou in ious)
-    if out:
-        (out / "results.json").write_text(json.dumps(metrics, indent=1))
-    return metrics
+    metrics |= dict(score=metrics[f"AR{most[-1]}_{ious[0]}"], images=len(wanted), seconds=time.time() - since)
+    recall = {iou: " ".join(f"@{n} {metrics[f'AR{n}_{iou}']:.1f}" for n in most) for iou in ious}
+    metrics["line"] = " | ".join(f"novel boxes, IoU {iou}: recall {recall[iou]}" for iou in ious)
+    return metrics, None
 
 
 def heat_map(model, maps, text, size):
@@ -1032,46 +920,258 @@ def shapes_table(args, rank, world, device):
     rows = []
     for name, ikd, gkd in (("baseline", False, False), ("HierKD", True, True)):
         since, out = time.time(), Path(args.out) / name.lower()
-        resume = args.resume and (out / "log.jsonl").exists()
-        run = argparse.Namespace(**{**vars(args), "ikd": ikd, "gkd": gkd, "out": str(out), "resume": resume, "table": False})
-        rows.append((name, train(run, rank, world, device), time.time() - since))
+        resume = args.resume and (out / "last.pt").exists()
+        more = dict(ikd=ikd, gkd=gkd, out=str(out), resume=resume, table=False)
+        metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
+        rows.append((name, metrics, time.time() - since))
     if rank == 0:
         print(f"\n{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds")
         for name, m, seconds in rows:
-            print(f"{name:18s} {m['zsd_AP50']:10.1f} {m['base_AP50']:6.1f} | {m['gzsd_base_AP50']:9.1f} {m['gzsd_novel_AP50']:6.1f} "
-                  f"{m['gzsd_all_AP50']:6.1f} {seconds:9.0f}")
+            zsd, base, of_base, of_novel, of_all = (m.get(f"{g}_AP50", -1) for g in GROUPS)
+            print(f"{name:18s} {zsd:10.1f} {base:6.1f} | {of_base:9.1f} {of_novel:6.1f} {of_all:6.1f} "
+                  f"{seconds:9.0f}")
 
+
+# ================================================================== flags
+
+EXAMPLES = """
+torchrun --nproc_per_node 4 hierkd.py --data data/coco           # HierKD R50 1x, 48/17 split
+python hierkd.py --data shapes                                   # everything in minutes on a CPU
+python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "red panda,umbrella"
+"""
+CROPS = "crop_scale crop_norm crop_antialias"
+OF_IKD = "ikd_norm ikd_weight ikd_mean ikd_box ikd_iou ikd_max shuffle_crops"
+OF_GKD = """gkd_loss gkd_weight gkd_patches gkd_levels gkd_pool gkd_gather tau_a tau_m shuffle_captions
+    train_captions"""
+# flags, the flag that gives them an effect, its values
+BELONGS = (
+    (f"{OF_IKD} {CROPS}", "ikd", (True,)),
+    (OF_GKD, "gkd", (True,)),
+    ("tau_m gkd_gather", "gkd_loss", ("cl",)),
+    ("data_seed", "data", ("shapes",)))
+OF_DETECTOR = f"""clip quality bg tau_c embed_bias preset ikd gkd negatives cls_weight nms table
+    {OF_IKD} {OF_GKD} {CROPS}"""
+RELEASED = dict(ikd_norm="l2", ikd_weight=0.05, ikd_mean="level", cls_weight="learn", crop_norm="imagenet",
+                crop_antialias=False, direct_quality=True)
+
+
+def number_or(word, kind):
+    """argparse type: the word, or a number of this kind."""
+    def parse(text):
+        try:
+            return word if text == word else kind(text)
+        except argparse.ArgumentTypeError as e:
+            raise argparse.ArgumentTypeError(f"{e}; or {word}") from None
+    return parse
+
+
+def parse_args(argv=None):
+    p = parser(__doc__, EXAMPLES)
+    switch = dict(action=argparse.BooleanOptionalAction)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
+    g.add_argument("--split", choices=("48_17", "65_15"),
+                   help="base / novel classes of COCO (default 48_17). Shapes has its own; own files: base "
+                   "are the classes of --train-json, novel are others of --val-json")
+    g.add_argument("--train-captions", metavar="JSON",
+                   help="COCO-format captions of the images of --train-json, for GKD")
+    g.add_argument("--classes", action="append", metavar="NAMES",
+                   help="for --predict: any names, comma-separated, or a file with one a line; given several "
+                   "times, one name each (default: base and novel)")
+    g.add_argument("--data-seed", type=SEED, default=0,
+                   help="shapes: seed of the drawn images and of the tiny CLIP")
+    g.add_argument("--drop-novel-images", **switch, default=False,
+                   help="leave out training images that hold a novel object (the older 65/15 protocol)")
+    g.add_argument("--image-size",
+                   help="short side: 800, a choice 640,800 or a range 480-800 (default 800; schedule 3x "
+                   "480-800; shapes 72-120; --eval, --predict: as trained)")
+    g = p.add_argument_group("model")
+    g.add_argument("--clip",
+                   help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the "
+                   "tiny CLIP, trained on demand)")
+    g.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
+    g.add_argument("--init", choices=("imagenet", "none"),
+                   help="backbone start (default imagenet; shapes none)")
+    g.add_argument("--quality", choices=("iou", "centerness", "none"), default="iou",
+                   help="what the quality branch learns, and the weight of boxes")
+    g.add_argument("--bg", choices=("learn", "fixed"), default="learn",
+                   help="background embedding, or a constant cosine of 0.2")
+    g.add_argument("--tau-c", type=POSITIVE,
+                   help="start of the classifier's temperature, Eq. 1 (default 100; shapes 30)")
+    g.add_argument("--embed-bias", choices=("focal", "zero"),
+                   help="start of the embedding's bias: -4.6 or 0 (default focal; shapes zero)")
+    g = p.add_argument_group("method")
+    g.add_argument("--preset", choices=("paper", "released"), default="paper",
+                   help="released: --ikd-norm l2 --ikd-weight 0.05 --ikd-mean level --cls-weight learn "
+                   "--crop-norm imagenet --no-crop-antialias --direct-quality")
+    g.add_argument("--ikd", **switch, default=True, help="instance-level distillation, Eq. 2")
+    g.add_argument("--ikd-norm", choices=("l1", "l2"), help="distance of Eq. 2 (default l1)")
+    g.add_argument("--ikd-weight", type=number(), help="lambda_ins of Eq. 6 (default 1; shapes 0.4)")
+    g.add_argument("--ikd-mean", choices=("all", "level"),
+                   help="mean over positives, or per level and then over levels (default all)")
+    g.add_argument("--ikd-box", choices=("pred", "gt"), default="pred", help="boxes that are cropped")
+    g.add_argument("--ikd-iou", type=number(float, -1, 1), default=0.5,
+                   help="positives whose predicted box overlaps its object less are left out")
+    g.add_argument("--ikd-max", type=COUNT,
+                   help="at most so many crops per process and step, drawn at random (default all; shapes "
+                   "64)")
+    g.add_argument("--crop-scale", type=POSITIVE,
+                   help="crops are enlarged by this (default 1; training on shapes 1.2)")
+    g.add_argument("--crop-norm", choices=("clip", "imagenet"),
+                   help="mean and deviation of the crops (default clip)")
+    g.add_argument("--crop-antialias", **switch, help="PIL's antialiased resize (default), or plain bicubic")
+    g.add_argument("--gkd", **switch, default=True, help="global (caption) distillation, Eqs. 3-5")
+    g.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl",
+                   help="contrastive, Eq. 5, or positive pairs only")
+    g.add_argument("--gkd-weight", type=number(), help="lambda_Glo of Eq. 6 (default 1; shapes 0.2)")
+    g.add_argument("--gkd-patches", type=COUNT, default=3, help="N: each level is cut into N x N patches")
+    g.add_argument("--gkd-levels", type=number(int, 1, 5),
+                   help="levels that are cut, from P3 (default 5; shapes 2: P5 to P7 see a whole image in 16 "
+                   "to 1 cells)")
+    g.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
+    g.add_argument("--gkd-gather", **switch, default=False,
+                   help="contrast with the images and captions of all processes")
+    g.add_argument("--tau-a", type=POSITIVE,
+                   help="temperature of the captions' attention, Eq. 3 (default 1; shapes 0.1)")
+    g.add_argument("--tau-m", type=POSITIVE, default=10.0, help="start of the temperature of Eq. 5")
+    g.add_argument("--negatives", type=number_or("1to1", number(float, 0, 1, above=True)), default=0.1,
+                   help="share of the negatives that is kept, per level; or 1to1: as many as positives")
+    g.add_argument("--cls-weight", type=number_or("learn", POSITIVE),
+                   help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s| (default 1)")
+    g.add_argument("--nms", type=number(float, 0, 1), default=0.4, help="IoU of the class-wise NMS")
+    g.add_argument("--shuffle-captions", action="store_true",
+                   help="control: each image gets the caption of another")
+    g.add_argument("--shuffle-crops", action="store_true",
+                   help="control: each positive gets the crop embedding of another")
+    g = p.add_argument_group("schedule")
+    g.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x",
+                   help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
+    g.add_argument("--epochs", type=COUNT, help="instead of the schedule's (shapes 16)")
+    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 8; shapes 16)")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
+    g.add_argument("--lr", type=POSITIVE,
+                   help="for a total batch of 32, of 16 without GKD; scaled linearly (default 0.01; "
+                   "--rpn-recall 0.02; shapes 0.004 at 16)")
+    g.add_argument("--weight-decay", type=number(), default=1e-4)
+    g.add_argument("--table", **switch,
+                   help="train without and with distillation and print both (default: on shapes, with IKD "
+                   "and GKD, without --max-iters)")
+    g = p.add_argument_group("analyses of the paper")
+    g.add_argument("--clip-direct", **switch, default=False,
+                   help="with --eval: Algorithm 1, Table 6: CLIP classifies crops of the detector's boxes; "
+                   "crops as by --crop-*")
+    g.add_argument("--direct-quality", **switch, help="the quality still multiplies CLIP's score there")
+    g.add_argument("--gt-upper-bound", action="store_true",
+                   help="Table 9: CLIP classifies the true boxes of novel objects")
+    g.add_argument("--rpn-recall", action="store_true",
+                   help="Table 1: train a class-agnostic RPN on base boxes, then its recall of novel boxes")
+    g.add_argument("--heat-map", action="store_true",
+                   help="with --predict: Fig. 4, the classification score of each name at each place")
+    run_flags(p, "hierkd")
+    first, given = p.parse_args(argv), given_flags(p, argv)
+    crops = f"{CROPS} preset" if first.clip_direct else ""
+    modes = dict(eval=f"clip clip_direct direct_quality nms val_json val_images {crops}",
+                 predict="weights score classes clip nms heat_map",
+                 gt_upper_bound=f"clip split {CROPS} preset val_json val_images")
+    args = parse(p, argv, "hierkd-rpn" if first.rpn_recall else "hierkd", modes,
+                 only="weights score classes heat_map clip_direct direct_quality", belongs=BELONGS,
+                 apart=("eval predict gt_upper_bound rpn_recall",), saved=flags_of_run)
+    if "direct_quality" in given and not args.clip_direct:
+        p.error("--direct-quality: belongs to --clip-direct")
+    wrong = "" if any(getattr(args, m) for m in modes) else contradiction(args, given)
+    if wrong:
+        p.error(wrong)
+    idle = sorted(given & set(OF_DETECTOR.split())) if args.rpn_recall else []
+    if idle and int(os.environ.get("RANK", 0)) == 0:
+        idle = ", ".join("--" + f.replace("_", "-") for f in idle)
+        print(f"note: with --rpn-recall there is no effect of {idle}", file=sys.stderr)
+    if args.image_size:
+        parse_image_size(args.image_size)
+    return args
+
+
+def contradiction(args, given):
+    """What is wrong with a training's flags as a whole, or "". given: those that stand in the command."""
+    shapes, own = args.data == "shapes", args.train_json
+    if args.schedule != "3x" and "schedule" in given and (shapes or "epochs" in given):
+        return f"--schedule {args.schedule}: sets the epochs only, which --epochs or --data shapes set, too"
+    if "split" in given and (shapes or own):
+        return f"--split {args.split}: is of COCO's names, {'own files' if own else 'shapes'} have theirs"
+    if args.drop_novel_images and own:
+        return "--drop-novel-images: the classes of --train-json are all base"
+    if args.train_captions and not own:
+        return "--train-captions: belongs to --train-json; COCO's captions lie beside its boxes"
+    if args.table and not (args.ikd and args.gkd):
+        return "--table: trains without and with both distillations; leave out --no-ikd and --no-gkd"
+    if (args.table or args.rpn_recall) and own and not args.val_json:
+        return f"--{'table' if args.table else 'rpn-recall'}: needs a validation set, --val-json"
+    return ""
+
+
+def flags_of_run(args):
+    """For --resume: the flags of the run in --out, or of the table of runs; {} where nothing is saved yet."""
+    one, table = Path(args.out) / "last.pt", Path(args.out) / "baseline/last.pt"
+    if one.exists() and table.exists():
+        raise UserError(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
+    if table.exists():
+        return saved_flags(table, "hierkd.py") | dict(ikd=True, gkd=True, table=True)
+    return saved_flags(one, "hierkd.py") if one.exists() else {}
+
+
+def resolve(args):
+    """The flags with every default that depends on another flag; after this they are only read."""
+    training = not (args.eval or args.predict or args.gt_upper_bound)
+    shapes, own, rpn = args.data == "shapes", bool(training and args.train_json), args.rpn_recall
+    defaults = dict(
+        split="own" if own else "shapes" if shapes else "48_17", backbone="r50", init="imagenet", tau_c=100.0,
+        embed_bias="focal", ikd_norm="l1", ikd_weight=1.0, ikd_mean="all", crop_scale=1.0, crop_norm="clip",
+        crop_antialias=True, gkd_weight=1.0, gkd_levels=5, tau_a=1.0, cls_weight=1.0, direct_quality=False,
+        epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd",
+        lr=0.02 if rpn else 0.01,
+        table=shapes and args.ikd and args.gkd and args.max_iters is None and not (own or rpn))
+    if shapes:
+        defaults.update(
+            backbone="tiny16", init="none", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64,
+            crop_scale=1.2 if training else 1.0, gkd_weight=0.2, gkd_levels=2, tau_a=0.1, epochs=16,
+            batch_size=16, optimizer="adamw", lr=0.004)
+    if training:
+        defaults["image_size"] = "72-120" if shapes else "480-800" if args.schedule == "3x" else "800"
+    if args.preset == "released":
+        defaults.update(RELEASED)
+    found = {k: v for k, v in defaults.items() if getattr(args, k) is None}
+    if rpn:
+        found |= dict(ikd=False, gkd=False)
+    if not training:
+        found["train_json"] = None
+    args = argparse.Namespace(**vars(args) | found)
+    if training:
+        check_backbone(args.backbone, args.init)
+        processes = dist.get_world_size() if args.gkd_gather and dist.is_initialized() else 1
+        if args.gkd and args.gkd_loss == "cl" and args.batch_size * processes == 1:
+            raise UserError("--batch-size 1: GKD contrasts the images of a batch, with one image its loss is "
+                            "always 0; use more or --gkd-gather")
+    return args
+
+
+# ================================================================== main
 
 def main():
-    try:
-        args = parse_args()
-        rank, world, device = init_ddp()
+    with started("hierkd.py") as (rank, world, device):
+        args = resolve(parse_args())
         if args.eval or args.predict or args.gt_upper_bound:
-            answer_folder(args.out)
+            answer_folder(args.out, rank)
         if args.eval:
-            model = load_detector(args.eval, "--eval").to(device)
-            follow(args, model.arch)
-            metrics = evaluate(model, make_data(args, "val"), clip_of(model, args, device), rank, world, device, args, Path(args.out))
-            if rank == 0:
-                print(metrics["line"])
+            evaluate_file(args, rank, world, device)
         elif args.predict:
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
             predict(args, device)
         elif args.gt_upper_bound:
-            metrics = upper_bound(args, rank, world, device)
-            if rank == 0:
-                print(metrics["line"])
-        elif args.rpn_recall:
-            rpn_recall(args, rank, world, device)
-        elif args.table if args.table is not None else args.data == "shapes" and args.ikd and args.gkd and args.max_iters is None:
+            upper_bound(args, rank, world, device)
+        elif args.table:
             shapes_table(args, rank, world, device)
         else:
             train(args, rank, world, device)
-    except (UserError, DataError, ClipError, ShapesError) as e:
-        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
-        sys.exit("\nhierkd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    leave_ddp()
 
 
 if __name__ == "__main__":

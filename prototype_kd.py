@@ -25,16 +25,13 @@ Not run by us: COCO and VOC at full size. On shapes (three seeds, README): +1.1 
 +0.9, features alone +0.7, the global loss alone nothing; --preset released +1.4.
 """
 import argparse
-import json
 import math
 import re
-import shutil
-import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,25 +39,26 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN, RetinaNet
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, deform_conv2d, roi_align
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 from tqdm import tqdm
 
 from common.boxes import constant
-from common.datasets import CocoDataset, DataError, collate, eval_loader, find_coco, parse_image_size, read_coco, read_image, read_voc, resize, train_loader
-from common.evaluation import class_table, coco_evaluate, gather, to_coco_results, voc_evaluate
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint,
-                        load_strict, open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all,
-                        set_rng_state, warmup_multistep)
-from common.shapes import ShapesError, make_shapes
+from common.datasets import (CocoDataset, collate, eval_loader, find_coco, own_files, parse_image_size,
+                             read_annotations, read_json, read_voc, resize, start_worker, to_corners,
+                             train_loader)
+from common.evaluation import class_table, coco_evaluate, to_coco_results, voc_evaluate
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, dash, describe_model, fold,
+                        gather, given_flags, load_checkpoint, load_strict, made_once, number, open_run, parse,
+                        parser, reduce_mean, run_flags, saved_flags, seed_all, started, warmup_multistep,
+                        wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 # Where the paper and the authors' code differ; each is a flag of its own. Choices of ours, in both presets:
@@ -77,150 +75,6 @@ PRESETS = dict(
     released=dict(alpha_global=0.0, alpha_feat=1.0, alpha_resp=1.0, sigma="maxcos", sigma_clamp=False, instances="proposals", level_assign="fpn",
                   kd_local="defeat", bg_weight=4.0, feat_norm="sigma", adapt="conv3x3", resp_tau=2.0, resp_norm="mean", kd_decay="linear",
                   density_filter=0.4, proto_min_size=30.0, photometric=False))
-
-
-# ================================================================== flags
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-
-    def preset(name, text, **options):
-        paper, released = (PRESETS[k][name.replace("-", "_")] for k in ("paper", "released"))
-        p.add_argument(f"--{name}", help=f"{text} (paper {paper}, released {released})", **options)
-
-    # data
-    p.add_argument("--dataset", choices=("coco", "voc"), default="coco", help="layout of --data; voc: 07+12 trainval, 07 test")
-    p.add_argument("--data", help="root, or 'shapes': the embedded dataset (default data/coco; voc: data, which holds VOCdevkit)")
-    p.add_argument("--voc-train", default="2007_trainval,2012_trainval", help="lists of VOC to train on, year_list")
-    p.add_argument("--voc-val", default="2007_test", help="and to evaluate on")
-    p.add_argument("--data-seed", type=int, default=0, help="of the embedded dataset")
-    p.add_argument("--train-images", type=int, help="train on the first so many images only, 0 for all (default 0; shapes 300, its teacher all)")
-    p.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 (default 800; shapes 72-120; --eval, --predict: as trained)")
-    preset("photometric", "training images with other brightness, contrast, saturation and hue; shapes: off", action=argparse.BooleanOptionalAction)
-    p.add_argument("--workers", type=int, default=2, help="loader processes per training process")
-    # models
-    p.add_argument("--teacher", help=f"one of {', '.join(ZOO)}, an mmdetection .pth or our .pt; none: plain training "
-                   "(default faster_r101; shapes: trained on demand)")
-    p.add_argument("--init", help="what the student starts from: as --teacher; imagenet; none "
-                   "(default: the r50 of the teacher's kind, trained on COCO; --teacher none, or voc: imagenet; shapes: trained on demand)")
-    p.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, retina_r18, retina_tiny8 ... (default: the teacher's kind, else "
-                   "faster, on r50; shapes on tiny8)")
-    # the method
-    p.add_argument("--preset", choices=tuple(PRESETS), help="what the flags below are where they are not given (default paper)")
-    preset("alpha-global", "alpha_1 of Eq. 9", type=float)
-    preset("alpha-feat", "alpha_2 of Eq. 9", type=float)
-    preset("alpha-resp", "alpha_3 of Eq. 9", type=float)
-    p.add_argument("--k", type=int, default=10, help="K: prototypes of a class and level")
-    p.add_argument("--lam", type=float, default=10.0, help="lambda of Eq. 2, in the selection")
-    p.add_argument("--refresh", type=float, help="T: epochs between two selections; 0.5 is twice an epoch (default 1; shapes 4, of 19 steps each)")
-    p.add_argument("--proto-method", choices=("pgm", "kmeans", "dbscan", "ambiguous", "random"), default="pgm", help="how prototypes are picked, Table 6")
-    p.add_argument("--proto-space", choices=("both", "student", "teacher"), default="both", help="whose features they are picked by, Table 6")
-    p.add_argument("--proto-max-images", type=int, default=800, help="images drawn of each class for the selection")
-    preset("proto-min-size", "prototypes only from objects wider and taller than this, pixels of the file", type=float)
-    preset("density-filter", "share of a class, the least dense in features, that may not be prototype", type=float)
-    p.add_argument("--proj", choices=("independent", "sequential", "joint"), default="independent", help="projection P of Eqs. 6, 8")
-    p.add_argument("--proj-lambda", type=float, default=0.0, help="lambda in the projection; 0 and independent: cosines; 10, the paper's word, "
-                   "shrinks Eq. 6 by 441")
-    p.add_argument("--center", action="store_true", help="subtract each space's mean feature first (not in the paper; see README)")
-    p.add_argument("--all-class-prototypes", action="store_true", help="Eq. 6 over the prototypes of all classes, not of the object's own")
-    preset("sigma", "Eq. 8 by the l2 norm, by the largest cosine, or 1", choices=("l2", "maxcos", "none"))
-    preset("sigma-clamp", "keep sigma within 0 and 1", action=argparse.BooleanOptionalAction)
-    preset("instances", "objects: true boxes, or the student's positive proposals (anchors)", choices=("gt", "proposals"))
-    preset("level-assign", "an object counts on all levels, or on the one of its size", choices=("all", "fpn"))
-    p.add_argument("--kd-relation", choices=("global", "rkd"), default="global", help="Eq. 6, or RKD's relations among objects, Table 4")
-    preset("kd-local", "cells of Eq. 7: fgfi where anchors fit an object best, defeat inside its box", choices=("fgfi", "defeat"))
-    preset("bg-weight", "weight of the other cells in Eq. 7", type=float)
-    preset("feat-norm", "Eq. 7 by the number of cells, or by the sum of sigma over them", choices=("cells", "sigma"))
-    preset("adapt", "H of Eq. 7", choices=("conv1x1relu", "conv1x1", "conv3x3"))
-    preset("resp-tau", "temperature of the class scores", type=float)
-    preset("resp-norm", "KL as the sum over classes, or their mean", choices=("sum", "mean"))
-    p.add_argument("--resp-rois", choices=("pos", "all"), default="pos", help="whose class scores: positive proposals (anchors), or all")
-    preset("kd-decay", "linear: the global and feature losses fall epoch by epoch, to 0 after the last", choices=("none", "linear"))
-    p.add_argument("--control", default="run", help="the same student continued without distillation: run it too, in OUT/control; the folder of such a run; or none")
-    # schedule
-    p.add_argument("--schedule", choices=("1x", "2x"), help="12 or 24 epochs (default 2x)")
-    p.add_argument("--epochs", type=int, help="instead of --schedule (shapes 16); x0.1 at 2/3 and 11/12")
-    p.add_argument("--max-iters", type=int, help="stop after this many steps; the schedule is not shortened")
-    p.add_argument("--batch-size", type=int, help="images per process and step (default 2; shapes 16)")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, each of --batch-size")
-    p.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
-    p.add_argument("--lr", type=float, help="for a total batch of 16, scaled linearly (default 0.02, retina 0.01; shapes 0.002)")
-    p.add_argument("--weight-decay", type=float, default=1e-4)
-    # run
-    p.add_argument("--out", help="run folder (default runs/prototype_kd, runs/prototype_kd-eval or runs/prototype_kd-predict)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast backbone and FPN; heads and losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile backbones and FPNs")
-    p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
-    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags (the table of --data shapes: give them again)")
-    p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: teacher, start, continued and distilled student in one table "
-                   "(default where no --teacher, --init, --max-iters is given)")
-    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of what --teacher takes")
-    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
-    p.add_argument("--weights", help="for --predict: as for --eval")
-    p.add_argument("--score", type=float, default=0.3, help="--predict: boxes above this score are kept")
-    args = p.parse_args(argv)
-    check_conflicts(p, args)
-    args.out = args.out or "runs/prototype_kd" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
-    if args.resume and (last.exists() or first.exists()):  # the flags of that run (it may have got no further than its control), then those given now
-        saved = saved_flags(last) if last.exists() else json.loads(first.read_text())["args"]
-        if "proto_method" not in saved:
-            p.error(f"--resume {args.out}: holds a run of another script")
-        if args.preset not in (None, saved["preset"]):
-            p.error(f"--preset {args.preset}: the run in {args.out} has {saved['preset']}, and --resume keeps its flags; give the single flags that shall change")
-        p.set_defaults(**saved | dict(resume=False))
-        args = p.parse_args(argv)
-    check_flags(p, args)
-    return args
-
-
-def check_flags(p, args):
-    """Stops with the line of the first flag whose value makes no sense."""
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    for names, ok, text in (
-            (("k", "epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "proto_max_images"), lambda v: v >= 1, "must be at least 1"),
-            (("lr", "refresh", "resp_tau"), lambda v: 0 < v < math.inf, "must be positive"),
-            (("workers", "lam", "proj_lambda", "alpha_global", "alpha_feat", "alpha_resp", "bg_weight", "proto_min_size", "weight_decay", "train_images"),
-             lambda v: 0 <= v < math.inf, "must be 0 or more"),
-            (("density_filter",), lambda v: 0 <= v < 1, "must be at least 0 and below 1")):
-        for name in names:
-            if name in given and not ok(given[name]):
-                p.error(f"--{name.replace('_', '-')} {given[name]}: {text}")
-
-    for name in ("voc_train", "voc_val"):
-        if not re.fullmatch(r"\s*\d{4}_\w+\s*(,\s*\d{4}_\w+\s*)*", given[name]):
-            p.error(f"--{name.replace('_', '-')} {given[name]}: expected year_list, as 2007_trainval,2012_trainval")
-
-
-def check_conflicts(p, args):
-    """Stops with a line where flags that were given contradict each other."""
-    if args.eval and args.predict:
-        p.error("--eval and --predict: one at a time")
-    if args.predict and not args.weights:
-        p.error("--predict needs --weights: a zoo name, an mmdetection .pth or our .pt")
-    if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, --init is where a student starts")
-    if args.proto_method in ("kmeans", "dbscan") and args.proto_space == "both":
-        p.error(f"--proto-method {args.proto_method}: clusters one space; add --proto-space student or teacher")
-    if args.proto_method in ("ambiguous", "random") and args.proto_space != "both":
-        p.error(f"--proto-space {args.proto_space}: --proto-method {args.proto_method} looks at no features")
-    if args.schedule and args.epochs:
-        p.error("--schedule and --epochs: one of them")
-    if args.kd_relation == "rkd" and args.all_class_prototypes:
-        p.error("--all-class-prototypes: belongs to --kd-relation global")
-    if args.all_class_prototypes and (args.proj != "independent" or args.proj_lambda):
-        p.error("--all-class-prototypes: compares cosines; --proj and --proj-lambda must stay independent and 0")
-    if args.student and args.init not in (None, "imagenet", "none"):
-        p.error(f"--student {args.student}: --init {args.init} says already what the student is")
-    if args.data == "shapes" and args.dataset == "voc":
-        p.error("--dataset voc: --data shapes is read as COCO")
-    if args.table and (args.data != "shapes" or args.teacher or args.init or args.control != "run"):
-        p.error("--table: belongs to --data shapes and makes its own teacher, student and control")
-    if args.proj == "joint" and not args.proj_lambda:
-        p.error("--proj joint: needs --proj-lambda above 0; two prototypes may be almost alike")
 
 
 def fp32(x):
@@ -381,38 +235,20 @@ def rkd_loss(f_t, f_s):
 # ================================================================== detectors: torchvision's modules
 
 BACKBONES = dict(r18="resnet18", r34="resnet34", r50="resnet50", r101="resnet101", r152="resnet152", x50="resnext50_32x4d", x101="resnext101_32x8d")
-MMDET_URL = "https://download.openmmlab.com/mmdetection/v2.0/"
-ZOO = dict(  # COCO box AP
-    faster_r101="faster_rcnn/faster_rcnn_r101_fpn_2x_coco/faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth",   # 39.8
-    faster_r50="faster_rcnn/faster_rcnn_r50_fpn_2x_coco/faster_rcnn_r50_fpn_2x_coco_bbox_mAP-0.384_20200504_210434-a5d8aa15.pth",      # 38.4
-    retina_r101="retinanet/retinanet_r101_fpn_2x_coco/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth",                               # 38.9
-    retina_r50="retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth",                                  # 37.4
-    cascade_x101="dcn/cascade_mask_rcnn_x101_32x4d_fpn_dconv_c3-c5_1x_coco/cascade_mask_rcnn_x101_32x4d_fpn_dconv_c3-c5_1x_coco-e75f90c8.pth",  # 47.3
-    fasterrcnn_resnet50_fpn=None, fasterrcnn_resnet50_fpn_v2=None, maskrcnn_resnet50_fpn_v2=None,  # torchvision's: 37.0, 46.7, 47.4
-    retinanet_resnet50_fpn=None, retinanet_resnet50_fpn_v2=None)                                   # 36.4, 41.5
-
-
-class NarrowResNet(torchvision.models.ResNet):
-    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
-
-    def __init__(self, width):
-        norm = lambda c: nn.GroupNorm(c // 8, c)
-        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
-        self.inplanes = width
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
-        for level in range(4):
-            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
-            setattr(self, f"layer{level + 1}", layer)
+TORCHVISION = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2",
+               "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")  # its own detectors
 
 
 def make_body(name, init):
     """A torchvision ResNet. init "imagenet": its weights, its BatchNorm frozen; "frozen": BatchNorm frozen, weights to come; "none"."""
     if name.startswith("tiny"):
+        from common.tiny import NarrowResNet
         if init == "imagenet":
             raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
         return NarrowResNet(int(name[4:]))
     norm = nn.BatchNorm2d if init == "none" else FrozenBatchNorm2d
     if name.startswith("x101_32x4d"):  # mmdetection's; _dcn: deformable from the second stage on
+        from common.zoo import DeformConv
         net = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4, norm_layer=norm)
         for stage in (net.layer2, net.layer3, net.layer4) if name.endswith("_dcn") else ():
             for block in stage:
@@ -420,10 +256,21 @@ def make_body(name, init):
         return net
     net = getattr(torchvision.models, BACKBONES[name])(norm_layer=norm)
     if init == "imagenet":
-        url = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1.url
-        state = load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1]))
+        from common.zoo import imagenet_state
+        state, url = imagenet_state(BACKBONES[name])
         load_strict(net, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, url)
     return net
+
+
+def split_name(name, others=()):
+    """"faster_r50" -> ("faster", "r50"), both known. others: further backbones, and cascades."""
+    kind, _, body = name.partition("_")
+    kinds = ("faster", "retina", "cascade") if others else ("faster", "retina")
+    known = body in BACKBONES or body in others or re.fullmatch("tiny(8|16|24|32|48|64)", body)
+    if kind not in kinds or not known:
+        raise UserError(f"--student {name}: expected faster_ or retina_ and one of {', '.join(BACKBONES)}, "
+                        "tiny8 ... tiny64")
+    return kind, body
 
 
 def build(name, outputs, init="none", mmdet=False):
@@ -432,7 +279,7 @@ def build(name, outputs, init="none", mmdet=False):
     outputs: class scores of the head; Faster R-CNN's first is the background. mmdet: what weights of mmdetection expect (exact anchors, RoIAlign's
     newer grid, no ReLU before P7); parameters and their names stay torchvision's.
     """
-    if name in ZOO and ZOO[name] is None:
+    if name in TORCHVISION:
         model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=outputs)
         for m in model.backbone.body.modules() if not name.endswith("_v2") else ():
             if isinstance(m, nn.BatchNorm2d):
@@ -440,20 +287,20 @@ def build(name, outputs, init="none", mmdet=False):
         if name.startswith("maskrcnn"):
             model.roi_heads.mask_roi_pool = None  # has_mask() is false then; the weights stay
         return with_scales(model)
-    kind, _, body = name.partition("_")
-    if kind not in ("faster", "retina", "cascade") or not (body in BACKBONES or re.fullmatch("tiny(8|16|24|32|48|64)", body) or
-                                                             mmdet and body in ("x101_32x4d", "x101_32x4d_dcn")):
-        raise UserError(f"--student {name}: expected faster_ or retina_ and one of {', '.join(BACKBONES)}, tiny8 ... tiny64")
+    if mmdet:
+        from common import zoo
+    kind, body = split_name(name, ("x101_32x4d", "x101_32x4d_dcn") if mmdet else ())
     tiny, retina = body.startswith("tiny"), kind == "retina"
     dim, net, layers = 64 if tiny else 256, make_body(body, init), [2, 3, 4] if retina else [1, 2, 3, 4]
     width = net.inplanes // 8  # of the first stage
     channels = [width * 2 ** (k - 1) for k in layers]
-    extra = LastLevelMaxPool() if not retina else (PlainP6P7 if mmdet else LastLevelP6P7)(channels[-1], dim)
+    higher = zoo.PlainP6P7 if mmdet else LastLevelP6P7
+    extra = higher(channels[-1], dim) if retina else LastLevelMaxPool()
     backbone = BackboneWithFPN(net, {f"layer{k}": str(i) for i, k in enumerate(layers)}, channels, dim, extra)
     scale = 4 if tiny else 1  # the embedded dataset's images are of 100 pixels
     sides = [s // scale * 2 ** (k / 3) for s in (32, 64, 128, 256, 512) for k in range(3 if retina else 1)]
     sides = [tuple(sides[i:i + 3] if retina else sides[i:i + 1]) for i in range(0, len(sides), 3 if retina else 1)]
-    anchors = (ExactAnchors(sides, STRIDES["retina" if retina else "faster"]) if mmdet else
+    anchors = (zoo.ExactAnchors(sides, STRIDES["retina" if retina else "faster"]) if mmdet else
                AnchorGenerator([tuple(int(s) for s in level) for level in sides], ((0.5, 1.0, 2.0),) * 5))
     if retina:  # tiny: GroupNorm in the head, as in torchvision's version 2; without it the head does not learn from random weights
         head = RetinaNetHead(dim, 9, outputs, norm_layer=lambda c: nn.GroupNorm(8, c)) if tiny else None
@@ -463,9 +310,9 @@ def build(name, outputs, init="none", mmdet=False):
     hidden = 256 if tiny else 1024
     model = FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=TwoMLPHead(dim * 49, hidden), box_predictor=FastRCNNPredictor(hidden, outputs), **small)
     if kind == "cascade":
-        model.roi_heads = CascadeHeads(dim, outputs)
+        model.roi_heads = zoo.CascadeHeads(dim, outputs)
     elif mmdet:
-        model.roi_heads.box_roi_pool = AlignedPool()
+        model.roi_heads.box_roi_pool = zoo.AlignedPool()
     return with_scales(model)
 
 
@@ -479,6 +326,14 @@ def with_scales(model):
 
 def kind_of(model):
     return "retina" if isinstance(model, RetinaNet) else "faster"
+
+
+def kind_of_name(name):
+    return "retina" if name.startswith("retina") else "faster"
+
+
+def is_cascade(heads):
+    return hasattr(heads, "logits")  # CascadeHeads of common/zoo.py, which is not imported here
 
 
 def images_of(batch, layout=torch.contiguous_format):
@@ -503,7 +358,7 @@ def two_stage(model, images, maps, targets):
 def box_logits(model, maps, boxes, image_sizes):
     """Class logits of given boxes: the teacher's answer to the student's proposals."""
     heads = model.roi_heads
-    if isinstance(heads, CascadeHeads):
+    if is_cascade(heads):
         return heads.logits(maps, boxes, image_sizes)
     return heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, image_sizes)))[0]
 
@@ -527,178 +382,25 @@ def detect(model, images, maps):
     return model.postprocess_detections({k: list(v.split(sizes, 1)) for k, v in out.items()}, [list(a.split(sizes)) for a in anchors], images.image_sizes)
 
 
-# ================================================================== detectors of others
+class Counted(nn.Module):
+    """A detector on fixed shapes, for its FLOPs: as many boxes as its RPN may propose go through the head."""
 
-
-class AlignedPool(nn.Module):
-    """mmdetection's RoI pooling: RoIAlign aligned, as many samples as a bin has cells, on levels 0 to 3. Takes MultiScaleRoIAlign's place."""
-
-    def forward(self, maps, boxes, image_sizes):
-        rois = torch.cat([F.pad(b, (1, 0), value=float(i)) for i, b in enumerate(boxes)])
-        level = level_of(rois[:, 1:], "faster").clamp(max=3)
-        out = rois.new_zeros(len(rois), maps["0"].shape[1], 7, 7)
-        for k in range(4):
-            here = (level == k).nonzero()[:, 0]
-            out = out.index_put((here,), roi_align(maps[str(k)], rois[here], 7, 1 / 2 ** (k + 2), sampling_ratio=0, aligned=True))
-        return out
-
-
-class ExactAnchors(AnchorGenerator):
-    """mmdetection's anchors: not rounded to whole pixels, and a cell of level l is STRIDES[l] pixels wide; torchvision's is the image over the map,
-    61 pixels instead of 64 where an image of 800 has a map of 13. sides: of each level; ratios 0.5, 1, 2."""
-
-    def __init__(self, sides, strides):
-        super().__init__(sides, ((0.5, 1.0, 2.0),) * len(sides))
-        self.strides = strides
-        h = torch.tensor(self.aspect_ratios[0]).sqrt()[:, None]
-        halves = [((torch.tensor(level) / h).flatten() / 2, (torch.tensor(level) * h).flatten() / 2) for level in sides]
-        self.cell_anchors = [torch.stack([-w, -t, w, t], 1) for w, t in halves]
-
-    def forward(self, images, maps):
-        self.set_cell_anchors(maps[0].dtype, maps[0].device)
-        steps = [[constant(s, maps[0].device, torch.int64)] * 2 for s in self.strides]
-        anchors = torch.cat(self.grid_anchors([m.shape[-2:] for m in maps], steps))
-        return [anchors] * len(images.image_sizes)
-
-
-class PlainP6P7(LastLevelP6P7):
-    """P7 from P6 without the ReLU, as in mmdetection's RetinaNet."""
-
-    def forward(self, p, c, names):
-        p6 = self.p6(p[-1] if self.use_P5 else c[-1])
-        return p + [p6, self.p7(p6)], names + ["p6", "p7"]
-
-
-class DeformConv(nn.Conv2d):
-    """Deformable 3 x 3 convolution (Dai et al. 2017): a plain convolution says where each of the nine taps reads."""
-
-    def __init__(self, conv):
-        super().__init__(conv.in_channels, conv.out_channels, 3, conv.stride, 1, groups=conv.groups, bias=False)
-        self.conv_offset = nn.Conv2d(conv.in_channels, 18, 3, conv.stride, 1)
-
-    def forward(self, x):
-        offset = fp32(self.conv_offset(x))
-        with torch.autocast(x.device.type, enabled=False):  # it has no bf16 kernel on the CPU
-            return deform_conv2d(fp32(x), offset, self.weight, None, self.stride, self.padding)
-
-
-class CascadeHeads(nn.Module):
-    """Three box heads (Cai and Vasconcelos 2018), class-agnostic boxes, each working on the boxes of the one before; only for teachers: no training."""
-    WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067))  # mmdetection's
-
-    def __init__(self, dim, outputs):
+    def __init__(self, detector):
         super().__init__()
-        self.box_roi_pool = AlignedPool()
-        self.heads = nn.ModuleList(TwoMLPHead(dim * 49, 1024) for _ in range(3))
-        self.cls, self.reg = (nn.ModuleList(nn.Linear(1024, n) for _ in range(3)) for n in (outputs, 4))
+        self.detector = detector
 
-    def logits(self, maps, boxes, image_sizes):
-        """The three heads' mean logits on the boxes as they are (R, C + 1): what is distilled."""
-        x = self.box_roi_pool(maps, boxes, image_sizes)
-        return torch.stack([c(h(x)) for h, c in zip(self.heads, self.cls)]).mean(0)
-
-    def forward(self, maps, boxes, image_sizes):
-        """Detections of each image, as torchvision's RoIHeads returns them."""
-        scores, counts = 0, [len(b) for b in boxes]
-        for head, cls, reg, weights in zip(self.heads, self.cls, self.reg, self.WEIGHTS):
-            x = head(self.box_roi_pool(maps, boxes, image_sizes))
-            scores = scores + cls(x) / 3  # mmdetection averages the logits
-            moved = BoxCoder(weights).decode(reg(x), boxes)[:, 0].split(counts)
-            boxes = [clip_boxes_to_image(b, size) for b, size in zip(moved, image_sizes)]
-        found = []
-        for b, s in zip(boxes, scores.softmax(-1).split(counts)):
-            roi, label = (s[:, 1:] > 0.05).nonzero(as_tuple=True)
-            b, s, label = b[roi], s[roi, label + 1], label + 1
-            keep = batched_nms(b, s, label, 0.5)[:100]
-            found.append(dict(boxes=b[keep], scores=s[keep], labels=label[keep]))
-        return found, {}
-
-
-MMDET = [  # mmdetection 2 and 3 -> torchvision, the first rule that fits
-    (r"^backbone\.(.*conv2)_offset\.", r"backbone.body.\1.conv_offset."), (r"^backbone\.", "backbone.body."), (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
-    (r"^neck\.fpn_convs\.([012])\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
-    (r"^rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."), (r"^rpn_head\.rpn_cls\.", "rpn.head.cls_logits."), (r"^rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
-    (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "roi_heads.box_head.fc6."), (r"^roi_head\.bbox_head\.shared_fcs\.1\.", "roi_heads.box_head.fc7."),
-    (r"^roi_head\.bbox_head\.fc_cls\.", "roi_heads.box_predictor.cls_score."), (r"^roi_head\.bbox_head\.fc_reg\.", "roi_heads.box_predictor.bbox_pred."),
-    (r"^roi_head\.bbox_head\.(\d)\.shared_fcs\.0\.", r"roi_heads.heads.\1.fc6."), (r"^roi_head\.bbox_head\.(\d)\.shared_fcs\.1\.", r"roi_heads.heads.\1.fc7."),
-    (r"^roi_head\.bbox_head\.(\d)\.fc_cls\.", r"roi_heads.cls.\1."), (r"^roi_head\.bbox_head\.(\d)\.fc_reg\.", r"roi_heads.reg.\1."),
-    (r"^bbox_head\.cls_convs\.(\d)\.conv\.", r"head.classification_head.conv.\1.0."), (r"^bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
-    (r"^bbox_head\.reg_convs\.(\d)\.conv\.", r"head.regression_head.conv.\1.0."), (r"^bbox_head\.retina_reg\.", "head.regression_head.bbox_reg."),
-]
-
-
-def convert_mmdet(state, where):
-    """(name for build, number of classes, state dict) of mmdetection's Faster R-CNN, RetinaNet or Cascade (Mask) R-CNN file."""
-    retina, cascade = "bbox_head.retina_cls.bias" in state, "roi_head.bbox_head.2.fc_cls.bias" in state
-    last = "bbox_head.retina_cls.bias" if retina else f"roi_head.bbox_head.{'0.' * cascade}fc_cls.bias"
-    blocks = len({k.split(".")[2] for k in state if k.startswith("backbone.layer3.")})
-    bottleneck, groups = "backbone.layer1.0.conv3.weight" in state, "backbone.layer1.0.conv2.weight" in state and 64 // state["backbone.layer1.0.conv2.weight"].shape[1]
-    bodies = {(2, False): "r18", (6, False): "r34", (6, True): "r50", (23, True): "r101", (36, True): "r152"}
-    if last not in state or (blocks, bottleneck) not in bodies:
-        raise UserError(f"{where}: neither a checkpoint of this script nor mmdetection's Faster R-CNN, RetinaNet or Cascade R-CNN on a ResNet")
-    body = bodies[blocks, bottleneck]
-    if groups > 1:
-        body = "x101_32x4d" + "_dcn" * any("conv2.conv_offset" in k or "conv2_offset" in k for k in state)
-    rules = MMDET + [(r"^neck\.fpn_convs\.3\.conv\.", "backbone.fpn.extra_blocks.p6." if retina else "backbone.fpn.layer_blocks.3.0."),
-                     (r"^neck\.fpn_convs\.4\.conv\.", "backbone.fpn.extra_blocks.p7.")]
-    ours = {}
-    for key, value in state.items():
-        if "mask_head" in key or key.endswith("num_batches_tracked"):
-            continue
-        for pattern, name in rules:
-            if re.search(pattern, key):
-                key = re.sub(pattern, name, key)
-                break
-        if key.endswith(("cls_score.weight", "cls_score.bias")) or re.search(r"roi_heads\.cls\.\d", key):
-            value = value.roll(1, 0)  # their background is the last class, torchvision's the first
-        elif "box_predictor.bbox_pred" in key:
-            value = torch.cat([value[:4] * 0, value])  # boxes of the background, which nobody uses
-        ours[key] = value
-    count = len(state[last]) // 9 if retina else len(state[last]) - 1
-    return f"{'cascade' if cascade else 'retina' if retina else 'faster'}_{body}", count, ours
-
-
-def load_detector(spec, flag="--weights"):
-    """Detector in eval mode from a zoo name, an mmdetection .pth or a checkpoint of ours.
-
-    Its .arch, plain values: name and mmdet (see build), classes: names, or None where the file does not tell; columns: the head's output of each class;
-    outputs; image_size.
-    """
-    if spec in ZOO and ZOO[spec] is None:
-        weights = torchvision.models.get_model_weights(spec).DEFAULT
-        path, named = fetch(weights.url, re.search(r"-([0-9a-f]{8})\.pth$", weights.url)[1]), [
-            (k, n) for k, n in enumerate(weights.meta["categories"]) if n not in ("__background__", "N/A")]
-        state = load_checkpoint(path)
-        arch = dict(name=spec, mmdet=False, classes=[n for _, n in named], columns=[k for k, _ in named], outputs=len(weights.meta["categories"]))
-    else:
-        if spec in ZOO:
-            path = fetch(MMDET_URL + ZOO[spec], re.search(r"-([0-9a-f]{8})\.pth$", ZOO[spec])[1])
-        elif Path(spec).exists():
-            path = Path(spec)
-        else:
-            raise UserError(f"{flag} {spec}: neither a file nor one of {', '.join(ZOO)}")
-        checkpoint = load_checkpoint(path)
-        if not isinstance(checkpoint, dict):
-            raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-        if "arch" in checkpoint:
-            arch, state = checkpoint["arch"], checkpoint["model"]
-            if "columns" not in arch:
-                raise UserError(f"{flag} {path}: is a detector of another script of this project")
-        else:
-            meta, state = checkpoint.get("meta") or {}, checkpoint.get("state_dict", checkpoint)
-            if "style='caffe'" in str(meta.get("config", "")):
-                raise UserError(f"{flag} {path}: a backbone in caffe's style (BGR pixels, other strides), which this script does not have; use one in pytorch's style")
-            name, count, state = convert_mmdet(state, f"{flag} {path}")
-            classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-            first = 0 if name.startswith("retina") else 1
-            arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None, columns=list(range(first, first + count)), outputs=first + count)
-    model = build(arch["name"], arch["outputs"], "none" if arch.get("plain_norm") else "frozen", arch["mmdet"])
-    model.arch = dict(arch)
-    if spec in ZOO and ZOO[spec] is None:
-        model.load_state_dict(dict(state))  # torchvision's loaders know the older names in its files
-    else:
-        load_strict(model, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, f"{flag} {spec}")
-    return model.eval()
+    def forward(self, images):
+        net, maps = self.detector, self.detector.backbone(images)
+        if kind_of(net) == "retina":
+            return net.head(list(maps.values()))
+        net.rpn.head(list(maps.values()))
+        heads, count = net.roi_heads, len(images) * net.rpn.post_nms_top_n()
+        boxes = maps["0"].new_zeros(count, maps["0"].shape[1], 7, 7)
+        if not is_cascade(heads):
+            return heads.box_predictor(heads.box_head(boxes))
+        for head, cls, reg in zip(heads.heads, heads.cls, heads.reg):
+            x = head(boxes)
+            cls(x), reg(x)
 
 
 def new_detector(name, classes, init):
@@ -728,6 +430,62 @@ def check_classes(model, classes, flag):
     for k, (a, b) in enumerate(zip(theirs, classes)):
         if a.replace("_", " ") != b.replace("_", " "):
             raise UserError(f"{flag}: its class {k} is {a!r}, --data has {b!r}")
+
+
+# ================================================================== checkpoints
+
+def load_detector(spec, flag="--weights"):
+    """Detector in eval mode from a zoo name, an mmdetection .pth or a checkpoint of ours.
+
+    Its .arch, plain values: name and mmdet (see build), classes: names, or None where the file does not tell; columns: the head's output of each class;
+    outputs; image_size.
+    """
+    from common import zoo
+    path = zoo.zoo_path(spec, zoo.PROTOTYPE_ZOO, flag)
+    whose, *content = zoo.load_any(path, flag, "prototype_kd.py")
+    where = f"{flag} {path}"
+    if whose == "ours":
+        arch, state = content[0]["arch"], content[0]["model"]
+        if not {"name", "mmdet", "classes", "columns", "outputs"} <= set(arch):
+            raise UserError(f"{where}: is a detector of another script of this project")
+    elif spec in TORCHVISION:
+        state, categories = content[0], torchvision.models.get_model_weights(spec).DEFAULT.meta["categories"]
+        named = [(k, n) for k, n in enumerate(categories) if n not in ("__background__", "N/A")]
+        arch = dict(name=spec, mmdet=False, classes=[n for _, n in named], columns=[k for k, _ in named],
+                    outputs=len(categories))
+    else:
+        state, meta = content
+        name, count, state = zoo.to_torchvision(state, where)
+        # what the keys cannot tell: BGR pixels and other strides
+        zoo.guard(zoo.config_of(meta), ("style='caffe'",), where, f"this script's {name}",
+                  "; use one in pytorch's style")
+        classes, first = zoo.classes_of(meta), 0 if name.startswith("retina") else 1
+        arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
+                    columns=list(range(first, first + count)), outputs=first + count)
+    model = build(arch["name"], arch["outputs"], "none" if arch.get("plain_norm") else "frozen", arch["mmdet"])
+    model.arch = dict(arch)
+    if spec in TORCHVISION:
+        model.load_state_dict(state)  # torchvision's loaders know the older names in its files
+    else:
+        load_strict(model, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, where)
+    return model.eval()
+
+
+def arch_of(spec, flag):
+    """.arch of a detector, of a zoo's its name only: before anything is downloaded."""
+    from common.zoo import PROTOTYPE_ZOO
+    return dict(name=spec) if spec in PROTOTYPE_ZOO else load_detector(spec, flag).arch
+
+
+def plain_of(model):
+    """What a checkpoint holds beside weights. load_detector restores from it what the weights' names, which
+    are torchvision's, do not tell: mmdetection's anchors and pooling, version 1's eps."""
+    return dict(script="prototype_kd.py", arch=model.arch, classes=model.arch["classes"])
+
+
+def weights_of(model):
+    """What a detector is, as plain values and tensors."""
+    return dict(plain_of(model), model=model.state_dict())
 
 
 # ================================================================== features of objects
@@ -884,6 +642,10 @@ class Bank:
                 raise UserError(f"prototypes: the {name}'s features are not finite; its weights are damaged, or --lr is too high")
         return count, *(x.float() * self.args.center for x in means)
 
+    def is_due(self, it, span):
+        """Whether prototypes are picked anew after `it` steps: every `span`, not always a whole number."""
+        return it == 0 or not hasattr(self, "ids") or it // span > (it - 1) // span
+
     def load(self, tensors, device):
         for name in self.NAMES:
             setattr(self, name, tensors[name].to(device))
@@ -908,6 +670,10 @@ class Distiller(nn.Module):
             layer = dict(conv1x1relu=lambda: nn.Sequential(nn.Conv2d(*dims, 1), nn.ReLU()), conv1x1=lambda: nn.Conv2d(*dims, 1),
                          conv3x3=lambda: nn.Conv2d(*dims, 3, padding=1))[args.adapt]
             self.adapters = nn.ModuleList(layer() for _ in STRIDES[self.kind])
+
+    def parts(self):
+        """What last.pt holds beside the student: H."""
+        return dict(adapters=nn.ModuleDict({k: m for k, m in self.named_children() if k == "adapters"}))
 
     def train(self, mode=True):
         super().train(mode)
@@ -1033,21 +799,34 @@ class Distiller(nn.Module):
 
 # ================================================================== data
 
-def make_data(args, split, augmented=True, raw=None):
-    """(CocoDataset, annotations) of "train" or "val"; augmented False: training images as evaluation sees them, for prototypes. raw: annotations read before."""
-    args.data = args.data or ("data" if args.dataset == "voc" else "data/coco")
-    args.image_size = args.image_size or ("72-120" if args.data == "shapes" else "800")
-    train, root = split == "train" and augmented, make_shapes(seed=args.data_seed) if args.data == "shapes" else Path(args.data)
-    if args.dataset == "voc":
-        images = annotations = root / "VOCdevkit"
-        raw = raw or read_voc(root, [tuple(x.strip().split("_", 1)) for x in (args.voc_train if split == "train" else args.voc_val).split(",")])
+def make_data(args, split, like=None, image_size=None):
+    """The dataset "train" or "val" of the flags; None where own training files come without others."""
+    files = own_files(args, split)
+    if files is False:
+        return None
+    train, shapes = split == "train", args.data == "shapes"
+    if files is None and args.dataset == "voc":
+        lists = args.voc_train if train else args.voc_val
+        images = Path(default_root(args)) / "VOCdevkit"
+        records = read_voc(images.parent, [tuple(x.strip().split("_", 1)) for x in lists.split(",")])
     else:
-        images, annotations = find_coco(root, split)
-        raw = raw or read_coco(annotations)
-    if split == "train" and args.train_images:
-        kept = {i["id"] for i in raw["images"][:args.train_images]}
-        raw = raw | dict(images=[i for i in raw["images"] if i["id"] in kept], annotations=[a for a in raw["annotations"] if a["image_id"] in kept])
-    return CocoDataset(images, annotations, train, args.image_size, raw=raw, photometric=train and args.photometric), raw
+        if shapes:
+            from common.shapes import make_shapes
+        root = make_shapes(seed=args.data_seed) if shapes else default_root(args)
+        images, annotations = files or find_coco(root, split)
+        records = read_annotations(annotations, images)
+    if train and args.first_images:
+        records = records.subset(np.arange(len(records)) < args.first_images)
+    return CocoDataset(images, records, train, image_size or default_size(args), like=like,
+                       keep_empty=args.keep_empty, photometric=train and args.photometric)
+
+
+def default_root(args):
+    return args.data or ("data" if args.dataset == "voc" else "data/coco")
+
+
+def default_size(args):
+    return args.image_size or ("72-120" if args.data == "shapes" else "800")
 
 
 def to_device(batch, device):
@@ -1059,258 +838,256 @@ def to_device(batch, device):
 class Instances:
     """The objects that prototypes are picked from: all of --proto-max-images images of each class, drawn once by --seed. An object's id: the place of its
     image in the dataset times 10,000, plus its place there. Blocks of 8 neighbouring images are shared out to the processes: each image stands
-    in one batch, and what shares a batch does not depend on the number of processes."""
+    in one batch, and what shares a batch does not depend on the number of processes.
 
-    def __init__(self, data, args, rank, world):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    trained: the training set. Its images are seen as evaluation sees them, with the boxes of training."""
+
+    def __init__(self, trained, args, rank, world):
+        data = CocoDataset(trained.folder, trained.records, False, args.image_size, small=True)
+        records, rows = data.records, np.flatnonzero(data.used)
+        corners = to_corners(records.xywh[rows])
+        sides = corners[:, 2:] - corners[:, :2]
+        large = (sides.min(1) > args.proto_min_size).tolist()
+        area, label = sides.prod(1).tolist(), data.label_of[records.label[rows]].tolist()
+        owner = records.owner[rows]
+        first, end = (np.searchsorted(owner, data.kept, side).tolist() for side in ("left", "right"))
         count, chosen, self.area, self.rank = Counter(), [], {}, rank
-        for i in order:
-            boxes, classes = data.items[i][4], data.items[i][5].tolist()
-            sides = boxes[:, 2:] - boxes[:, :2]
-            wanted = [k for k in range(len(boxes)) if sides[k].min() > args.proto_min_size and count[classes[k]] < args.proto_max_images]
+        for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist():
+            boxes = range(first[i], end[i])  # of image i, in `rows`
+            wanted = [k for k in boxes if large[k] and count[label[k]] < args.proto_max_images]
             if wanted:
                 chosen.append(i)
-                count.update({classes[k] for k in wanted})
-                self.area |= {i * 10000 + k: float(sides[k].prod()) for k in wanted}
+                count.update({label[k] for k in wanted})
+                self.area |= {i * 10000 + k - first[i]: area[k] for k in wanted}
         chosen.sort()
-        self.index = {data.items[i][0]: i for i in chosen}
+        self.index = {records.image_id(data.kept[i]): i for i in chosen}
         blocks = [[(i, 0) for i in chosen[b:b + 8]] for b in range(0, len(chosen), 8)][rank::world]
-        self.loader = DataLoader(data, batch_sampler=blocks, num_workers=args.workers, collate_fn=collate, generator=torch.Generator())
+        self.loader = DataLoader(data, batch_sampler=blocks, num_workers=args.workers, collate_fn=collate,
+                                 worker_init_fn=start_worker, generator=torch.Generator())
 
 
 # ================================================================== train
 
-def fill_defaults(args, kind):
-    """Defaults that depend on the data, the preset and the kind of the detectors."""
-    args.preset = args.preset or "paper"
-    if args.schedule:
-        args.epochs = {"1x": 12, "2x": 24}[args.schedule]
-    small = dict(epochs=16, train_images=300, refresh=4.0, batch_size=16, lr=0.002, optimizer="adamw", photometric=False, student=f"{kind}_tiny8")
-    full = dict(train_images=0, refresh=1.0, epochs=24, batch_size=2, lr=0.01 if kind == "retina" else 0.02, optimizer="sgd", student=f"{kind}_r50")
-    for name, value in (PRESETS[args.preset] | (small if args.data == "shapes" else full)).items():
-        if getattr(args, name) is None and not (name == "student" and args.init not in (None, "imagenet", "none")):
-            setattr(args, name, value)
-    args.schedule = None  # --epochs says it
-    if not (args.alpha_global or args.alpha_feat or args.alpha_resp):
-        args.teacher = "none"
+LEGEND = {
+    "cls": "classification loss of the detector", "box": "box loss of the detector",
+    "rpn_cls": "RPN: object or not", "rpn_box": "RPN: boxes",
+    "global": "Eq. 6, gaps of an object's coordinates in the prototypes",
+    "rkd": "RKD, distances and angles among objects",
+    "feat": "Eq. 7, squared gap of H(student's features) and teacher's",
+    "resp": "third term of Eq. 9, KL of class scores",
+    "sigma": "Eq. 8, mean over objects", "muted": "share of objects whose sigma is 0"}
+
+
+def make_pair(args, data, rank, world, device):
+    """(student, teacher or None) of the flags, on the device."""
+    teacher = None
+    if args.teacher != "none":
+        kind = kind_of_name(args.student or arch_of(args.init, "--init")["name"])
+        spec = args.teacher or shapes_detector(f"{kind}_tiny32", args, rank, world, device)
+        teacher = load_detector(spec, "--teacher").requires_grad_(False).to(device)
+        check_classes(teacher, data.classes, f"--teacher {spec}")
+    start = args.init or shapes_detector(args.student, args, rank, world, device)
+    seed_all(args.seed)
+    if start in ("imagenet", "none"):
+        student = new_detector(args.student, data.classes, start)
+        if teacher and rank == 0:
+            print(f"warning: --init {start}: the paper distils students that are trained already; prototypes "
+                  "of an untrained one are noise", flush=True)
+    else:
+        student = load_detector(start, "--init")
+        check_classes(student, data.classes, f"--init {start}")
+    if teacher and kind_of(teacher) == "retina":  # its anchors are compared one by one
+        theirs, ours = (net.anchor_generator.cell_anchors for net in (teacher, student))
+        if any(a.shape != b.shape or (a.cpu() - b.cpu()).abs().max() > 1 for a, b in zip(theirs, ours)):
+            raise UserError(f"--teacher {args.teacher}: has other anchors than the student; tiny RetinaNets "
+                            "have smaller ones")
+    if start != "none" and "tiny" not in student.arch["name"]:
+        freeze(student)
+    # image_size: --eval and --predict see the images as training did
+    student.arch.update(classes=list(data.classes), image_size=args.image_size)
+    return student.to(device), teacher
+
+
+def needs_prototypes(args):
+    """Whether a loss, or sigma in one, compares coordinates in prototypes."""
+    weighs = args.sigma != "none" and args.alpha_feat + args.alpha_resp > 0
+    return args.teacher != "none" and (weighs or args.alpha_global > 0 and args.kd_relation == "global")
+
+
+def make_optimizer(model, algorithm, lr, weight_decay):
+    """SGD with momentum 0.9, or AdamW, for all that is trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if algorithm == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    for g in optimizer.param_groups:
+        g["base_lr"] = g["lr"]
+    return optimizer
+
+
+def check_teacher(teacher, val, rank, world, device, args):
+    """Prints the teacher's AP on up to 100 validation images; one that finds nothing has nothing to teach."""
+    metrics, _ = evaluate(teacher, val, rank, world, device, args, most=100)
+    if rank == 0:
+        print(f"teacher AP {metrics['AP']:.1f} on {metrics['images']} validation images", flush=True)
+        if metrics["AP"] < 1 and not args.no_teacher_check:
+            raise UserError(f"--teacher {args.teacher}: AP {metrics['AP']:.1f} on {metrics['images']} "
+                            "validation images: wrong weights, other classes or other pixels? "
+                            "--no-teacher-check goes on")
+
+
+def method_of(args):
+    """What is distilled, in words, for the start of a run."""
+    start = f"from {args.init or 'the student of shapes'}"
     if args.teacher == "none":
-        args.alpha_global = args.alpha_feat = args.alpha_resp = 0.0
+        return f"no teacher | {start}"
+    changed = [k for k, v in PRESETS[args.preset].items() if k != "photometric" and getattr(args, k) != v]
+    other = [f"{dash(k)} {getattr(args, k)}" for k in changed]
+    return f"preset {args.preset}{', but ' * bool(other)}{' '.join(other)} | {start}"
+
+
+def make_bank(args, data, rank, world):
+    """The bank of prototypes, still empty; None where no loss needs one."""
+    return Bank(args, Instances(data, args, rank, world), data.classes) if needs_prototypes(args) else None
+
+
+def keep_beside(run, bank, device):
+    """last.pt also says whether the run is finished, and holds the prototypes: an earlier student's, which a
+    run that was cut off goes on with."""
+    run.beside["finished"] = lambda: run.finished and not run.due
+    if bank:
+        run.beside["bank"] = bank.tensors
+        if run.resumed and run.state.get("bank"):
+            bank.load(run.state["bank"], device)
+
+
+def refresh(bank, run, distiller, device):
+    """Alg. 2, lines 3 to 6: prototypes of the student as it is now."""
+    news = bank.refresh(distiller.student, distiller.outside["teacher"], device, run.rank, run.world)
+    distiller.train()
+    epoch = run.it // run.steps + 1
+    if run.it == 0 and run.rank == 0 and (news["without"] or news["few"]):
+        without, few = ((", ".join(news[k]) or "-").split(" ") for k in ("without", "few"))
+        print(fold(["warning:", "no prototype for", *without, "(sigma is 1, no global loss there);",
+                    f"fewer than {bank.args.k} for", *few]), flush=True)
+    row = {k: news[k] for k in ("prototypes", "instances", "kept", "seconds")}
+    run.log.write(dict(it=run.it + 1, epoch=epoch, refresh=True, **row),
+                  f"ep {epoch:02d} {news['prototypes']} prototypes of {news['instances']} instances, "
+                  f"{100 * max(0, news['kept']):.0f} % as before | {news['seconds']:.0f}s")
+    run.log.restart_clock()
 
 
 def train(args, rank, world, device):
-    """Train the student under args; returns the last evaluation's metrics (rank 0) or None."""
-    if rank == 0 and not args.resume:
-        if (Path(args.out) / "log.jsonl").exists():  # before anything is read or trained
-            raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or delete it")
-    given = [spec for spec in (args.init, args.teacher) if spec not in (None, "imagenet", "none")]
-    kind = kind_of(load_detector(given[0])) if given else "retina" if (args.student or "").startswith("retina") else "faster"
-    fill_defaults(args, kind)
-    (data, raw), val = make_data(args, "train"), make_data(args, "val")
-    if val[0].classes != data.classes:
-        raise UserError(f"--data {args.data}: train and val annotations list different categories")
-    teacher = None
-    if args.teacher != "none":
-        args.teacher = args.teacher or (shapes_detector(f"{kind}_tiny32", args, rank, world, device) if args.data == "shapes" else f"{kind}_r101")
-        teacher = load_detector(args.teacher, "--teacher").requires_grad_(False).to(device)
-        check_classes(teacher, data.classes, f"--teacher {args.teacher}")
-    else:
-        args.control = "none"
-    if args.init is None:
-        on_coco = args.teacher != "none" and args.dataset == "coco" and args.student in ZOO
-        args.init = shapes_detector(args.student, args, rank, world, device) if args.data == "shapes" else args.student if on_coco else "imagenet"
-    seed_all(args.seed)
-    if args.init in ("imagenet", "none"):
-        student = new_detector(args.student, data.classes, args.init)
-        if teacher is not None and rank == 0:
-            print(f"warning: --init {args.init}: the paper distils students that are trained already; prototypes of an untrained one are noise", flush=True)
-    else:
-        student = load_detector(args.init, "--init")
-        if student.arch["name"].startswith(("cascade", "maskrcnn")):
-            raise UserError(f"--init {args.init}: can be a teacher only; a student is a Faster R-CNN or a RetinaNet")
-        args.student = None  # --init says it
-    check_classes(student, data.classes, f"--init {args.init}")
-    if teacher is not None and kind_of(teacher) != kind_of(student):
-        raise UserError(f"--teacher {args.teacher} is a {kind_of(teacher)}, the student a {kind_of(student)}: they must be of one kind")
-    if teacher is not None and kind == "retina":  # its anchors are compared one by one
-        pairs = list(zip(teacher.anchor_generator.cell_anchors, student.anchor_generator.cell_anchors))
-        if any(a.shape != b.shape or (a - b).abs().max() > 1 for a, b in ((a.cpu(), b.cpu()) for a, b in pairs)):
-            raise UserError(f"--teacher {args.teacher}: has other anchors than the student; tiny RetinaNets have smaller ones")
-    if args.init != "none" and "tiny" not in student.arch["name"]:
-        freeze(student)
-    student.arch.update(classes=list(data.classes), image_size=args.image_size)  # --eval and --predict see the images as training did
-    out = open_run(args, rank, args.resume)
-    other = {k: getattr(args, k) for k, v in PRESETS[args.preset].items() if getattr(args, k) != v and k != "photometric"}
-    if teacher is not None and rank == 0:
-        print(f"preset {args.preset}" + "".join(f", but --{k.replace('_', '-')} {v}" for k, v in other.items()), flush=True)
-    control = None if args.control == "none" else continued(args, out, rank, world, device)
-    metrics = fit(student.to(device), teacher, data, raw, val, out, args, rank, world, device)
-    if rank == 0 and control:
-        keys = [k for k in ("AP", "AP50", "AP75", "VOC11", "VOCarea") if k in metrics]
-        for name, m in (("continued without distillation", control), ("distilled", metrics), ("difference", {k: metrics[k] - control[k] for k in keys})):
-            print(f"{name:31s} " + " ".join(f"{k} {m[k]:5.1f}" for k in keys))
-    return metrics
-
-
-def continued(args, out, rank, world, device):
-    """Metrics of the same student trained as long without distillation: of an earlier run's folder, or of one made now in OUT/control."""
-    folder = out / "control" if args.control == "run" else Path(args.control)
-    same = "data dataset voc_train voc_val data_seed train_images image_size init student epochs max_iters optimizer lr weight_decay photometric seed amp".split()
-    if (folder / "last.pt").exists():
-        state = load_checkpoint(folder / "last.pt")
-        theirs, ours = ({**flags, "total batch": total} for flags, total in (
-            (state["args"], state["total_batch"]), (vars(args), args.batch_size * args.accumulate * world)))
-        wrong = [k for k in (*same, "total batch") if theirs.get(k) != ours[k]]
-        if wrong or theirs["teacher"] != "none":
-            raise UserError(f"--control {folder}: is no continuation without distillation of this run" + (
-                f": its {wrong[0].replace('_', '-')} is {theirs.get(wrong[0])}, here {ours[wrong[0]]}; give another folder, or --control none" if wrong else ""))
-    elif args.control != "run":
-        raise UserError(f"--control {folder}: no last.pt there")
-    if args.control != "run" and not (folder / "results.json").exists():
-        raise UserError(f"--control {folder}: that run is not finished; --resume it first")
-    if (folder / "results.json").exists():  # written by the last evaluation
-        return json.loads((folder / "results.json").read_text()) if rank == 0 else None
-    if rank == 0:
-        print(f"== the student continued without distillation -> {folder}", flush=True)
-    run = argparse.Namespace(**{**vars(args), "teacher": "none", "control": "none", "out": str(folder), "resume": (folder / "last.pt").exists()})
-    return train(run, rank, world, device)
-
-
-def fit(student, teacher, data, raw, val, out, args, rank, world, device):
-    """The training loop, Alg. 2: prototypes every --refresh epochs, Eq. 9 in between."""
-    classes = data.classes
+    """Train args.student, or --init's, by Alg. 2; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val", like=data.classes)
+    open_run(args, rank, args.resume)
+    student, teacher = make_pair(args, data, rank, world, device)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    example = collate([data[0, 0]])["images"].float()
+    for name, net in (("student", student), ("teacher", teacher)):
+        if net:
+            net.to(memory_format=layout)
+            describe_model(f"{name} {net.arch['name']}", Counted(net), example, rank=rank)
+            if args.compile:
+                net.backbone.compile()
+    if teacher and val and not args.resume:
+        check_teacher(teacher, val, rank, world, device, args)
+    control = continued(args, rank, world, device)
     seed_all(args.seed)  # H does not depend on what ran before
-    needed = teacher is not None and (args.alpha_global > 0 and args.kd_relation == "global" or args.sigma != "none" and args.alpha_feat + args.alpha_resp > 0)
-    bank = Bank(args, Instances(make_data(args, "train", False, raw)[0], args, rank, world), classes) if needed else None
-    learner = model = Distiller(student, teacher, bank, args).to(device).train()
-    for net in filter(None, (student, teacher)):
-        net.to(memory_format=learner.layout)
-        if args.compile:
-            net.backbone.compile()
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None,
-                                                    broadcast_buffers=not getattr(student, "norms_fixed", False))
+    bank = make_bank(args, data, rank, world)
+    distiller = Distiller(student, teacher, bank, args).to(device).train()
+    model = wrap_ddp(distiller, device, world, broadcast_buffers=not getattr(student, "norms_fixed", False))
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
     lr = args.lr * total_batch / 16
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = (torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay) if args.optimizer == "sgd" else
-                 torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay))
-    steps_per_epoch = -(-len(plan) // args.accumulate)
-    total = min(args.epochs * steps_per_epoch, args.max_iters or 10**9)
-    span = args.refresh * steps_per_epoch  # between two selections, not always a whole number
-    milestones, warmup = (args.epochs * 2 / 3, args.epochs * 11 / 12), min(500, args.epochs * steps_per_epoch // 10)
-    seed_all(args.seed + 1000 * rank)  # here: the samplers of RPN and box head draw from the same stream with and without distillation
-    it, best, due = 0, -2.0, False  # AP is -1 where val holds no box
-    if can_resume(out, args.resume, rank, device):
-        state = load_checkpoint(out / "last.pt")
-        load_strict(student, state["model"], f"--resume {out / 'last.pt'}")
-        if state["args"]["optimizer"] != args.optimizer:
-            raise UserError(f"--resume {out}: was trained with --optimizer {state['args']['optimizer']}")
-        if state["total_batch"] != total_batch:
-            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        if set(state["adapters"]) != {k for k in learner.state_dict() if k.startswith("adapters.")}:
-            raise UserError(f"--resume {out}: was trained with other adapters H; --alpha-feat and --adapt must stay what they were")
-        learner.load_state_dict(state["adapters"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        for g in optimizer.param_groups:  # --resume --weight-decay is meant
-            g["weight_decay"] = args.weight_decay
-        it, best, due = state["it"], state["best"], state["due"]
-        if bank and state["bank"]:
-            bank.load(state["bank"], device)  # an earlier student's, as in the run that was cut off
-        if rank < len(state["rng"]):
-            set_rng_state(state["rng"][rank])
-    if rank == 0:
-        n = [sum(p.numel() for p in student.parameters() if p.requires_grad or every) for every in (True, False)]
-        print(f"student {student.arch['name']} from {args.init}: {n[0]:,} parameters, {n[1]:,} trained | teacher {args.teacher} | "
-              f"{len(data)} images, {len(classes)} classes, dropped {data.dropped} | batch {args.batch_size} x {world} x {args.accumulate} = {total_batch} | "
-              f"lr {args.lr:g} at 16 -> {lr:g} | {args.epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
-
-    def save_last(due=False):  # due: the evaluation of this step is still to come
-        rng = all_gather(rng_state())
-        if rank == 0:
-            adapters = {k: v for k, v in learner.state_dict().items() if k.startswith("adapters.")}
-            save_checkpoint(dict(weights_of(student), adapters=adapters, bank=bank and bank.tensors(), optimizer=optimizer.state_dict(), it=it, best=best,
-                                 due=due, rng=rng, total_batch=total_batch, args=vars(args)), out / "last.pt")
-
-    def validate():
-        nonlocal best
-        metrics = evaluate(student, val, rank, world, device, args, out if it >= total else None)
-        learner.train()
-        if rank == 0:
-            log.write(dict(it=it, epoch=epoch + 1, **{k: v for k, v in metrics.items() if k != "classes"}), eval_line(epoch + 1, metrics))
-            if metrics["AP"] > best:
-                best = metrics["AP"]
-                save_checkpoint(weights_of(student), out / "best.pt")
-        log.restart_clock()
-        return metrics
-
-    def refresh():
-        news = bank.refresh(student, teacher, device, rank, world)
-        learner.train()
-        if it == 0 and rank == 0 and (news["without"] or news["few"]):
-            print(f"warning: no prototype for {', '.join(news['without']) or '-'} (sigma is 1, no global loss there); fewer than {args.k} for {', '.join(news['few']) or '-'}", flush=True)
-        log.write(dict(it=it + 1, epoch=epoch + 1, refresh=True, **{k: news[k] for k in ("prototypes", "instances", "kept", "seconds")}),
-                  f"ep {epoch + 1:02d} {news['prototypes']} prototypes of {news['instances']} instances, {100 * max(0, news['kept']):.0f} % as before | {news['seconds']:.0f}s")
-        log.restart_clock()
-
-    log = Log(out, rank, total, it, args.log_every)
-    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
-    if it == 0:
-        save_last()  # from here on --resume finds the run and its flags
-    elif due or it >= total:  # killed before the evaluation was done, or --resume of a finished run
-        metrics = validate()
-        save_last()
-    while it < total:
-        epoch, done = divmod(it, steps_per_epoch)
-        plan.set_epoch(epoch, done * args.accumulate)
-        learner.decay = 1 - epoch / args.epochs if args.kd_decay == "linear" else 1.0
-        batches, left = iter(loader), len(plan)
-        while left and it < total:
-            if bank and (it == 0 or not hasattr(bank, "ids") or it // span > (it - 1) // span):
-                refresh()                                                                                      # Alg. 2, lines 3 to 6
-            factor = warmup_multistep(it, steps_per_epoch, milestones, warmup)
-            for g in optimizer.param_groups:
-                g["lr"] = lr * factor
-            waited, losses = 0.0, {}
-            count = min(args.accumulate, left)
-            for micro in range(count):
-                since = time.time()
-                batch = to_device(next(batches), device)
-                waited += time.time() - since
-                with model.no_sync() if world > 1 and micro < count - 1 else nullcontext():
-                    terms = model(batch)
-                    (sum(terms.values()) / count).backward()                                                   # Eq. 9
-                losses = {k: losses.get(k, 0) + v.detach() / count for k, v in terms.items()}
-            left -= count
+    optimizer = make_optimizer(distiller, args.optimizer, lr, args.weight_decay)
+    seed_all(args.seed + 1000 * rank)  # here: the same RoIs are drawn with and without distillation
+    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
+              legend=LEGEND, every=args.epochs if args.data == "shapes" else None, parts=distiller.parts(),
+              report="last" if args.dataset == "voc" else "best")
+    keep_beside(run, bank, device)
+    run.describe(method_of(args), lr, args.lr, 16, data, val)
+    milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
+    warmup = min(500, args.epochs * run.steps // 10)
+    while True:
+        if run.due:
+            run.scored(*evaluate(student, val, rank, world, device, args), val)
+            model.train()
+        if run.finished:
+            break
+        distiller.decay = 1 - run.it // run.steps / args.epochs if args.kd_decay == "linear" else 1.0
+        for batches in run.batches(loader, plan):
+            if bank and bank.is_due(run.it, args.refresh * run.steps):
+                refresh(bank, run, distiller, device)
+            factor = warmup_multistep(run.it, run.steps, milestones, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            losses = {}
+            for n, batch in enumerate(batches, 1):
+                model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
+                terms = model(to_device(batch, device))
+                (sum(terms.values()) / len(batches)).backward()  # Eq. 9
+                losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            it += 1
-            log.step(it, epoch + 1, losses, lr * factor, waited, learner.watch)
-            if it % args.save_every == 0 and left and it < total:
-                log.flush(it, epoch + 1, lr * factor)
-                save_last()
-        log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        if it >= total or (epoch + 1) % (args.epochs if args.data == "shapes" else max(1, args.epochs // 12)) == 0:
-            save_last(due=True)  # before anything of the evaluation can fail
-            metrics = validate()
-            save_last()
-    log.bar.close()
+            run.step(losses, lr * factor, distiller.watch)
+        run.end_epoch()
+    if rank == 0 and val:
+        print(class_table(run.metrics))
+    compare(control, args.out, rank)
+    return run.close()
+
+
+# ================================================================== the same without distillation
+
+# Flags in which a run and its continuation without distillation must agree.
+SAME = """data dataset voc_train voc_val data_seed train_json train_images val_json val_images keep_empty
+    first_images image_size init student epochs max_iters optimizer lr weight_decay photometric seed
+    amp""".split()
+
+
+def continued(args, rank, world, device):
+    """Folder of the same student trained as long without distillation: an earlier run's, or one made now in
+    OUT/control. None where it is not wanted."""
+    if args.control == "none":
+        return None
+    folder = Path(args.out) / "control" if args.control == "run" else Path(args.control)
+    there, finished = (folder / "last.pt").exists(), False
+    if there:
+        state = load_checkpoint(folder / "last.pt", "prototype_kd.py")
+        theirs = dict(state["args"], total_batch=state["total_batch"])
+        ours = dict(vars(args), total_batch=args.batch_size * args.accumulate * world)
+        wrong = [k for k in (*SAME, "total_batch") if theirs.get(k) != ours[k]]
+        if wrong or theirs["teacher"] != "none":
+            text = f"--control {folder}: is no continuation without distillation of this run"
+            for k in wrong[:1]:
+                text += (f": its {k.replace('_', '-')} is {theirs.get(k)}, here {ours[k]}; give another "
+                         "folder, or --control none")
+            raise UserError(text)
+        finished = state.get("finished", False)
+    if finished:
+        return folder
+    if args.control != "run":
+        what = "that run is not finished; --resume it first" if there else "no last.pt there"
+        raise UserError(f"--control {folder}: {what}")
     if rank == 0:
-        plot_curves(out / "log.jsonl", out / "curves.png")
-        print(f"{class_table(metrics)}\nbest AP {best:.1f} | {time.time() - clock:.0f}s | {out}", flush=True)
-    barrier()
-    return metrics
+        print(f"== the student continued without distillation -> {folder}", flush=True)
+    more = dict(teacher="none", control="none", out=str(folder), resume=there)
+    train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device)
+    return folder
 
 
-def weights_of(model):
-    """What a detector is, as plain values and tensors. "model" has the names of torchvision's detector; load_detector also restores what names do not
-    tell: mmdetection's anchors and pooling, version 1's eps."""
-    return dict(arch=model.arch, classes=model.arch["classes"], model=model.state_dict())
-
-
-def eval_line(epoch, m):
-    numbers = " ".join(f"{k} {m[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "VOC11", "VOCarea") if k in m)
-    return f"ep {epoch:02d} eval {m['images']} images | {numbers} | {m['seconds']:.0f}s"
+def compare(control, out, rank):
+    """Prints what a distilled run reports beside what its continuation does. control: its folder, or None."""
+    if rank != 0 or control is None:
+        return
+    theirs, ours = (read_json(Path(folder) / "results.json") for folder in (control, out))
+    keys = [k for k in ("AP", "AP50", "AP75", "VOC11", "VOCarea") if k in ours]
+    gain = {k: ours[k] - theirs[k] for k in keys}
+    for name, m in (("continued without distillation", theirs), ("distilled", ours), ("difference", gain)):
+        print(f"{name:31s} " + " ".join(f"{k} {m[k]:5.1f}" for k in keys))
 
 
 # ================================================================== evaluate, predict
@@ -1331,119 +1108,359 @@ def run_detector(model, batch, device, args):
     return answer
 
 
-def evaluate(model, val, rank, world, device, args, out=None):
-    """COCO metrics, and VOC's 11-point and area AP50 with --dataset voc, on rank 0; None elsewhere. out: also write the result files."""
-    (dataset, truth), since, results = val, time.time(), []
+def evaluate(model, val, rank, world, device, args, most=None):
+    """(COCO metrics, detections) on rank 0, (None, None) elsewhere or without a validation set. Images by
+    stride over ranks. most: the first so many images only. --dataset voc: VOC's 11-point and area AP50."""
+    if val is None:
+        return None, None
     model.eval()
-    loader = eval_loader(dataset, rank, world, args.workers, device.type == "cuda")
+    since, results = time.time(), []
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda", most)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         (boxes, scores, labels), = run_detector(model, batch, device, args)
-        results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, dataset.category_ids)
+        results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, val.category_ids)
     results = gather(results)
     if rank != 0:
-        return None
-    metrics = dict(coco_evaluate(truth, results), images=len(dataset))
+        return None, None
+    count = min(len(val), most or len(val))
+    truth = val.truth(rows=range(count))
+    metrics = coco_evaluate(truth, results)
     if args.dataset == "voc":
         voc = voc_evaluate(truth, results)
         metrics.update(VOC11=voc["AP11"], VOCarea=voc["AP"])
         for name, m in voc["classes"].items():
             metrics["classes"][name].update(VOC11=m["AP11"], VOCarea=m["AP"])
-    metrics["seconds"] = time.time() - since
-    if out:
-        (out / "detections.json").write_text(json.dumps(results))
-        save_samples(dataset, results, out / "samples.jpg")
-        (out / "results.json").write_text(json.dumps(metrics, indent=1))
-    return metrics
+    metrics |= dict(score=metrics["AP"], images=count, seconds=time.time() - since)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "VOC11", "VOCarea")
+    numbers = " ".join(f"{k} {metrics[k]:.1f}" for k in names if k in metrics)
+    metrics["line"] = f"{count} images | {numbers} | {metrics['seconds']:.0f}s"
+    return metrics, results
+
+
+def evaluate_file(args, rank, world, device):
+    """--eval: metrics of a checkpoint, into --out."""
+    from common.pictures import write_results
+    make_data(args, "val")  # what is missing is told before anything is downloaded
+    model = load_detector(args.eval, "--eval")
+    size = args.image_size or model.arch.get("image_size")
+    val = make_data(args, "val", like=model.arch["classes"], image_size=size)
+    check_classes(model, val.classes, f"--eval {args.eval}")
+    metrics, results = evaluate(model.to(device), val, rank, world, device, args)
+    if rank == 0:
+        write_results(Path(args.out), metrics, results, val, args.eval, None, None)
+        print(f"{class_table(metrics)}\n{metrics['line']}")
 
 
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file) and one picture per image into --out."""
-    model = load_detector(args.weights, "--weights").to(device)
+    from common.pictures import Pictures
+    model = load_detector(args.weights).to(device)
     classes = model.arch["classes"] or [f"class {k}" for k in range(len(model.arch["columns"]))]
     size = max(parse_image_size(args.image_size or model.arch.get("image_size") or "800"))
-    out, answer = Path(args.out), {}
-    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
-             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
-    if not paths:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
-    for number, path in enumerate(tqdm(paths, desc="predict")):
-        try:
-            original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
-        except DataError as e:  # the others are still wanted
-            print(f"left out: {e}", file=sys.stderr)
-            continue
-        image, (h, w) = resize(original, size)
-        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=original.shape[1:])
-        (boxes, scores, labels), = run_detector(model, collate([item]), device, args)
-        keep = scores > args.score
-        boxes, scores, labels = boxes[keep].cpu(), scores[keep].cpu(), labels[keep].cpu()
-        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=classes[k]) for b, s, k in
-                             zip(boxes.tolist(), scores.tolist(), labels.tolist())]
-        torchvision.io.write_jpeg(draw_boxes(original, boxes, labels, classes, scores), str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
-    if not answer:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
-    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
-    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+    for picture in Pictures(args.predict, args.out, args.score):
+        image, (h, w) = resize(picture.pixels, size)
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(),
+                    image_id=0, original_size=picture.pixels.shape[1:])
+        picture.save(*run_detector(model, collate([item]), device, args)[0], classes)
 
 
 # ================================================================== the embedded dataset
 
 def shapes_detector(name, args, rank, world, device):
     """Path of a plainly trained detector for shapes; trained by this script the first time, then cached beside the data."""
+    from common.shapes import make_shapes
     if "_tiny" not in name:
         raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on demand; others need --init and --teacher")
     done = make_shapes(seed=args.data_seed).parent / "teachers" / f"{name}-s{args.data_seed}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is never taken for a detector
-    if not (done / "best.pt").exists():
-        if rank == 0:
-            print(f"== {name}: trained once, cached at {done}", flush=True)
-            if draft.exists() and not (draft / "last.pt").exists():
-                shutil.rmtree(draft)
-        barrier()
-        flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "none", "--student", name, "--out", str(draft)]
-        flags += ["--epochs", "8", "--train-images", "0"] if name.endswith("32") else ["--epochs", "32"]  # the teacher sees all images
-        flags += ["--workers", str(args.workers)] + ["--resume"] * (draft / "last.pt").exists()
-        train(parse_args(flags), rank, world, device)
-        if rank == 0:
-            draft.rename(done)
-        barrier()
+    with made_once(done, rank) as missing:
+        if missing:
+            if rank == 0:
+                print(f"== {name}: trained once, cached at {done}", flush=True)
+            teacher = name.endswith("32")  # it sees all images
+            flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none"]
+            flags += ["--epochs", "8", "--first-images", "0"] if teacher else ["--epochs", "32"]
+            flags += ["--init", "none", "--student", name, "--workers", str(args.workers)]
+            flags += ["--out", str(draft), "--resume"]
+            train(resolve(parse_args(flags)), rank, world, device)
+            if rank == 0:
+                draft.rename(done)
     return str(done / "best.pt")
 
 
 def shapes_table(args, rank, world, device):
     """Teacher, the student that is distilled, the same continued without distillation, and distilled, in one table."""
     since, rows, out = time.time(), [], Path(args.out)
-    kind = "retina" if (args.student or "").startswith("retina") else "faster"
-    for role, name in (("teacher", f"{kind}_tiny32"), ("init", args.student or f"{kind}_tiny8")):
-        path = shapes_detector(name, args, rank, world, device)
-        setattr(args, role, path)
-        rows.append((f"{'teacher' if role == 'teacher' else 'student'} {name}", json.loads((Path(path).parent / "results.json").read_text()), time.time() - since))
+    kind = kind_of_name(args.student or "faster")
+    tiny = [f"{kind}_tiny32", args.student or f"{kind}_tiny8"]
+    paths = []
+    for role, name in zip(("teacher", "student"), tiny):
+        paths.append(shapes_detector(name, args, rank, world, device))
+        rows.append((f"{role} {name}", Path(paths[-1]).parent, time.time() - since))
         since = time.time()
-    for name, teacher, folder in (("student continued", "none", "continued"), ("student distilled", args.teacher, "distilled")):
-        run = argparse.Namespace(**{**vars(args), "teacher": teacher, "student": None, "out": str(out / folder), "control": "none" if teacher == "none" else str(out / "continued"),
-                                    "resume": args.resume and (out / folder / "last.pt").exists(), "table": False})
-        rows.append((name, train(run, rank, world, device), time.time() - since))
+    runs = ("continued", "none", "none"), ("distilled", paths[0], str(out / "continued"))
+    for word, teacher, control in runs:
+        more = dict(teacher=teacher, init=paths[1], student=None, out=str(out / word), control=control,
+                    table=False, resume=args.resume and (out / word / "last.pt").exists())
+        train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device)
+        rows.append((f"student {word}", out / word, time.time() - since))
         since = time.time()
     if rank == 0:
-        print(f"\nshapes, {rows[-1][1]['images']} validation images     AP  AP50  AP75   seconds")
-        for name, m, seconds in rows:
+        print("\nshapes, 300 validation images     AP  AP50  AP75   seconds")
+        for name, folder, seconds in rows:
+            m = read_json(folder / "results.json")
             print(f"{name:31s} {m['AP']:5.1f} {m['AP50']:5.1f} {m['AP75']:5.1f} {seconds:9.0f}")
 
 
+# ================================================================== flags
+
+EXAMPLES = """
+torchrun --nproc_per_node 8 prototype_kd.py      # COCO, Faster R-CNN R101 -> R50
+python prototype_kd.py --data shapes             # everything in minutes on a CPU
+python prototype_kd.py --predict photo.jpg --weights runs/prototype_kd/best.pt
+"""
+# flags, the flag that gives them an effect, its values
+BELONGS = (
+    ("voc_train voc_val", "dataset", ("voc",)),
+    ("data_seed table", "data", ("shapes",)),
+    ("student", "init", ("imagenet", "none", None)),
+    ("lam density_filter", "proto_method", ("pgm",)),
+    ("proto_space", "proto_method", ("pgm", "kmeans", "dbscan")),
+    ("all_class_prototypes", "kd_relation", ("global",)),
+    ("sigma_clamp", "sigma", ("l2", "maxcos", None)))
+# the same: flags, the weight of Eq. 9 that must be above 0
+WEIGHED = (
+    ("kd_relation all_class_prototypes", "alpha_global"),
+    ("adapt kd_local bg_weight feat_norm", "alpha_feat"),
+    ("resp_tau resp_norm resp_rois", "alpha_resp"))
+# flags that no run without prototypes reads
+OF_BANK = """k lam refresh proto_method proto_space proto_max_images proto_min_size density_filter
+    proj proj_lambda center sigma_clamp""".split()
+
+
+def voc_lists(text):
+    """argparse type of --voc-train and --voc-val."""
+    if not re.fullmatch(r"\s*\d{4}_\w+\s*(,\s*\d{4}_\w+\s*)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected year_list, as 2007_trainval,2012_trainval")
+    return text
+
+
+def saved_run(args):
+    """Flags of the run that --resume continues, of its last.pt; of its args.json where it got no further than
+    its control."""
+    last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
+    if last.exists():
+        return saved_flags(last, "prototype_kd.py")
+    header = read_json(first) if first.exists() else dict(args={})
+    saved = header.get("args") if isinstance(header, dict) else None
+    if saved != {} and (not isinstance(saved, dict) or "proto_method" not in saved):
+        raise UserError(f"--resume {args.out}: holds a run of another script")
+    return saved
+
+
+def parse_args(argv=None):
+    p = parser(__doc__, EXAMPLES)
+
+    def preset(group, name, text, **options):
+        paper, released = (PRESETS[k][name.replace("-", "_")] for k in ("paper", "released"))
+        group.add_argument(f"--{name}", help=f"{text} (paper {paper}, released {released})", **options)
+
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=("coco", "voc"), default="coco",
+                   help="layout of --data; voc: 07+12 trainval, 07 test")
+    g.add_argument("--data", help="root, or 'shapes': the embedded dataset (default data/coco; voc: data, "
+                   "which holds VOCdevkit)")
+    g.add_argument("--voc-train", type=voc_lists, default="2007_trainval,2012_trainval",
+                   help="lists of VOC to train on, year_list")
+    g.add_argument("--voc-val", type=voc_lists, default="2007_test", help="and to evaluate on")
+    g.add_argument("--data-seed", type=SEED, default=0, help="of the embedded dataset")
+    g.add_argument("--first-images", type=number(int, 0, 2**31), metavar="N",
+                   help="train on the first so many images only, 0 for all "
+                   "(default 0; shapes 300, its teacher all)")
+    g.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
+                   "(default 800; shapes 72-120; --eval, --predict: as trained)")
+    preset(g, "photometric", "training images with other brightness, contrast, saturation and hue; "
+           "shapes: off", action=argparse.BooleanOptionalAction)
+    g = p.add_argument_group("models")
+    g.add_argument("--teacher", help="name in common/zoo.py (faster_r101, retinanet_resnet50_fpn_v2 ...), "
+                   "mmdetection .pth or our .pt; none: plain training (default faster_r101; shapes: trained "
+                   "on demand)")
+    g.add_argument("--init", help="what the student starts from: as --teacher; imagenet; none (default: the "
+                   "r50 of the teacher's kind, trained on COCO; --teacher none, voc or own data: imagenet; "
+                   "shapes: trained on demand)")
+    g.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, "
+                   "retina_r18, retina_tiny8 ... (default: the teacher's kind, else faster, on r50; shapes "
+                   "on tiny8)")
+    g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
+    g = method = p.add_argument_group("method")
+    g.add_argument("--preset", choices=tuple(PRESETS),
+                   help="what the flags below are where they are not given (default paper)")
+    preset(g, "alpha-global", "alpha_1 of Eq. 9", type=number())
+    preset(g, "alpha-feat", "alpha_2 of Eq. 9", type=number())
+    preset(g, "alpha-resp", "alpha_3 of Eq. 9", type=number())
+    g.add_argument("--k", type=COUNT, default=10, help="K: prototypes of a class and level")
+    g.add_argument("--lam", type=number(), default=10.0, help="lambda of Eq. 2, in the selection")
+    g.add_argument("--refresh", type=POSITIVE, help="T: epochs between two selections; 0.5 is twice an epoch "
+                   "(default 1; shapes 4, of 19 steps each)")
+    g.add_argument("--proto-method", choices=("pgm", "kmeans", "dbscan", "ambiguous", "random"),
+                   default="pgm", help="how prototypes are picked, Table 6")
+    g.add_argument("--proto-space", choices=("both", "student", "teacher"), default="both",
+                   help="whose features they are picked by, Table 6")
+    g.add_argument("--proto-max-images", type=COUNT, default=800,
+                   help="images drawn of each class for the selection")
+    preset(g, "proto-min-size", "prototypes only from objects wider and taller than this, pixels of the file",
+           type=number())
+    preset(g, "density-filter", "share of a class, the least dense in features, that may not be prototype",
+           type=number(float, 0, 1, below=True))
+    g.add_argument("--proj", choices=("independent", "sequential", "joint"), default="independent",
+                   help="projection P of Eqs. 6, 8")
+    g.add_argument("--proj-lambda", type=number(), default=0.0, help="lambda in the projection; 0 and "
+                   "independent: cosines; 10, the paper's word, shrinks Eq. 6 by 441")
+    g.add_argument("--center", action="store_true",
+                   help="subtract each space's mean feature first (not in the paper; see README)")
+    g.add_argument("--all-class-prototypes", action="store_true",
+                   help="Eq. 6 over the prototypes of all classes, not of the object's own")
+    preset(g, "sigma", "Eq. 8 by the l2 norm, by the largest cosine, or 1", choices=("l2", "maxcos", "none"))
+    preset(g, "sigma-clamp", "keep sigma within 0 and 1", action=argparse.BooleanOptionalAction)
+    preset(g, "instances", "objects: true boxes, or the student's positive proposals (anchors)",
+           choices=("gt", "proposals"))
+    preset(g, "level-assign", "an object counts on all levels, or on the one of its size",
+           choices=("all", "fpn"))
+    g.add_argument("--kd-relation", choices=("global", "rkd"), default="global",
+                   help="Eq. 6, or RKD's relations among objects, Table 4")
+    preset(g, "kd-local", "cells of Eq. 7: fgfi where anchors fit an object best, defeat inside its box",
+           choices=("fgfi", "defeat"))
+    preset(g, "bg-weight", "weight of the other cells in Eq. 7", type=number())
+    preset(g, "feat-norm", "Eq. 7 by the number of cells, or by the sum of sigma over them",
+           choices=("cells", "sigma"))
+    preset(g, "adapt", "H of Eq. 7", choices=("conv1x1relu", "conv1x1", "conv3x3"))
+    preset(g, "resp-tau", "temperature of the class scores", type=POSITIVE)
+    preset(g, "resp-norm", "KL as the sum over classes, or their mean", choices=("sum", "mean"))
+    g.add_argument("--resp-rois", choices=("pos", "all"), default="pos",
+                   help="whose class scores: positive proposals (anchors), or all")
+    preset(g, "kd-decay", "linear: the global and feature losses fall epoch by epoch, to 0 after the last",
+           choices=("none", "linear"))
+    g.add_argument("--control", default="run", help="the same student continued without distillation: run it "
+                   "too, in OUT/control; the folder of such a run; or none")
+    g = p.add_argument_group("schedule")
+    g.add_argument("--schedule", choices=("1x", "2x"), help="12 or 24 epochs (default 2x)")
+    g.add_argument("--epochs", type=COUNT, help="instead of --schedule (shapes 16); x0.1 at 2/3 and 11/12")
+    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
+    g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly "
+                   "(default 0.02, retina 0.01; shapes 0.002)")
+    g.add_argument("--weight-decay", type=number(), default=1e-4)
+    g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: teacher, start, continued "
+                   "and distilled student in one table; --resume wants its flags again (default where no "
+                   "--teacher, --init, --max-iters is given)")
+    run_flags(p, "prototype_kd")
+    modes = dict(eval="dataset voc_val val_json val_images", predict="weights score")
+    apart = "schedule epochs", "train_json data", "train_json dataset", "val_json dataset"
+    args = parse(p, argv, "prototype_kd", modes, belongs=BELONGS, apart=apart, saved=saved_run)
+    if args.image_size:
+        parse_image_size(args.image_size)
+    if args.data == "shapes" and args.dataset == "voc":
+        p.error("--dataset voc: --data shapes is read as COCO")
+    if not (args.eval or args.predict):
+        check_method(p, args, given_flags(p, argv), {a.dest for a in method._group_actions})
+    return args
+
+
+def check_method(p, args, given, method):
+    """Stops with a line where flags of the method contradict each other, or were given and have no effect.
+    method: names of them all."""
+    if args.proto_method in ("kmeans", "dbscan") and args.proto_space == "both":
+        p.error(f"--proto-method {args.proto_method}: clusters one space; add --proto-space student or teacher")
+    if args.proj == "joint" and not args.proj_lambda:
+        p.error("--proj joint: needs --proj-lambda above 0; two prototypes may be almost alike")
+    if args.all_class_prototypes and (args.proj != "independent" or args.proj_lambda):
+        p.error("--all-class-prototypes: compares cosines; --proj and --proj-lambda must stay independent and 0")
+    if args.table and (args.teacher or args.init or args.control != "run"):
+        p.error("--table: makes its own teacher, student and control")
+    if args.teacher == "none":
+        idle = given & (method | {"no_teacher_check"}) - {"preset"}
+        if args.control == "none":
+            idle = idle - {"control"}
+        if idle:
+            p.error(f"{dash(min(idle))}: belongs to a --teacher, here it is none")
+        return
+    if "control" in given and args.control != "none" and args.train_json and not args.val_json:
+        p.error(f"--control {args.control}: compares on a validation set, which --val-json names")
+    values = argparse.Namespace(**vars(args) | from_preset(args))
+    weights = [values.alpha_global, values.alpha_feat, values.alpha_resp]
+    if args.teacher and not any(weights):
+        p.error(f"--teacher {args.teacher}: has no effect, --alpha-global, --alpha-feat and --alpha-resp "
+                "are 0; --teacher none says so")
+    for flags, weight in WEIGHED:
+        idle = [f for f in flags.split() if f in given and not getattr(values, weight)]
+        if idle:
+            p.error(f"{dash(idle[0])}: belongs to {dash(weight)} above 0, here it is 0")
+    idle = [f for f in OF_BANK if f in given]
+    if idle and not needs_prototypes(values):
+        p.error(f"{dash(idle[0])}: belongs to losses that use prototypes, Eq. 6 or --sigma in the two others")
+
+
+def from_preset(args):
+    """What the preset says of flags that were not given."""
+    return {k: v for k, v in PRESETS[args.preset or "paper"].items() if getattr(args, k) is None}
+
+
+def resolve(args):
+    """The flags with every default that depends on another flag; after this they are only read."""
+    from common.zoo import PROTOTYPE_ZOO
+    shapes, own = args.data == "shapes", args.train_json is not None
+    names = {}  # of detectors that are trained already
+    for flag, spec in (("--init", args.init), ("--teacher", args.teacher)):
+        if spec not in (None, "imagenet", "none"):
+            names[flag] = arch_of(spec, flag)["name"]
+    kind = kind_of_name(next(iter(names.values()), args.student or "faster"))
+    values = vars(args) | from_preset(args)
+    student = None  # --init says it
+    if "--init" not in names:
+        student = args.student or f"{kind}_{'tiny8' if shapes else 'r50'}"
+        kind = split_name(student)[0]
+    elif names["--init"].startswith(("cascade", "maskrcnn")):
+        raise UserError(f"--init {args.init}: can be a teacher only; a student is Faster R-CNN or RetinaNet")
+    teacher = args.teacher
+    if teacher == "none" or not (values["alpha_global"] or values["alpha_feat"] or values["alpha_resp"]):
+        teacher, control = "none", "none"
+        values.update(alpha_global=0.0, alpha_feat=0.0, alpha_resp=0.0)
+    else:
+        control = "none" if own and not args.val_json else args.control
+        if own and not teacher:
+            raise UserError("--train-json: needs a --teacher that knows its classes; train one: --teacher "
+                            "none --student faster_r101")
+        theirs = kind_of_name(names.get("--teacher", kind))
+        if theirs != kind:
+            raise UserError(f"--teacher {teacher} is a {theirs}, the student a {kind}: they must be of one "
+                            "kind")
+        teacher = teacher or (None if shapes else f"{kind}_r101")
+    init = args.init
+    if init is None and not shapes:
+        init = "imagenet"
+        if teacher != "none" and args.dataset == "coco" and not own and student in PROTOTYPE_ZOO:
+            init, student = student, None
+    defaults = dict(first_images=0, refresh=1.0, epochs=24, batch_size=2, optimizer="sgd",
+                    lr=0.01 if kind == "retina" else 0.02, photometric=values["photometric"])
+    if shapes:
+        defaults.update(first_images=300, refresh=4.0, epochs=16, batch_size=16, lr=0.002, optimizer="adamw",
+                        photometric=False)
+    if args.schedule:
+        defaults.update(epochs={"1x": 12, "2x": 24}[args.schedule])
+    values |= {k: v for k, v in defaults.items() if getattr(args, k) is None}
+    values |= dict(preset=args.preset or "paper", data=default_root(args), image_size=default_size(args))
+    return argparse.Namespace(**values | dict(teacher=teacher, init=init, student=student, control=control))
+
+
+# ================================================================== main
+
 def main():
-    try:
+    with started("prototype_kd.py") as (rank, world, device):
         args = parse_args()
-        rank, world, device = init_ddp()
         if args.eval or args.predict:
-            answer_folder(args.out)
+            answer_folder(args.out, rank)
         if args.eval:
-            model = load_detector(args.eval, "--eval")
-            args.image_size = args.image_size or model.arch.get("image_size")
-            val = make_data(args, "val")
-            check_classes(model, val[0].classes, f"--eval {args.eval}")
-            metrics = evaluate(model.to(device), val, rank, world, device, args, Path(args.out))
-            if rank == 0:
-                print(f"{class_table(metrics)}\n{eval_line(0, metrics)}")
+            evaluate_file(args, rank, world, device)
         elif args.predict:
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
@@ -1451,11 +1468,7 @@ def main():
         elif args.table if args.table is not None else args.data == "shapes" and not (args.teacher or args.init or args.max_iters):
             shapes_table(args, rank, world, device)
         else:
-            train(args, rank, world, device)
-    except (UserError, DataError, ShapesError) as e:
-        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
-        sys.exit("\nprototype_kd.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    leave_ddp()
+            train(resolve(args), rank, world, device)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ No code, no weights and no benchmark of this paper were published. Where it is s
     torchrun --nproc_per_node 8 simple21k.py --setup s1 --wordnet index.noun --out runs/s1      # LVIS + IN-997, masks; paper: AP 27.6, base 29.1, novel 22.8
     torchrun --nproc_per_node 8 simple21k.py --setup s3 --backbone swin_b --out runs/s3         # Objects365 + ImageNet-21K; paper: 6.9 AP50, 19.2 top-1
     torchrun --nproc_per_node 8 simple21k.py --setup lvis --init runs/s3/stage2/best.pt --out runs/lvis    # Table 5: fine-tuning on LVIS
-    torchrun --nproc_per_node 8 simple21k.py --det-json a.json --det-images a/ --cls-dir folders/ --val-json b.json --val-images b/     # your own data
+    torchrun --nproc_per_node 8 simple21k.py --train-json a.json --train-images a/ --cls-dir folders/ --val-json b.json --val-images b/     # your own data
     python simple21k.py --eval runs/x/best.pt --setup s2
     python simple21k.py --predict photo.jpg dir/ --weights runs/x/best.pt --names words.txt --classes "red panda,n02510455"
 Not run by us: any of it at full size. On shapes (three seeds, README): novel AP50 9.3, without the classifier built as a detector 7.3, without stage I 1.4,
@@ -45,10 +45,10 @@ from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -67,198 +67,27 @@ from torchvision.transforms import v2 as T
 from tqdm import tqdm
 
 from common.boxes import constant
-from common.datasets import (CocoDataset, DataError, ImageIndex, LabelledImages, LocalisationImages, Stream, collate, collate_labelled, eval_loader,
-                             jitter_image, read_coco, read_ilsvrc, read_image, read_json, repeat_fractions)
-from common.evaluation import class_mean, class_table, coco_evaluate, encode_mask, gather, import_lvis, localise, lvis_evaluate, sparse_ap, to_coco_results
-from common.run import (Help, Log, UserError, answer_folder, barrier, can_resume, draw_boxes, fetch, init_ddp, leave_ddp, load_checkpoint,
-                        load_strict, open_run, plot_curves, reduce_mean, rng_state, save_checkpoint, save_samples, saved_flags, seed_all,
-                        set_rng_state, warmup_multistep)
-from common.shapes import ShapesError, make_shapes
+from common.datasets import (CocoDataset, collate, eval_loader, objects365, read_annotations, read_json, regular,
+                             repeat_fractions, require_lvis, start_worker, stream_json)
+from common.evaluation import (class_mean, class_table, coco_evaluate, encode_mask, import_lvis, localise, lvis_evaluate,
+                               sparse_ap, to_coco_results)
+from common.imagenet import (ImageIndex, LabelledImages, LocalisationImages, Stream, check_localisation, collate_labelled,
+                             jitter_image, read_ilsvrc, unprintable)
+from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model, gather, given_flags,
+                        holds_run, load_checkpoint, load_strict, number, open_run, parse, parser, reduce_mean, run_flags,
+                        saved_flags, seed_all, started, warmup_multistep, wrap_ddp, write_whole)
 
 STRIDES = (4, 8, 16, 32)  # of P2 ... P5
 SWIN = dict(  # torchvision's name, first width, depths, heads, stochastic depth of stage I and II
     swin_t=(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2, 0.2), swin_s=(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3, 0.2),
     swin_b=(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5, 0.3))
-SETUPS = dict(s1="LVIS-997 base + IN-997, masks", s2="COCO + ImageNet-1K", s3="Objects365 + ImageNet-21K", lvis="fine-tuning on LVIS, 1,203 classes",
-              own="--det-json ... or a folder in the layout of COCO with imagenet/train beside it")
-
-
-# ================================================================== flags
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    # data
-    p.add_argument("--setup", choices=tuple(SETUPS), help="; ".join(f"{k}: {v}" for k, v in SETUPS.items()) + " (default s2; shapes, --det-json: own)")
-    p.add_argument("--data", default="data", help="root of coco/, lvis/, objects365/, imagenet/, imagenet21k/; or 'shapes': the embedded dataset")
-    p.add_argument("--data-seed", type=int, default=0, help="of the embedded dataset")
-    p.add_argument("--det-json", help="COCO- or LVIS-format boxes to train on (default: the setup's)")
-    p.add_argument("--det-images", help="their images")
-    p.add_argument("--cls-dir", help="folder with a folder or .tar of images for each class (default: the setup's)")
-    p.add_argument("--cls-list", metavar="FILE", help="keep only these classes of it: first word of each line")
-    p.add_argument("--cls-val", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if it is there and --cls-dir not given)")
-    p.add_argument("--val-json", help="what the detector is evaluated on: COCO or LVIS format, or a localisation set (images with category_id)")
-    p.add_argument("--val-images", help="its images")
-    p.add_argument("--val-boxes", help="instead of --val-json: folder of ILSVRC XML")
-    p.add_argument("--names", metavar="FILE", help="names of the wnids: wnid, tab, name (default: classes.json in or beside --cls-dir, else the wnids)")
-    p.add_argument("--wordnet", metavar="FILE", help="WordNet 3.0's index.noun: which LVIS class is which wnid (setup s1)")
-    p.add_argument("--overlap", metavar="FILE", help="json {detection class: wnid} of classes that both vocabularies hold (default: s1 WordNet, own by name)")
-    p.add_argument("--make-split", metavar="FILE", help="write a localisation set of --cls-dir, 5 images of a class, to be annotated (Sec. 4.1), and stop")
-    p.add_argument("--workers", type=int, default=2, help="loader processes per training process, for each of the two kinds of images")
-    # model
-    p.add_argument("--backbone", help="r50, swin_t, swin_s, swin_b or tiny8 ... tiny64 (default r50, shapes tiny16; stage II: as --init)")
-    p.add_argument("--head", choices=("2fc", "4conv1fc"), help="shared RoI head (default 2fc; stage II: as --init)")
-    p.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, Mask R-CNN (default: setup s1)")
-    p.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's, on GPUs that of all processes "
-                   "(default frozen; --init none: sync)")
-    p.add_argument("--drop-path", type=float, help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
-    # method
-    p.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: both, in OUT/stage1 and OUT/stage2)")
-    p.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the row '-stage I'); stage I: imagenet or none (default none)")
-    p.add_argument("--reinit-cls", action="store_true", help="stage II: the classifier of stage I is not loaded")
-    p.add_argument("--stage1-head", choices=("roi", "gap"), default="roi", help="the detector's head on a whole-image RoI, or average pooling and one "
-                   "linear layer ('-reform')")
-    p.add_argument("--stage1-level", choices=("canonical", "random", "all"), default="canonical", help="FPN level of the whole-image RoI in stage I")
-    p.add_argument("--cls-ratio", type=int, default=3, help="classification images for each detection image; 0: boxes only")
-    p.add_argument("--cls-weight", type=float, help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; tiny 1)")
-    p.add_argument("--cls-size", type=int, help="stage II: canvas of the classification images (default: --image-size; tiny half of it)")
-    p.add_argument("--jitter", help="large-scale jitter: smallest and largest scale (default 0.1,2.0; tiny 0.7,1.6)")
-    p.add_argument("--cls-jitter", help="that of the classification images; 1,1: none (default: as --jitter; tiny 0.2,1.0)")
-    p.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not the paper: should hurt)")
-    p.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and boxes")
-    p.add_argument("--fuse", type=float, default=2 / 3, help="Eq. 5: share of the detection classifier where both know a class; 0, 1: one of them alone")
-    # inference
-    p.add_argument("--score-thresh", type=float, default=1e-4, help="boxes below this score are dropped")
-    p.add_argument("--max-dets", type=int, help="boxes of an image (default 100; evaluation on LVIS 300)")
-    p.add_argument("--nms-topk", type=int, default=5000, help="candidates that enter NMS; doubled until enough survive, so the result does not depend on it")
-    p.add_argument("--classes", help="--predict: only these names or wnids, comma-separated")
-    # schedule
-    p.add_argument("--stage1-epochs", type=int, help="(default r50 100, Swin 300, with ImageNet-21K 100; tiny 15)")
-    p.add_argument("--stage1-batch", type=int, help="images per process and step (default r50 32, Swin 128; tiny 64)")
-    p.add_argument("--stage1-lr", type=float, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), "
-                   "scaled linearly")
-    p.add_argument("--stage1-size", type=int, help="pixels of a side (default 224; tiny 96)")
-    p.add_argument("--crop", type=float, help="stage I: smallest share of the image in a random crop (default 0.08; tiny 0.5)")
-    p.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: crop, flip, RandAugment, "
-                   "Mixup, CutMix, erasing, smoothing 0.1 (default weak; Swin strong; shapes plain)")
-    p.add_argument("--epochs", type=int, help="stage II, of the detection images (default 36; s3 12; lvis 24; tiny 3)")
-    p.add_argument("--batch-size", type=int, help="stage II: detection images per process and step (default 2; tiny 4)")
-    p.add_argument("--lr", type=float, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; tiny 4e-3)")
-    p.add_argument("--weight-decay", type=float, default=0.05, help="stage II")
-    p.add_argument("--rfs", type=float, help="repeat-factor sampling threshold; 0: off (default lvis 0.001, else 0)")
-    p.add_argument("--image-size", type=int, help="canvas of stage II and of evaluation: the long side (default 1024; tiny 256)")
-    p.add_argument("--max-iters", type=int, help="stop each stage after this many steps; the schedule is not shortened")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    # run
-    p.add_argument("--out", help="run folder (default runs/simple21k, runs/simple21k-eval or runs/simple21k-predict)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast backbone and FPN; heads, scores and losses stay fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
-    p.add_argument("--channels-last", action="store_true", help="NHWC memory format")
-    p.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages are computed twice and not kept")
-    p.add_argument("--log-every", type=int, default=50, help="steps between log lines (and NaN checks)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between writes of last.pt, beside one at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue --out's last.pt, with its flags; also of both stages (the table of --data shapes: "
-                   "give them again)")
-    p.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one table (default without "
-                   "--stage, --init, --max-iters)")
-    p.add_argument("--eval", metavar="WEIGHTS", help="metrics of a checkpoint")
-    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and pictures into --out")
-    p.add_argument("--weights", help="for --predict: a checkpoint of stage II")
-    p.add_argument("--score", type=float, default=0.1, help="--predict: boxes above this score are kept")
-    args = p.parse_args(argv)
-    args.out = args.out or "runs/simple21k" + ("-eval" if args.eval else "-predict" if args.predict else "")
-    there = [path for folder in ("", "stage2", "stage1") for path in [Path(args.out) / folder / "last.pt"] if path.exists()]
-    if args.resume and there:  # the flags of that run, then those given now; a run of both stages has them in its folders
-        saved = saved_flags(there[0])
-        if "stage1_level" not in saved:
-            p.error(f"--resume {args.out}: holds a run of another script")
-        if there[0].parent != Path(args.out):
-            saved.update(stage=None, init=None)
-        for one, other in (("val_json", "val_boxes"), ("val_boxes", "val_json")):  # the one that is given replaces the other
-            saved[other] = None if getattr(args, one) else saved[other]
-        p.set_defaults(**saved | dict(resume=False, out=args.out))
-        args = p.parse_args(argv)
-    check_conflicts(p, args)
-    check_flags(p, args)
-    return args
-
-
-def check_flags(p, args):
-    """Stops with the line of the first flag whose value makes no sense."""
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    for names, ok, text in (
-            (("stage1_epochs", "stage1_batch", "epochs", "max_iters", "batch_size", "accumulate", "log_every", "save_every", "max_dets", "nms_topk"),
-             lambda v: v >= 1, "must be at least 1"),
-            (("lr", "stage1_lr"), lambda v: 0 < v < math.inf, "must be positive"),
-            (("workers", "weight_decay", "cls_weight", "cls_ratio", "rfs"), lambda v: 0 <= v < math.inf, "must be 0 or more"),
-            (("fuse", "score_thresh"), lambda v: 0 <= v <= 1, "must be between 0 and 1"),
-            (("drop_path",), lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
-            (("crop",), lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
-            (("image_size", "cls_size", "stage1_size"), lambda v: v >= 32 and v % 32 == 0, "must be a multiple of 32")):
-        for name in names:
-            if name in given and not ok(given[name]):
-                p.error(f"--{name.replace('_', '-')} {given[name]}: {text}")
-    for name, text in (("jitter", args.jitter), ("cls-jitter", args.cls_jitter)):
-        if text and not (re.fullmatch(r"\d+\.?\d*,\d+\.?\d*", text) and 0 < scales(text)[0] <= scales(text)[1]):
-            p.error(f"--{name} {text}: expected two scales as 0.1,2.0")
-
-
-def check_conflicts(p, args):
-    """Stops with a line where flags that were given contradict each other."""
-    if args.eval and args.predict:
-        p.error("--eval and --predict: one at a time")
-    if args.predict and not args.weights:
-        p.error("--predict needs --weights: a checkpoint of stage II")
-    if args.weights and not args.predict:
-        p.error("--weights: belongs to --predict; --eval takes its weights directly, --init is where stage II starts")
-    if args.classes and not args.predict:
-        p.error("--classes: belongs to --predict; --cls-list chooses the classes to train on")
-    if args.data == "shapes" and args.setup not in (None, "own"):
-        p.error(f"--setup {args.setup}: --data shapes has its own")
-    if args.setup == "lvis" and args.init is None and not args.eval and not args.predict:
-        p.error("--setup lvis: fine-tunes --init, a checkpoint of stage I or II, or imagenet")
-    if args.init in ("none", "imagenet") and not args.stage and args.setup != "lvis":
-        p.error(f"--init {args.init}: say of which stage, --stage 1 or --stage 2")
-    if args.setup == "lvis" and args.stage == 1:
-        p.error("--setup lvis: is stage II on boxes; stage I belongs to the other setups")
-    if args.extra_as_fg and args.setup != "s1" and not args.eval and not args.predict:
-        p.error("--extra-as-fg: belongs to --setup s1, where LVIS has classes outside the 997")
-    if args.make_split and Path(args.make_split).exists():
-        p.error(f"--make-split {args.make_split}: exists; its boxes are somebody's work: choose another file")
-    if args.reinit_cls and args.cls_ratio == 0:
-        p.error("--reinit-cls: with --cls-ratio 0 the new classifier would never learn, and be part of every score")
-    if args.stage == 2 and args.init is None:
-        p.error("--stage 2: needs --init, a checkpoint of stage I; or imagenet, or none")
-    if args.stage == 1 and args.init not in (None, "imagenet", "none"):
-        p.error(f"--init {args.init}: stage I starts from imagenet or none")
-    if args.table and (args.data != "shapes" or args.stage or args.init):
-        p.error("--table: belongs to --data shapes and runs both stages")
-    if args.val_json and args.val_boxes:
-        p.error("--val-json and --val-boxes: one of them")
-
-
-def scales(text):
-    return tuple(float(v) for v in text.split(","))
-
-
-def fp32(x):
-    """bf16 maps of autocast -> fp32, in which all scores and losses are computed; fp64 stays."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 # ================================================================== model
 
-class NarrowResNet(torchvision.models.ResNet):
-    """torchvision's ResNet-10 with `width` instead of 64 channels and GroupNorm, for the embedded dataset."""
-
-    def __init__(self, width):
-        norm = lambda c: nn.GroupNorm(c // 8, c)
-        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=1, norm_layer=norm)
-        self.inplanes = width
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
-        for level in range(4):
-            layer = self._make_layer(torchvision.models.resnet.BasicBlock, width * 2**level, 1, stride=1 if level == 0 else 2)
-            setattr(self, f"layer{level + 1}", layer)
+def fp32(x):
+    """bf16 maps of autocast -> fp32, in which all scores and losses are computed; fp64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Body(nn.Module):
@@ -267,13 +96,21 @@ class Body(nn.Module):
     def __init__(self, name, drop_path=0.0):
         super().__init__()
         if name in SWIN:
+            # Windows shift by torchvision's rule: not on a map of one window (up to 7 x 7 cells). mmdetection shifts there, too
+            # (common.zoo.always_shift), but none of its weights are read here. Stage I at 224 px (C5: 7 x 7) is Swin's
+            # classification, whose own code does not shift there, and so torchvision's ImageNet weights have learnt it.
+            # On stage II's canvas of 1,024 px (C5: 32 x 32) all shift: there both rules are one.
             width, depths, heads, *_ = SWIN[name]
             parts = list(SwinTransformer([4, 4], width, list(depths), list(heads), [7, 7], stochastic_depth_prob=drop_path, num_classes=1).features)
             stages = [nn.Sequential(*parts[2 * i:2 * i + 2]) for i in range(4)]  # patches or merging, then blocks; (B, H, W, C)
             self.channels = [width * 2**i for i in range(4)]
             self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
         else:
-            net = NarrowResNet(int(name[4:])) if name.startswith("tiny") else torchvision.models.resnet50(weights=None)
+            if name.startswith("tiny"):
+                from common.tiny import NarrowResNet
+                net = NarrowResNet(int(name[4:]))
+            else:
+                net = torchvision.models.resnet50(weights=None)
             first = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool, layer1=net.layer1))
             stages = [first, net.layer2, net.layer3, net.layer4]
             width = net.inplanes // 8  # of the first stage
@@ -297,26 +134,6 @@ class Body(nn.Module):
                 m = self.norms[i](m).permute(0, 3, 1, 2).contiguous()
             maps.append(m)
         return maps
-
-
-def load_imagenet(body, name):
-    """torchvision's ImageNet-1K classifier (V1) into a Body; downloaded once, hash checked."""
-    if name.startswith("tiny"):
-        raise UserError(f"--init imagenet: there are no ImageNet weights for {name}")
-    full = "resnet50" if name == "r50" else name
-    url = torchvision.models.get_model_weights(full).IMAGENET1K_V1.url
-    state, ours = load_checkpoint(fetch(url, re.search(r"-([0-9a-f]{8})\.pth$", url)[1])), body.state_dict()
-    for key, value in state.items():
-        if name in SWIN:  # features.0 ... 7 -> stages.0 ... 3; its last norm is C5's
-            key = re.sub(r"^features\.(\d)\.", lambda m: f"stages.{int(m[1]) // 2}.{int(m[1]) % 2}.", key)
-            key = re.sub(r"^norm\.", "norms.3.", key)
-        else:
-            key = re.sub(r"^layer([234])\.", lambda m: f"stages.{int(m[1]) - 1}.", re.sub(r"^(conv1|bn1|layer1)\.", r"stages.0.\1.", key))
-        if key in ours:
-            ours[key] = value
-        elif not key.startswith(("fc.", "head.")):
-            raise UserError(f"{url}: has {key}, which {name} has not")
-    body.load_state_dict(ours)
 
 
 def level_of(side, canonical):
@@ -375,6 +192,23 @@ class Detector(nn.Module):
         if arch["masks"]:
             self.mask = nn.Sequential(OrderedDict(convs=MaskRCNNHeads(dim, (dim,) * 4, 1), out=MaskRCNNPredictor(dim, dim, 1)))
 
+    def forward(self, images):
+        """Raw outputs of every layer, with the whole image as every RoI: for describe_model, which counts their work. Training and
+        detection go through the methods below."""
+        sizes = [tuple(images.shape[-2:])] * len(images)
+        if self.arch["stage"] == 1:
+            return self.whole_image(images, sizes, self.arch["level"])
+        tops = self.top_down(images)
+        maps = self.smooth(tops)
+        pooled = self.whole_rois(tops, sizes).repeat_interleave(self.rpn.post_nms_top_n(), 0)
+        h = self.head(pooled)
+        out = [*self.rpn.head([*maps.values(), F.max_pool2d(maps[3], 1, 2)]), self.fg(h), self.det(h), self.box(h)]
+        if self.arch["cls"]:
+            out.append(self.cls(h))
+        if self.arch["masks"]:
+            out.append(self.mask(pooled[:100].repeat(1, 1, 2, 2)))  # of the final boxes, 14 x 14
+        return out
+
     def top_down(self, images, lowest=0):
         """Normalised images -> {level: (B, D, h, w)} from P5 down to `lowest`: torchvision's FPN before its 3x3 convolutions."""
         maps, tops = self.body(images, lowest), {}
@@ -402,7 +236,7 @@ class Detector(nn.Module):
 
         level: see whole_rois. bf16: autocast body and FPN.
         """
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
             if self.arch["gap"]:
                 x = fp32(self.body(images, 3)[3]).mean((2, 3))
             else:
@@ -527,8 +361,9 @@ CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
 
 class Learner(nn.Module):
-    """One training step: forward(batches) -> {name: weighed loss}. Both kinds of images go through one forward, so each parameter has a gradient in
-    every step of every process, and DDP never waits for one that took no part."""
+    """One training step: forward(dict(det=batch, cls=batch)) -> {name: weighed loss}. Both kinds of images go through one
+    forward, so each parameter has a gradient in every step of every process, and DDP never waits for one that took no part.
+    watch: numbers of the step that are no losses."""
 
     def __init__(self, model, args):
         super().__init__()
@@ -538,12 +373,13 @@ class Learner(nn.Module):
     def autocast(self, x):
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
 
-    def forward(self, cls=None, det=None, mix=None):
-        return self.classify(cls, mix) if self.model.arch["stage"] == 1 else self.detect(det, cls)
+    def forward(self, batch):
+        return self.classify(batch["cls"]) if self.model.arch["stage"] == 1 else self.detect(batch["det"], batch.get("cls"))
 
-    def classify(self, batch, mix):
+    def classify(self, batch):
         """Stage I."""
         images, label = normalise(batch, self.layout), batch["labels"]
+        mix = draw_mix(self.args.stage1_size) if self.args.augment == "strong" else None
         if mix:
             images = mix_images(images, mix)
         logits = self.model.whole_image(images, batch["image_sizes"], self.args.stage1_level, self.args.amp == "bf16")
@@ -707,10 +543,10 @@ def class_nms(boxes, roi, label, score, topk, most, iou=0.5):
 
 
 @torch.no_grad()
-def detect(model, batch, device, args, vocabulary, best=False):
+def detect(model, batch, device, args, vocabulary, most=None, best=False):
     """One collated image -> dict(boxes (n, 4) in original pixels, scores, labels: columns of the vocabulary, masks: list of RLE or None).
 
-    best: also best (V,), each class's highest log score, and best_boxes (V, 4): its box. No NMS needed: NMS never removes a class's best box.
+    most: boxes, instead of --max-dets. best: also best (V,), each class's highest log score, and best_boxes (V, 4): its box. No NMS needed: NMS never removes a class's best box.
     """
     batch = to_device(batch, device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -732,7 +568,7 @@ def detect(model, batch, device, args, vocabulary, best=False):
             top = (value, row) if top is None else (torch.maximum(top[0], value), torch.where(value > top[0], row + start, top[1]))
     empty = torch.zeros(0, dtype=torch.long, device=device)
     roi, label, score = (torch.cat(p) for p in zip(*parts)) if parts else (empty, empty, boxes.new_zeros(0))
-    keep = class_nms(boxes, roi, label, score, args.nms_topk, args.max_dets or 100)
+    keep = class_nms(boxes, roi, label, score, args.nms_topk, most or args.max_dets or 100)
     kept = boxes[roi[keep]]
     answer = dict(boxes=kept * scale, scores=score[keep].exp(), labels=label[keep], masks=None)
     if model.arch["masks"] and args.masks:
@@ -747,21 +583,143 @@ def detect(model, batch, device, args, vocabulary, best=False):
     return answer
 
 
-# ================================================================== data
+# ================================================================== checkpoints
+
+ARCH = dict(name=str, stage=int, head=str, gap=bool, masks=bool, det=list, cls=list, cls_names=list, pair=list, setup=str,
+            image_size=int, stage1_size=int, augment=str, level=str)
+
+
+def plain_of(model):
+    """What a checkpoint holds beside weights: enough to rebuild the model without any flag."""
+    return dict(script="simple21k.py", arch=model.arch)
+
+
+def weights_of(model):
+    """What a model is, as plain values and tensors."""
+    return dict(plain_of(model), model=model.state_dict())
+
+
+def read_model_file(path, flag):
+    """(arch, state dict) of a checkpoint of this script."""
+    from common.zoo import naming
+    with naming(flag):
+        content = load_checkpoint(path, "simple21k.py")
+        arch, state = content.get("arch"), content.get("model")
+        if not is_arch(arch) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise UserError(f"{path}: is no checkpoint of this script")
+    return arch, state
+
+
+def is_arch(arch):
+    """Whether a Detector can be built from it."""
+    if not isinstance(arch, dict) or not all(isinstance(arch.get(k), kind) for k, kind in ARCH.items()):
+        return False
+    same = len(arch["cls"]) == len(arch["cls_names"]) == len(arch["pair"])
+    paired = all(isinstance(p, int) and -1 <= p < len(arch["det"]) for p in arch["pair"])
+    named = all(isinstance(n, str) for k in ("det", "cls", "cls_names") for n in arch[k])
+    return same and paired and named and is_backbone(arch["name"]) and arch["stage"] in (1, 2)
+
+
+def is_backbone(name):
+    return name in ("r50", *SWIN) or bool(re.fullmatch("tiny(8|16|24|32|48|64)", name))
+
+
+def load_model(path, flag):
+    arch, state = read_model_file(path, flag)
+    model = Detector(arch)
+    load_strict(model, state, f"{flag} {path}")
+    return model.eval()
+
+
+def load_imagenet(body, name):
+    """torchvision's ImageNet-1K classifier (V1) into a Body; downloaded once, hash checked."""
+    from common.zoo import imagenet_state
+    state, url = imagenet_state("resnet50" if name == "r50" else name)
+    ours = body.state_dict()
+    for key, value in state.items():
+        if name in SWIN:  # features.0 ... 7 -> stages.0 ... 3; its last norm is C5's
+            key = re.sub(r"^features\.(\d)\.", lambda m: f"stages.{int(m[1]) // 2}.{int(m[1]) % 2}.", key)
+            key = re.sub(r"^norm\.", "norms.3.", key)
+        else:
+            key = re.sub(r"^(conv1|bn1|layer1)\.", r"stages.0.\1.", key)
+            key = re.sub(r"^layer([234])\.", lambda m: f"stages.{int(m[1]) - 1}.", key)
+        if key in ours:
+            ours[key] = value
+        elif not key.startswith(("fc.", "head.")):
+            raise UserError(f"{url}: has {key}, which {name} has not")
+    body.load_state_dict(ours)
+
+
+def load_init(model, args, rank):
+    """Stage I (or an earlier detector) into a new one: all parts that both have; prints which. g^ goes by wnid, so a part of
+    the classes may go on.
+
+    A backbone that does not fit is an error: a detector that silently starts from noise is the commonest cause of bad numbers.
+    g is new where its classes are others."""
+    arch, state = read_model_file(args.init, "--init")
+    ours, new, where, every = model.arch, model.state_dict(), f"--init {args.init}", set(state)
+    for key in ("name",) if arch["gap"] else ("name", "head"):
+        if arch[key] != ours[key]:
+            what = "backbone" if key == "name" else "head"
+            raise UserError(f"{where}: has {what} {arch[key]}, this run {ours[key]}")
+    if arch["gap"] or args.reinit_cls or not ours["cls"]:
+        state = {k: v for k, v in state.items() if not k.startswith("cls.")}
+    elif arch["cls"] and arch["cls"] != ours["cls"]:
+        row = {w: k for k, w in enumerate(arch["cls"])}
+        missing = [w for w in ours["cls"] if w not in row]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{where}: does not know class {missing[0]}{more} of --cls-dir; train stage I on them, "
+                            "leave them out with --cls-list, or start the classifier anew with --reinit-cls")
+        rows = torch.tensor([row[w] for w in ours["cls"]])
+        if any(len(v) != len(row) for k, v in state.items() if k.startswith("cls.")):
+            raise UserError(f"{where}: its classifier has not the size of its list of {len(row)} classes")
+        state |= {k: v[rows] for k, v in state.items() if k.startswith("cls.")}
+    if arch["det"] != ours["det"]:
+        state = {k: v for k, v in state.items() if not k.startswith("det.")}
+    loaded = {k: v for k, v in state.items() if k in new and v.shape == new[k].shape}
+    lost = [k for k in state if k not in loaded and k.startswith(("body.", "fpn.", "head."))]
+    if lost or any(k.startswith("body.") for k in new if k not in loaded):
+        raise UserError(f"{where}: its backbone, FPN or head does not fit; is it a file of this version?")
+    model.load_state_dict(new | loaded)
+    parts = lambda keys: ", ".join(sorted({k.split(".")[0] for k in keys})) or "nothing"
+    if rank == 0:
+        print(f"{where}: loaded {parts(loaded)} | new {parts(k for k in new if k not in loaded)} | "
+              f"left out {parts(every - set(loaded))}", flush=True)
+
+
+def resuming(args):
+    """Whether last.pt takes the place of --init, whose file may be gone."""
+    return args.resume and (Path(args.out) / "last.pt").exists()
+
+
+def arch_before(args):
+    """arch of the checkpoint that stage II starts from, or, resumed, of its last.pt; None for imagenet and none."""
+    if args.stage != 2 or args.init in (None, "imagenet", "none"):
+        return None
+    if resuming(args):
+        return read_model_file(Path(args.out) / "last.pt", "--resume")[0]
+    return read_model_file(args.init, "--init")[0]
+
+
+# ================================================================== data: vocabularies
 
 def read_lines(path, flag):
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return regular(path).read_text(encoding="utf-8-sig").splitlines()
+    except UserError as e:
+        raise UserError(f"{flag} {e}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{flag} {path}: is no text file ({e})") from None
+        raise UserError(f"{flag} {path}: is no text file ({e})") from None
 
 
 def wordnet_ids(path, synsets):
-    """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma bass; a line ends in the offsets of its senses, in order,
-    and a wnid is n + offset. Offsets are those of version 3.0 only. Synsets that WordNet has not are left out."""
+    """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma bass; a line ends in the
+    offsets of its senses, in order, and a wnid is n + offset. Offsets are those of version 3.0 only. Synsets that WordNet has
+    not are left out."""
     strange = [s for s in synsets if not re.fullmatch(r".+\.[a-z]\.\d+", s.lower())]
     if strange:
-        raise DataError(f"synset {strange[0]}: expected lemma.n.number, as bass.n.03")
+        raise UserError(f"synset {strange[0]}: expected lemma.n.number, as bass.n.03")
     wanted, offsets = {s.lower().rsplit(".", 2)[0] for s in synsets}, {}
     try:
         for line in read_lines(path, "--wordnet"):
@@ -770,92 +728,203 @@ def wordnet_ids(path, synsets):
                 if cells and cells[0] in wanted:
                     offsets[cells[0]] = cells[-int(cells[2]):]
     except (ValueError, IndexError) as e:
-        raise DataError(f"--wordnet {path}: is not WordNet's index.noun ({e}); version 3.0 is at https://wordnet.princeton.edu "
-                        "(Debian: apt install wordnet-base)") from None
+        raise UserError(f"--wordnet {path}: is not WordNet's index.noun ({e}); version 3.0 is at "
+                        "https://wordnet.princeton.edu (Debian: apt install wordnet-base)") from None
     answer = {}
     for s in synsets:
         lemma, _, sense = s.lower().rsplit(".", 2)
         if int(sense) <= len(offsets.get(lemma, ())):
             answer[s] = f"n{offsets[lemma][int(sense) - 1]}"
     if not answer:
-        raise DataError(f"--wordnet {path}: holds none of the synsets; it should be WordNet 3.0's dict/index.noun")
+        raise UserError(f"--wordnet {path}: holds none of the synsets; it should be WordNet 3.0's dict/index.noun")
     return answer
 
 
 def read_overlap(path):
     """{detection class name: wnid} of a json: that dict, or a list of dicts with name and wnid."""
-    raw = read_json(path)
+    content = read_json(path)
     try:
-        answer = dict(raw) if isinstance(raw, dict) else {r["name"]: r["wnid"] for r in raw}
+        answer = dict(content) if isinstance(content, dict) else {r["name"]: r["wnid"] for r in content}
         if not all(isinstance(w, str) for w in answer.values()):
             raise TypeError
     except (TypeError, KeyError):
-        raise DataError(f"--overlap {path}: expected a json object {{detection class: wnid}}") from None
+        raise UserError(f"--overlap {path}: expected a json object {{detection class: wnid}}") from None
     twice = [w for w, n in Counter(answer.values()).items() if n > 1]
     if twice:
-        raise DataError(f"--overlap {path}: two detection classes are {twice[0]}; one class has one partner")
+        raise UserError(f"--overlap {path}: two detection classes are {twice[0]}; one class has one partner")
     return answer
-
-
-def open_index(folder, classes=None):
-    """ImageIndex; its cache is made by the first process, while the others wait."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank > 0:
-        barrier()
-    index = ImageIndex(folder, classes)
-    if rank == 0:
-        barrier()
-    return index
-
-
-def benchmark_images(args):
-    """File names of a localisation set that lies in the training folder (setup s3: or is a copy from it): they take no part in training, Sec. 4.1."""
-    path = args.val_json
-    if not path or not Path(path).exists() or not args.val_images or args.setup != "s3" and Path(args.val_images).resolve() != Path(args.cls_dir).resolve():
-        return []
-    return [i["file_name"] for i in read_coco(path)["images"] if "category_id" in i]
 
 
 def class_names(args, wnids):
     """Name of each wnid: --names, or classes.json in or beside --cls-dir, else the wnid itself."""
-    known = {}
+    known, source = {}, None
     if args.names:
+        source = f"--names {args.names}"
         known = dict(line.split("\t")[:2] for line in read_lines(args.names, "--names") if "\t" in line)
         if not known:
-            raise DataError(f"--names {args.names}: no line has a wnid, a tab and a name")
+            raise UserError(f"{source}: no line has a wnid, a tab and a name")
     else:
-        for folder in (Path(args.cls_dir), Path(args.cls_dir).parent):
-            if (folder / "classes.json").exists():
-                try:
-                    known = {c["wnid"]: c["name"] for c in read_json(folder / "classes.json")}
-                except (TypeError, KeyError):
-                    raise DataError(f"{folder / 'classes.json'}: expected a list of objects with wnid and name") from None
-                break
-    return [known.get(w, w) for w in wnids]
+        there = [folder / "classes.json" for folder in (Path(args.cls_dir), Path(args.cls_dir).parent)]
+        source = next((path for path in there if path.exists()), None)
+        try:
+            known = {c["wnid"]: c["name"] for c in read_json(source)} if source else {}
+        except (TypeError, KeyError):
+            raise UserError(f"{source}: expected a list of objects with wnid and name") from None
+    names = [known.get(w, w) for w in wnids]
+    strange = [w for w, n in zip(wnids, names) if not isinstance(n, str) or not n.strip() or unprintable(n)]
+    if strange:
+        raise UserError(f"{source}: the name of {strange[0]} is empty, no text, or holds control characters")
+    return names
 
 
-def objects365(raw, folder):
-    """Objects365 v2's json as its files lie on the disk: patchN/name.jpg, without the few that do not exist, boxes that repeat exactly once only."""
-    if not all("file_name" in i for i in raw["images"]):
-        raise DataError("--det-json: images lack file_name; setup s3 reads Objects365 v2's json")
-    names = {i["id"]: "/".join(i["file_name"].split("/")[-2:]) for i in raw["images"]}
-    there = {p: set(x.name for x in (Path(folder) / p).iterdir()) if (Path(folder) / p).is_dir() else set() for p in {n.split("/")[0] for n in names.values()}}
-    images = [i | dict(file_name=names[i["id"]]) for i in raw["images"] if names[i["id"]].split("/")[-1] in there[names[i["id"]].split("/")[0]]]
-    lost = len(names) - len(images)
-    if lost > max(10, len(names) // 1000):
-        raise DataError(f"{folder}: {lost} of {len(names)} images are missing; Objects365 v2 is at https://www.objects365.org")
-    kept, seen, annotations = {i["id"] for i in images}, set(), []
-    for a in raw["annotations"]:
-        key = (a["image_id"], a["category_id"], *a["bbox"])
-        if a["image_id"] in kept and key not in seen:
-            seen.add(key), annotations.append(a)
-    count = Counter(c["name"].strip() for c in raw["categories"])
-    categories = [c | dict(name=c["name"].strip() if count[c["name"].strip()] == 1 else f"{c['name'].strip()} {c['id']}") for c in raw["categories"]]
-    return raw | dict(images=images, annotations=annotations, categories=categories)
+def read_class_list(args):
+    """The classes of --cls-list, or None."""
+    if not args.cls_list:
+        return None
+    return [line.split()[0] for line in read_lines(args.cls_list, "--cls-list") if line.strip()]
+
+
+def need(path, flag, where):
+    if path is None or not Path(path).exists():
+        raise UserError(f"{flag}{f' {path}' if path else ''}: is missing; {where} (--data shapes needs nothing)")
+
+
+def wnids_of(args, categories):
+    """{detection class name: wnid}: by --overlap, or in setup s1 by WordNet, from the synsets that LVIS's categories have;
+    else {}."""
+    if args.overlap:
+        answer = read_overlap(args.overlap)
+        strange = sorted(set(answer) - {c["name"] for c in categories})
+        if strange:
+            raise UserError(f"--overlap {args.overlap}: {strange[0]} is no class of {args.train_json}")
+        return answer
+    if args.setup != "s1":
+        return {}
+    need(args.wordnet, "--wordnet", "WordNet 3.0's dict/index.noun, https://wordnet.princeton.edu "
+         "(Debian: apt install wordnet-base)")
+    ids = wordnet_ids(args.wordnet, [c["synset"] for c in categories])
+    return {c["name"]: ids[c["synset"]] for c in categories if c["synset"] in ids}
+
+
+def open_index(folder, classes=None, quiet=False):
+    """ImageIndex; its cache is made by the first process, while the others wait."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not first:
+        barrier()
+    index = ImageIndex(folder, classes, quiet or not first)
+    if first:
+        barrier()
+    return index
+
+
+class FirstImage(Exception):
+    """Ends the reading of a json."""
+
+
+def is_localisation(path):
+    """Whether the images of a COCO-format json have a class each: category_id of the first one tells."""
+    def stop(image, *_):
+        raise FirstImage(image)
+    try:
+        stream_json(path, dict(images=stop))
+    except FirstImage as e:
+        return isinstance(e.args[0], dict) and "category_id" in e.args[0]
+    return False
+
+
+def benchmark_images(args):
+    """File names of a localisation set that lies in the training folder (setup s3: or is a copy from it): they take no part in
+    training, Sec. 4.1."""
+    if not args.val_json or not Path(args.val_json).exists() or not args.val_images:
+        return []
+    if args.setup != "s3" and Path(args.val_images).resolve() != Path(args.cls_dir).resolve():
+        return []
+    if not is_localisation(args.val_json):
+        return []
+    content = check_localisation(read_json(args.val_json), args.val_json, quiet=True)
+    return [i["file_name"] for i in content["images"]]
+
+
+def labelled_index(args, partners, quiet=False):
+    """ImageIndex of --cls-dir: all its classes, those of --cls-list, in setup s1 those that are LVIS's; without the benchmark's
+    images."""
+    wanted = read_class_list(args)
+    if args.setup == "s3":
+        need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, "
+             "--make-split draws one")
+    need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
+    if args.setup == "s1" and Path(args.cls_dir).is_dir():
+        held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
+        wanted = sorted(set(partners) & held & set(wanted or held))
+        if not wanted:
+            raise UserError(f"--cls-dir {args.cls_dir}: holds none of the {len(partners)} wnids of LVIS; there is nothing to "
+                            "evaluate")
+    index = open_index(args.cls_dir, wanted, quiet)
+    index.drop(benchmark_images(args))
+    if len(index.classes) < 2:
+        raise UserError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier needs two")
+    return index
+
+
+def make_vocabulary(args, quiet=False, before=None):
+    """(dict(det, cls, cls_names, pair), ImageIndex or None, Records of the boxes or None): the two label spaces and what they
+    share.
+
+    before: the arch of --init; boxes alone (--cls-ratio 0) keep its classes, and without it there are none.
+    """
+    index, records, det, wnid_of, cls, names = None, None, [], {}, [], []
+    if args.stage == 2 or args.setup == "s1":
+        need(args.train_json, "--train-json", "boxes in COCO's or LVIS's format")
+        need(args.train_images, "--train-images", "the images of --train-json")
+        records = read_annotations(args.train_json, args.train_images)
+        if args.setup == "s3":
+            records = objects365(records, args.train_images)
+        det = records.classes
+        if args.setup == "s1" and not all("synset" in c and "frequency" in c for c in records.categories):
+            raise UserError(f"{args.train_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
+        wnid_of = wnids_of(args, records.categories)
+    name_of = {w: n for n, w in wnid_of.items()}
+    if args.setup != "lvis" and (args.stage == 1 or args.cls_ratio):
+        index = labelled_index(args, name_of, quiet)
+        cls, names = index.classes, class_names(args, index.classes)
+    elif args.setup != "lvis" and before and not before["gap"]:  # of '-reform' no g^ is left, and a new one would stay noise
+        cls, names = list(before["cls"]), list(before["cls_names"])
+    if args.setup == "s1":
+        names = [name_of.get(w, w) for w in cls]
+        det = [c["name"] for c in records.categories if c["name"] in set(names) and c["frequency"] != "r"]
+        if not quiet:
+            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, {len(cls) - len(det)} novel "
+                  "(of fall 2011's: 997, 720, 277)", flush=True)
+        if not det:
+            raise UserError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there "
+                            "are no base classes")
+    lost = sorted(set(wnid_of.values()) - set(cls)) if args.overlap and cls else []
+    if lost and not quiet:
+        more = f" and {len(lost) - 1} more are" if len(lost) > 1 else " is"
+        print(f"--overlap {args.overlap}: {lost[0]}{more} not among the {len(cls):,} classes with images", flush=True)
+    return dict(det=det, cls=cls, cls_names=names, pair=pair_classes(args, det, cls, names, name_of)), index, records
+
+
+def pair_classes(args, det, cls, names, name_of):
+    """For each classification class its detection class or -1. name_of: {wnid: detection class} where these are told."""
+    column = {n: k for k, n in enumerate(det)}
+    if name_of:
+        return [column.get(name_of.get(w), -1) for w in cls]
+    if args.setup != "own":
+        return [-1] * len(cls)  # the paper does not map them
+    free = {plain(n): k for n, k in column.items()}
+    pair = [free.get(plain(n), -1) for n in names]
+    free = {n: k for n, k in free.items() if k not in set(pair)}
+    for k, n in enumerate(names):  # the others by a part of their names
+        parts = [w for w in map(plain, n.split(",")) if w in free]
+        if pair[k] < 0 and parts:
+            pair[k] = free.pop(parts[0])
+    return pair
 
 
 def make_split(args):
-    """--make-split, Sec. 4.1: 5 images of each class, 20 % of classes with fewer than 25, none of those with fewer than 5; COCO's format without boxes."""
+    """--make-split, Sec. 4.1: 5 images of each class, 20 % of classes with fewer than 25, none of those with fewer than 5; COCO's
+    format without boxes."""
     if not Path(args.make_split).parent.is_dir():
         raise UserError(f"--make-split {args.make_split}: its folder does not exist")
     index, generator = ImageIndex(args.cls_dir, read_class_list(args)), torch.Generator().manual_seed(args.seed)
@@ -868,174 +937,20 @@ def make_split(args):
             for i in torch.randperm(count, generator=generator).tolist():
                 try:
                     width, height = index.read(first + i).size
-                except DataError:  # the next one then
+                except UserError:  # the next one then
                     continue
-                images.append(dict(id=len(images) + 1, file_name=index.name(first + i), width=width, height=height, category_id=len(kept)))
+                name = index.name(first + i)
+                images.append(dict(id=len(images) + 1, file_name=name, width=width, height=height, category_id=len(kept)))
                 wanted -= 1
                 if not wanted:
                     break
-    Path(args.make_split).write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=k + 1, name=n) for k, n in enumerate(kept)])))
+    categories = [dict(id=k + 1, name=n) for k, n in enumerate(kept)]
+    write_whole(args.make_split, json.dumps(dict(images=images, annotations=[], categories=categories)))
     print(f"{len(images):,} images of {len(kept):,} classes, seed {args.seed} -> {args.make_split}; "
           "annotations (image_id, category_id, bbox) are still to be made")
 
 
-def read_class_list(args):
-    """The classes of --cls-list, or None."""
-    return [line.split()[0] for line in read_lines(args.cls_list, "--cls-list") if line.strip()] if args.cls_list else None
-
-
-def fill_paths(args):
-    """Where the setup's files lie, for what was not given."""
-    shapes = args.data == "shapes"
-    args.setup = args.setup or ("own" if shapes or args.det_json else "s2")
-    root = make_shapes(seed=args.data_seed, val=600, labelled=400) if shapes else Path(args.data)
-    lvis, coco, box = root / "lvis", root / "coco", root / "objects365"
-    paths = dict(
-        s1=dict(det_json=lvis / "annotations/lvis_v1_train.json", det_images=coco, cls_dir=root / "imagenet21k",
-                val_json=lvis / "annotations/lvis_v1_val.json", val_images=coco),
-        s2=dict(det_json=coco / "annotations/instances_train2017.json", det_images=coco / "train2017",
-                cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
-                val_images=root / "imagenet/val", val_boxes=root / "imagenet/val_boxes"),
-        s3=dict(det_json=box / "annotations/zhiyuan_objv2_train.json", det_images=box / "train", cls_dir=root / "imagenet21k",
-                val_json=root / "imagenet21k_benchmark.json", val_images=root / "imagenet21k"),
-        own=dict(det_json=root / "annotations/instances_train2017.json", det_images=root / "train2017",
-                 cls_dir=root / "imagenet/train", cls_val=root / "imagenet/val",
-                 val_json=root / f"annotations/instances_val{'all' if shapes else ''}2017.json", val_images=root / f"val{'all' if shapes else ''}2017"))
-    paths["lvis"] = {k: v for k, v in paths["s1"].items() if k != "cls_dir"}
-    if args.cls_val not in (None, "none"):
-        need(args.cls_val, "--cls-val", "a folder with a folder of images for each class")
-    given = {flag for flag in ("det_json", "cls_dir") if getattr(args, flag)}  # somebody's own data: do not measure them on others'
-    for name in ("val_json", "val_images") if "det_json" in given else ():
-        paths["own"].pop(name)
-    if "cls_dir" in given or not (root / "imagenet/val").is_dir():
-        paths["s2"].pop("cls_val"), paths["own"].pop("cls_val")
-    if args.val_json or args.val_boxes:
-        paths[args.setup].pop("val_boxes", None), paths[args.setup].pop("val_json", None)
-    for name, path in paths[args.setup].items():
-        if getattr(args, name) is None:
-            setattr(args, name, str(path))
-
-
-def need(path, flag, where):
-    if path is None or not Path(path).exists():
-        raise DataError(f"{flag}{f' {path}' if path else ''}: is missing; {where} (--data shapes needs nothing)")
-
-
-def wnids_of(args, categories):
-    """{detection class name: wnid}: by --overlap, or in setup s1 by WordNet, from the synsets that LVIS's categories have; else {}."""
-    names = {c["name"] for c in categories}
-    if args.overlap:
-        answer = read_overlap(args.overlap)
-        strange = sorted(set(answer) - names)
-        if strange:
-            raise DataError(f"--overlap {args.overlap}: {strange[0]} is no class of {args.det_json}")
-        return answer
-    if args.setup != "s1":
-        return {}
-    need(args.wordnet, "--wordnet", "WordNet 3.0's dict/index.noun, https://wordnet.princeton.edu (Debian: apt install wordnet-base)")
-    ids = wordnet_ids(args.wordnet, [c["synset"] for c in categories])
-    return {c["name"]: ids[c["synset"]] for c in categories if c["synset"] in ids}
-
-
-def labelled_images(args, partners):
-    """ImageIndex of --cls-dir: all its classes, those of --cls-list, in setup s1 those that are LVIS's; without the benchmark's images."""
-    wanted = read_class_list(args)
-    if args.setup == "s3":
-        need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, --make-split draws one")
-    need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
-    if args.setup == "s1" and Path(args.cls_dir).is_dir():
-        held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
-        wanted = sorted(set(partners) & held & set(wanted or held))
-        if not wanted:
-            raise DataError(f"--cls-dir {args.cls_dir}: holds none of the {len(partners)} wnids of LVIS; there is nothing to evaluate")
-    index = open_index(args.cls_dir, wanted)
-    index.drop(benchmark_images(args))
-    if len(index.classes) < 2:
-        raise DataError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier needs two")
-    return index
-
-
-def make_vocabulary(args, stage, pretrained=None):
-    """(dict(det, cls, cls_names, pair), ImageIndex or None, content of the detection json or None): the two label spaces and what they share.
-
-    pretrained: the arch of --init; boxes alone (--cls-ratio 0) keep its classes, and without it there are none.
-    """
-    index, raw, det, wnid_of, cls, names = None, None, [], {}, [], []
-    if stage == 2 or args.setup == "s1":
-        need(args.det_json, "--det-json", "boxes in COCO's or LVIS's format")
-        raw = read_coco(args.det_json)
-        if args.setup == "s3":
-            raw = objects365(raw, args.det_images)
-        categories = sorted(raw["categories"], key=lambda c: c["id"])
-        det = [c["name"] for c in categories]
-        twice = [n for n, count in Counter(det).items() if count > 1]
-        if twice:
-            raise DataError(f"{args.det_json}: two categories have the name {twice[0]}; give them different ones")
-        if args.setup == "s1" and not all("synset" in c and "frequency" in c for c in categories):
-            raise DataError(f"{args.det_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
-        wnid_of = wnids_of(args, categories)
-    name_of = {w: n for n, w in wnid_of.items()}
-    if args.setup != "lvis" and (stage == 1 or args.cls_ratio):
-        index = labelled_images(args, name_of)
-        cls, names = index.classes, class_names(args, index.classes)
-    elif args.setup != "lvis" and pretrained and not pretrained["gap"]:  # of '-reform' no g^ is left, and a new one would stay noise
-        cls, names = list(pretrained["cls"]), list(pretrained["cls_names"])
-    if args.setup == "s1":
-        names = [name_of.get(w, w) for w in cls]
-        det = [c["name"] for c in categories if c["name"] in names and c["frequency"] != "r"]
-        if not (dist.is_initialized() and dist.get_rank()):
-            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, {len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)",
-                  flush=True)
-        if not det:
-            raise DataError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there are no base classes")
-    column = {n: k for k, n in enumerate(det)}
-    lost = sorted(set(wnid_of.values()) - set(cls)) if args.overlap and cls else []
-    if lost and not (dist.is_initialized() and dist.get_rank()):
-        more = f" and {len(lost) - 1} more are" if len(lost) > 1 else " is"
-        print(f"--overlap {args.overlap}: {lost[0]}{more} not among the {len(cls):,} classes with images", flush=True)
-    if wnid_of:
-        pair = [column.get(name_of.get(w), -1) for w in cls]
-    elif args.setup == "own":
-        free = {plain(n): k for n, k in column.items()}
-        pair = [free.get(plain(n), -1) for n in names]
-        free = {n: k for n, k in free.items() if k not in pair}
-        pair = [p if p >= 0 else next((free.pop(w) for w in map(plain, n.split(",")) if w in free), -1) for p, n in zip(pair, names)]
-    else:
-        pair = [-1] * len(cls)  # the paper does not map them
-    return dict(det=det, cls=cls, cls_names=names, pair=pair), index, raw
-
-
-def val_data(args, arch):
-    """dict(kind, data, truth) of what the detector is evaluated on; kind: coco, lvis, loc."""
-    if args.val_boxes:
-        need(args.val_images, "--val-images", "ImageNet's validation images")
-        need(args.val_boxes, "--val-boxes", "ILSVRC's XML boxes of the validation images, https://image-net.org")
-        truth = read_ilsvrc(args.val_images, args.val_boxes)
-    else:
-        need(args.val_json, "--val-json", "boxes to evaluate on" if args.setup != "s3" else
-             "the benchmark was never published; --make-split draws one, in the format that the README describes")
-        truth = read_coco(args.val_json)
-    need(args.val_images, "--val-images", "images to evaluate on")
-    if truth["images"] and "category_id" in truth["images"][0]:
-        data = LocalisationImages(args.val_images, truth, args.image_size)
-        known = set(arch["cls"])
-        strange = [c["name"] for c in truth["categories"] if c["name"] not in known]
-        if strange:
-            raise DataError(f"{args.val_boxes or args.val_json}: class {strange[0]}{f' and {len(strange) - 1} more are' if len(strange) > 1 else ' is'} "
-                            "not among the classification classes of the model")
-        return dict(kind="loc", data=data, truth=truth)
-    if not Vocabulary(arch, "cpu").of(truth):
-        raise DataError(f"{args.val_json}: none of its classes is known to the model, by name")
-    if arch["masks"] and args.masks and not all("segmentation" in a for a in truth["annotations"]):
-        raise DataError(f"{args.val_json}: annotations lack segmentation; --no-masks evaluates boxes")
-    lvis = bool(truth["images"]) and "neg_category_ids" in truth["images"][0]
-    if lvis:
-        try:
-            import_lvis()
-        except RuntimeError as e:
-            raise UserError(str(e)) from None
-    return dict(kind="lvis" if lvis else "coco", data=CocoDataset(args.val_images, args.val_json, False, raw=truth, canvas=args.image_size), truth=truth)
-
+# ================================================================== data: images
 
 class ClassificationTransform:
     """Stage I's augmentation of a PIL image -> (3, S, S) uint8: random crop and flip; weak: colours; strong: RandAugment and random erasing.
@@ -1074,11 +989,207 @@ class DetectionTransform:
         return jitter_image(image, self.canvas, rng.uniform(*self.jitter), rng)
 
 
-def endless(dataset, stream, collate_fn, args, device):
-    """Iterator over the Stream's batches. The loader's generator is its own: it must not shift the model's random numbers."""
-    loader = DataLoader(dataset, batch_sampler=stream, num_workers=args.workers, collate_fn=collate_fn, pin_memory=device.type == "cuda",
-                        generator=torch.Generator())
-    return iter(loader)
+class ClassImages(LabelledImages):
+    """Labelled images on a canvas. labels: the model's of each class of the index. both: classes with boxes, too."""
+
+    def __init__(self, index, transform, canvas, labels=(), both=0):
+        super().__init__(index, transform)
+        self.canvas, self.labels, self.both = canvas, list(labels), both
+
+    def report(self):
+        """A line for the start of a run."""
+        index = self.index
+        text = f"{index.root}: {len(index):,} images, {len(index.classes):,} classes"
+        if self.both:
+            text += f", {self.both:,} in both"
+        if getattr(index, "dropped", 0):
+            text += f" | {index.dropped:,} images of the benchmark left out"
+        if index.empty:
+            more = " ..." if len(index.empty) > 5 else ""
+            text += f" | no image of {', '.join(index.empty[:5])}{more}: {len(index.empty)} classes left out"
+        return text
+
+
+class Benchmark(LocalisationImages):
+    """A localisation set, with what a page of samples needs to show it."""
+
+    def __init__(self, folder, content, canvas, where, quiet):
+        super().__init__(folder, content, canvas, where, quiet)
+        self.where = where
+        self.classes, self.category_ids = ([c[k] for c in self.truth["categories"]] for k in ("name", "id"))
+        self.items = []
+        for i in [i for i in self.info if ".tar/" not in i["file_name"]][:6]:
+            boxes = np.array(self.boxes[i["id"]], np.float32).reshape(-1, 4)
+            labels = np.full(len(boxes), self.category_ids.index(i["category_id"]))
+            self.items.append((i["id"], i["file_name"], i["height"], i["width"], boxes, labels))
+
+    def report(self):
+        return (f"{self.where}: {len(self.truth['annotations']):,} boxes, {len(self):,} images, {len(self.classes):,} classes; "
+                "they choose nothing: results are of last.pt")
+
+
+def make_data(args, quiet=False, before=None):
+    """(arch of the model, detection images or None, classification images or None) to train on. before: see make_vocabulary."""
+    words, index, records = make_vocabulary(args, quiet, before or arch_before(args))
+    stage = args.stage
+    if stage == 1:
+        words |= dict(det=[], pair=[-1] * len(words["cls"]))
+    arch = dict(words, name=args.backbone, kind=f"stage{stage}", stage=stage, head=args.head,
+                gap=stage == 1 and args.stage1_head == "gap", masks=stage == 2 and args.masks, setup=args.setup,
+                image_size=args.image_size, stage1_size=args.stage1_size, augment=args.augment, level=args.stage1_level)
+    if resuming(args):
+        theirs = read_model_file(Path(args.out) / "last.pt", "--resume")[0]
+        if (theirs["cls"], theirs["det"]) != (arch["cls"], arch["det"]):
+            raise UserError(f"--resume {args.out}: was trained on other classes than the data have now")
+    both = sum(p >= 0 for p in arch["pair"])
+    if stage == 2 and args.setup == "own" and arch["cls"] and not both and not quiet:
+        print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them", flush=True)
+    data = detection_data(args, arch, records) if stage == 2 else None
+    if stage == 1:
+        images = ClassImages(index, ClassificationTransform(args.stage1_size, args.augment, True, args.crop), args.stage1_size)
+    else:
+        transform = DetectionTransform(args.cls_size, args.cls_jitter)
+        images = ClassImages(index, transform, args.cls_size, both=both) if args.cls_ratio else None
+    return arch, data, images
+
+
+def detection_data(args, arch, records):
+    """CocoDataset of the classes arch["det"] under large-scale jitter. Images without a box of these are left out: LVIS's may be
+    full of unlabelled ones."""
+    if args.masks:
+        need_outlines(records)
+    # not the novel classes: they have no boxes in this paper
+    unused = set(records.classes) - set(arch["det"]) - set(arch["cls_names"])
+    data = CocoDataset(args.train_images, records, True, classes=arch["det"], canvas=args.image_size, jitter=args.jitter,
+                       masks=args.masks, hidden=unused if args.extra_as_fg else (), keep_empty=args.keep_empty)
+    data.repeats = repeat_fractions(data, args.rfs) if args.rfs else None
+    return data
+
+
+def need_outlines(records):
+    if len(records.outline) and not records.outline.any():
+        raise UserError(f"{records.path}: annotations lack segmentation; --no-masks goes on with boxes")
+
+
+def make_val(args, arch, quiet=False):
+    """What the stage is evaluated on: ClassImages, CocoDataset (`lvis`: by LVIS's rules), Benchmark, or None."""
+    if arch["stage"] == 1:
+        return accuracy_data(args, arch, quiet)
+    if args.val_boxes:
+        need(args.val_images, "--val-images", "ImageNet's validation images")
+        need(args.val_boxes, "--val-boxes", "ILSVRC's XML boxes of the validation images, https://image-net.org")
+        return benchmark(args, arch, read_ilsvrc(args.val_images, args.val_boxes, quiet), args.val_boxes, quiet)
+    if args.val_json is None and args.train_json:
+        return None
+    need(args.val_json, "--val-json", "boxes to evaluate on" if args.setup != "s3" else
+         "the benchmark was never published; --make-split draws one, in the format that the README describes")
+    need(args.val_images, "--val-images", "images to evaluate on")
+    if is_localisation(args.val_json):
+        return benchmark(args, arch, read_json(args.val_json), args.val_json, quiet)
+    return boxes_data(args, arch, quiet)
+
+
+def benchmark(args, arch, content, where, quiet):
+    data = Benchmark(args.val_images, content, args.image_size, where, quiet)
+    if not data.truth["annotations"]:
+        raise UserError(f"{where}: no image has a box")
+    strange = sorted(set(data.names) - set(arch["cls"]))
+    if strange:
+        more = f" and {len(strange) - 1} more are" if len(strange) > 1 else " is"
+        raise UserError(f"{where}: class {strange[0]}{more} not among the classification classes of the model")
+    return data
+
+
+def boxes_data(args, arch, quiet):
+    """A COCO or LVIS set, with all that its evaluation will ask for."""
+    records, masks = read_annotations(args.val_json, args.val_images), arch["masks"] and args.masks
+    lists = [records.lvis_lists(i) for i in range(len(records))]
+    if any("category_id" in x for x in lists):
+        raise UserError(f"{args.val_json}: some images have a category_id, the first has not; a localisation set has one for each")
+    names = Counter(plain(n) for n in records.classes)
+    twice = [n for n, count in names.items() if count > 1]
+    if twice:
+        raise UserError(f"{args.val_json}: two classes are called {twice[0]}, but for capitals and underscores")
+    known = Vocabulary(arch, "cpu").of(dict(categories=records.categories))
+    if not known:
+        raise UserError(f"{args.val_json}: none of its classes is known to the model, by name")
+    unknown = [n for n in names if n not in known]
+    if unknown and not quiet:
+        print(f"{args.val_json}: {len(unknown):,} of its {len(names):,} classes are not known to the model and are not "
+              f"scored, first {unknown[0]}", flush=True)
+    lvis = any(lists) or any("frequency" in c for c in records.categories)
+    if lvis:
+        require_lvis(records)
+        try:
+            import_lvis()
+        except RuntimeError as e:
+            raise UserError(str(e)) from None
+    if masks:
+        need_outlines(records)
+    data = CocoDataset(args.val_images, records, False, canvas=args.image_size, masks=masks)
+    data.lvis = lvis
+    return data
+
+
+def accuracy_data(args, arch, quiet):
+    """Stage I's validation images, or None without --cls-val."""
+    if args.cls_val in (None, "none"):
+        return None
+    need(args.cls_val, "--cls-val", "a folder with a folder of images for each class")
+    held = {e.name.removesuffix(".tar") for e in Path(args.cls_val).iterdir()}
+    known = [w for w in arch["cls"] if w in held]
+    if not known:  # ImageNet's archive is flat; its labels are in the XML
+        if not quiet:
+            print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no accuracy", flush=True)
+        return None
+    index, label_of = ImageIndex(args.cls_val, known, quiet), {w: k for k, w in enumerate(arch["cls"])}
+    transform = ClassificationTransform(arch["stage1_size"], arch["augment"], False)
+    return ClassImages(index, transform, arch["stage1_size"], [label_of[w] for w in index.classes])
+
+
+class Pairs:
+    """Training batches dict(det=batch, cls=batch), each kind from a stream of its own that runs on over the ends of its passes;
+    a kind that the run does without is not there.
+
+    An epoch is a pass over the detection images (stage I: over the others). set_epoch and len: as BatchPlan's. Each kind has
+    --workers loader processes, and generators of its own, that do not shift the model's random numbers. broken: lines on files
+    that could not be read, each told once.
+    """
+
+    def __init__(self, data, images, args, rank, world, pin):
+        self.loaders, self.streams, self.broken = {}, {}, set()
+        self.workers, self.pin = args.workers, pin
+        batch = args.batch_size if data else args.stage1_batch
+        each = float(data.repeats.sum()) if data and data.repeats is not None else len(data or images)
+        steps = math.ceil(each / (batch * world * args.accumulate)) * args.accumulate
+        if data:
+            stream = Stream(len(data), batch, rank, world, args.seed, data.repeats, steps)
+            self.add("det", data, stream, partial(collate, divisor=data.canvas))
+        if images:
+            batch, seed = (batch * args.cls_ratio, args.seed + 1) if data else (batch, args.seed)
+            stream = Stream(len(images), batch, rank, world, seed, None, steps)
+            self.add("cls", images, stream, partial(collate_labelled, canvas=images.canvas))
+
+    def add(self, kind, dataset, stream, collate_fn):
+        self.streams[kind] = stream
+        self.loaders[kind] = DataLoader(
+            dataset, batch_sampler=stream, num_workers=self.workers, collate_fn=collate_fn, pin_memory=self.pin,
+            worker_init_fn=start_worker, persistent_workers=self.workers > 0, generator=torch.Generator())
+
+    def set_epoch(self, epoch, start=0):
+        for stream in self.streams.values():
+            stream.set_epoch(epoch, start)
+
+    def __len__(self):
+        return len(next(iter(self.streams.values())))
+
+    def __iter__(self):
+        for parts in zip(*self.loaders.values()):
+            batch = dict(zip(self.loaders, parts))
+            for text in sorted(set(batch["cls"]["bad"]) - self.broken) if "cls" in batch else ():
+                self.broken.add(text)
+                print(f"replaced by another image of its class: {text}", file=sys.stderr, flush=True)
+            yield batch
 
 
 def to_device(batch, device):
@@ -1093,75 +1204,30 @@ def to_device(batch, device):
 
 # ================================================================== train
 
-def fill_defaults(args, name):
-    """Defaults that depend on the backbone and the setup."""
-    tiny, swin = name.startswith("tiny"), name in SWIN
-    if tiny:
-        first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
-        second = dict(epochs=3, batch_size=4, lr=4e-3, image_size=256, jitter="0.7,1.6", cls_jitter="0.2,1.0", cls_weight=1.0)
-    else:
-        large = args.setup == "s3"  # Swin's recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
-        first = (dict(stage1_epochs=100 if large else 300, stage1_batch=128, stage1_lr=2.5e-4 if large else 1e-3, augment="strong") if swin else
-                 dict(stage1_epochs=100, stage1_batch=32, stage1_lr=0.1, augment="weak")) | dict(stage1_size=224, crop=0.08)
-        second = dict(epochs=dict(s3=12, lvis=24).get(args.setup, 36), batch_size=2, lr=1e-4 if args.setup == "lvis" else 3e-4, image_size=1024,
-                      jitter="0.1,2.0", cls_weight=0.1)
-    common = dict(masks=args.setup == "s1", rfs=0.001 if args.setup == "lvis" else 0.0, bn="sync" if args.init == "none" else "frozen", head="2fc")
-    for flag, value in (first | second | common).items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if args.setup == "lvis":
-        args.cls_ratio = 0
-    args.cls_size = args.cls_size or (max(32, args.image_size // 64 * 32) if tiny else args.image_size)
-    args.cls_jitter = args.cls_jitter or args.jitter
+LEGEND = dict(
+    rpn_fg="RPN: object or not", rpn_box="RPN: boxes of objects", fg="Eqs. 1, 4: -log S_fg of objects, -log(1 - S_fg) of background",
+    cat="Eqs. 2, 4: -log S_c of objects", box="smooth L1 of the boxes, of any class", mask="cross-entropy of the masks, of any class",
+    cls="Eqs. 3, 4: -log S^_c of images, in stage II times --cls-weight", top1="percent of a step's images that g^ names right; no loss")
 
 
-def read_model_file(path, flag):
-    """(arch, state dict) of a checkpoint of this script."""
-    if not Path(path).exists():
-        raise UserError(f"{flag} {path}: no such file")
-    content = load_checkpoint(path)
-    if not isinstance(content, dict) or not isinstance(content.get("arch"), dict) or "pair" not in content["arch"]:
-        raise UserError(f"{flag} {path}: is no checkpoint of this script")
-    return content["arch"], content["model"]
+class Recipe(NamedTuple):
+    """How a stage learns. lr: of paper_batch images. clip: largest norm of the gradient, 0 without limit."""
+    epochs: int
+    batch: int
+    lr: float
+    paper_batch: int
+    sgd: bool
+    weight_decay: float
+    clip: float
 
 
-def load_model(path, flag):
-    arch, state = read_model_file(path, flag)
-    model = Detector(arch)
-    load_strict(model, state, f"{flag} {path}")
-    return model.eval()
-
-
-def load_init(model, args, rank):
-    """Stage I (or an earlier detector) into a new one: all parts that both have; prints which. g^ goes by wnid, so a part of the classes may go on.
-
-    A backbone that does not fit is an error: a detector that silently starts from noise is the commonest cause of bad numbers. g is new where its
-    classes are others."""
-    arch, state = read_model_file(args.init, "--init")
-    ours, new, where, every = model.arch, model.state_dict(), f"--init {args.init}", set(state)
-    for key in ("name",) if arch["gap"] else ("name", "head"):
-        if arch[key] != ours[key]:
-            raise UserError(f"{where}: has {'backbone' if key == 'name' else 'head'} {arch[key]}, this run {ours[key]}")
-    if arch["gap"] or args.reinit_cls or not ours["cls"]:
-        state = {k: v for k, v in state.items() if not k.startswith("cls.")}
-    elif arch["cls"] and arch["cls"] != ours["cls"]:
-        row = {w: k for k, w in enumerate(arch["cls"])}
-        missing = [w for w in ours["cls"] if w not in row]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{where}: does not know class {missing[0]}{more} of --cls-dir; train stage I on them, "
-                            "leave them out with --cls-list, or start the classifier anew with --reinit-cls")
-        rows = torch.tensor([row[w] for w in ours["cls"]])
-        state |= {k: v[rows] for k, v in state.items() if k.startswith("cls.")}
-    if arch["det"] != ours["det"]:
-        state = {k: v for k, v in state.items() if not k.startswith("det.")}
-    loaded = {k: v for k, v in state.items() if k in new and v.shape == new[k].shape}
-    if any(k.startswith(("body.", "fpn.", "head.")) for k in state if k not in loaded) or any(k.startswith("body.") for k in new if k not in loaded):
-        raise UserError(f"{where}: its backbone, FPN or head does not fit; is it a file of this version?")
-    model.load_state_dict(new | loaded)
-    parts = lambda keys: ", ".join(sorted({k.split(".")[0] for k in keys})) or "nothing"
-    if rank == 0:
-        print(f"{where}: loaded {parts(loaded)} | new {parts(k for k in new if k not in loaded)} | left out {parts(every - set(loaded))}", flush=True)
+def recipe_of(args):
+    if args.stage == 2:
+        return Recipe(args.epochs, args.batch_size, args.lr, 16, False, args.weight_decay, 1.0)
+    first = args.stage1_epochs, args.stage1_batch, args.stage1_lr
+    if args.backbone == "r50":
+        return Recipe(*first, 256, True, 1e-4, 0.0)
+    return Recipe(*first, 1024 if args.backbone in SWIN else 64, False, 0.05, 5.0)
 
 
 def freeze_idle(model, args):
@@ -1177,6 +1243,37 @@ def freeze_idle(model, args):
         norm.requires_grad_(i >= min(used))
 
 
+def freeze_norms(body):
+    """BatchNorm keeps its running statistics, weights and biases."""
+    body.fixed_norms = True
+    for m in body.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
+
+
+def make_model(args, arch, rank):
+    """The Detector of the flags, as the stage begins with it: what shall not learn is frozen."""
+    drop = args.drop_path  # not filled in by resolve: a run of both stages has two values
+    if drop is None:
+        drop = SWIN[args.backbone][2 + args.stage] if args.backbone in SWIN else 0.0
+        if args.backbone in SWIN and args.stage == 1 and args.setup == "s3":
+            drop = 0.2
+    seed_all(args.seed)
+    model = Detector(arch, drop)
+    if args.init == "imagenet" and not resuming(args):
+        load_imagenet(model.body, args.backbone)
+    elif args.init not in (None, "none") and not resuming(args):
+        load_init(model, args, rank)
+    if args.stage == 1:
+        freeze_idle(model, args)
+    elif arch["cls"]:
+        model.cls.requires_grad_(args.cls_ratio > 0)
+    if args.stage == 2 and args.bn == "frozen":
+        freeze_norms(model.body)
+    model.body.recompute = args.checkpoint
+    return model
+
+
 def parameter_groups(model, decay):
     """Weights decay; norms, biases and Swin's position biases do not."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -1184,455 +1281,274 @@ def parameter_groups(model, decay):
     return [dict(params=[p for n, p in named if not free(n, p)], weight_decay=decay), dict(params=[p for n, p in named if free(n, p)], weight_decay=0.0)]
 
 
+def make_optimizer(model, recipe, lr):
+    """SGD with momentum 0.9, or AdamW."""
+    groups = [g | dict(base_lr=lr) for g in parameter_groups(model, recipe.weight_decay)]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9) if recipe.sgd else torch.optim.AdamW(groups, lr=lr)
+
+
 def cosine(it, total, warmup, least=0.0):
     """Learning-rate factor of stage I: linear warm-up, then half a cosine to `least`."""
     return (it + 1) / warmup if it < warmup else least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (it - warmup) / max(1, total - warmup)))
 
 
+def rate_factor(args, it, steps):
+    """Learning-rate factor of iteration `it`, `steps` an epoch."""
+    if args.stage == 2:
+        milestones = (args.epochs * 3 / 4, args.epochs * 11 / 12)
+        return warmup_multistep(it, steps, milestones, max(2, min(1000, args.epochs * steps // 10)))
+    swin, full = args.backbone in SWIN, args.stage1_epochs * steps
+    warmup = max(1, min(full // 10, steps * (20 if swin and args.setup != "s3" else 5)))
+    return cosine(it, full, warmup, 0.01 if swin else 0.0)
+
+
 def train(args, rank, world, device):
-    """Stage I and II one after the other in OUT/stage1 and OUT/stage2, or the one that --stage or --init asks for. Metrics of the last, on rank 0."""
-    if args.stage or args.init:
-        return train_stage(args, args.stage or 2, rank, world, device)
-    fill_paths(args)
-    out, metrics = Path(args.out), None
-    for flag in ("det_json", "det_images", "val_boxes" if args.val_boxes else "val_json", "val_images"):  # of stage II, before days of stage I
-        need(getattr(args, flag), f"--{flag.replace('_', '-')}", "stage II needs it")
-    if rank == 0 and not args.resume and (out / "stage2" / "log.jsonl").exists():
-        raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or delete it")
-    if not args.resume:
-        trial = argparse.Namespace(**vars(args))
-        fill_defaults(trial, args.backbone or "r50")
-        words = make_vocabulary(trial, 1 if args.setup == "s3" else 2)[0]  # Objects365's boxes take minutes to read
-        val_data(trial, dict(words, masks=trial.masks))
-    for stage in (1, 2):
-        folder = out / f"stage{stage}"
-        init = None if stage == 1 else str(out / "stage1" / "best.pt")
-        run = argparse.Namespace(**{**vars(args), "stage": stage, "out": str(folder), "init": init, "table": False,
-                                    "resume": args.resume and (folder / "last.pt").exists()})
-        metrics = train_stage(run, stage, rank, world, device)
-    return metrics
-
-
-def train_stage(args, stage, rank, world, device):
-    if rank == 0 and not args.resume and (Path(args.out) / "log.jsonl").exists():  # before anything is read
-        raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or delete it")
-    if device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:  # loaders need cores, too: without, a step takes half as long again
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
-    args.stage = stage
-    last = Path(args.out) / "last.pt"
-    resumed = args.resume and last.exists()  # it replaces --init, whose file may be gone
-    from_file = stage == 2 and args.init not in (None, "imagenet", "none")
-    pretrained = read_model_file(last if resumed else args.init, "--init")[0] if from_file else None
-    if pretrained:
-        for flag, key in (("backbone", "name"), ("head", "head")):
-            setattr(args, flag, getattr(args, flag) or (None if key == "head" and pretrained["gap"] else pretrained[key]))
-    args.backbone = args.backbone or ("tiny16" if args.data == "shapes" else "r50")
-    if args.backbone not in ("r50", *SWIN) and not re.fullmatch("tiny(8|16|24|32|48|64)", args.backbone):
-        raise UserError(f"--backbone {args.backbone}: choose among r50, {', '.join(SWIN)}, tiny8 ... tiny64")
-    fill_paths(args)
-    fill_defaults(args, args.backbone)
-    words, index, raw = make_vocabulary(args, stage, pretrained)
-    if stage == 1:
-        words |= dict(det=[], pair=[-1] * len(words["cls"]))
-    arch = dict(words, name=args.backbone, kind=f"stage{stage}", stage=stage, head=args.head, gap=stage == 1 and args.stage1_head == "gap",
-                masks=stage == 2 and args.masks, setup=args.setup, image_size=args.image_size, stage1_size=args.stage1_size, augment=args.augment,
-                level=args.stage1_level)
-    data = detection_data(args, arch, raw) if stage == 2 else None
-    del raw  # of Objects365 it is gigabytes
-    seed_all(args.seed)
-    drop = args.drop_path if args.drop_path is not None else 0.0
-    if args.drop_path is None and args.backbone in SWIN:
-        drop = 0.2 if stage == 1 and args.setup == "s3" else SWIN[args.backbone][2 + stage]
-    model = Detector(arch, drop)
-    if args.init == "imagenet" and not resumed:
-        load_imagenet(model.body, args.backbone)
-    elif pretrained and not resumed:
-        load_init(model, args, rank)
-    if stage == 1:
-        freeze_idle(model, args)
-    else:
-        if "cls" in dict(model.named_children()):
-            model.cls.requires_grad_(args.cls_ratio > 0)
-        if args.bn == "frozen" and args.init == "none" and args.backbone == "r50":
-            raise UserError("--bn frozen: random weights cannot learn with the statistics of a BatchNorm that has seen nothing; --init none needs --bn sync")
-        model.body.fixed_norms = args.bn == "frozen"
-        for m in model.body.modules() if args.bn == "frozen" else ():
-            if isinstance(m, nn.BatchNorm2d):
-                m.requires_grad_(False)
-        shared = sum(p >= 0 for p in arch["pair"])
-        if args.setup == "own" and arch["cls"] and not shared and rank == 0:
-            print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them", flush=True)
-    if args.checkpoint and args.backbone == "r50" and not model.body.fixed_norms:
-        raise UserError("--checkpoint: computes each stage twice, and a BatchNorm that learns would count each batch twice; it is for Swin, "
-                        "and for --stage 2 with --bn frozen")
-    model.body.recompute = args.checkpoint
+    """Train the stage args.stage; returns the last evaluation's metrics (rank 0) or None."""
+    arch, data, images = make_data(args, rank > 0)
+    val = make_val(args, arch, rank > 0)
+    detector = make_model(args, arch, rank).to(device)
+    open_run(args, rank, args.resume)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    detector.to(memory_format=layout)
+    side = args.image_size if data else args.stage1_size
+    describe_model(f"stage {'I' * args.stage} {args.backbone}", detector, torch.zeros(1, 3, side, side), rank=rank)
     if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return fit(model.to(device), index, data, args, rank, world, device)
-
-
-def detection_data(args, arch, raw):
-    """CocoDataset of the classes arch["det"] under large-scale jitter. Images without a box of these are left out: LVIS's may be full of unlabelled ones."""
-    names = {c["name"] for c in raw["categories"]}
-    unused = names - set(arch["det"]) - set(arch["cls_names"])  # not the novel classes: they have no boxes in this paper
-    data = CocoDataset(args.det_images, args.det_json, True, raw=raw, classes=arch["det"], canvas=args.image_size, jitter=scales(args.jitter),
-                       masks=args.masks, hidden=unused if args.extra_as_fg else ())
-    data.repeats = repeat_fractions(data, args.rfs) if args.rfs else None
-    return data
-
-
-def make_streams(model, index, data, args, rank, world):
-    """(det, cls, steps of an epoch, text): Stream, dataset and canvas of either kind; det is None in stage I, cls without classification images."""
-    det = cls = None
-    if args.stage == 1:
-        images = LabelledImages(index, ClassificationTransform(args.stage1_size, args.augment, True, args.crop))
-        cls = Stream(len(index), args.stage1_batch, rank, world, args.seed), images, args.stage1_size
-        return det, cls, -(-len(index) // (args.stage1_batch * world * args.accumulate)), f"{len(index):,} images, {len(index.classes):,} classes"
-    det = Stream(len(data), args.batch_size, rank, world, args.seed, data.repeats), data, args.image_size
-    text = f"{len(data):,} detection images, {len(data.classes):,} classes, dropped {data.dropped}"
-    if args.cls_ratio:
-        images = LabelledImages(index, DetectionTransform(args.cls_size, scales(args.cls_jitter)))
-        cls = Stream(len(index), args.batch_size * args.cls_ratio, rank, world, args.seed + 1), images, args.cls_size
-        text += f" | {len(index):,} classification images, {len(index.classes):,} classes, {sum(p >= 0 for p in model.arch['pair']):,} in both"
-    each = float(data.repeats.sum()) if data.repeats is not None else len(data)
-    return det, cls, math.ceil(each / (args.batch_size * world * args.accumulate)), text
-
-
-def fit(model, index, data, args, rank, world, device):
-    """The training loop of either stage."""
-    stage, tiny = args.stage, args.backbone.startswith("tiny")
-    det, cls, steps_per_epoch, text = make_streams(model, index, data, args, rank, world)
-    val = val_data(args, model.arch) if stage == 2 else accuracy_data(args, model.arch)
-    if index is not None and index.dropped:
-        text += f" | {index.dropped:,} images of the benchmark left out"
-    if index is not None and index.empty:
-        text += f" | no image of {', '.join(index.empty[:5])}{' ...' if len(index.empty) > 5 else ''}: {len(index.empty)} classes left out"
-    out = open_run(args, rank, args.resume)
-    epochs, batch = (args.stage1_epochs, args.stage1_batch) if stage == 1 else (args.epochs, args.batch_size)
-    total_batch, full = batch * world * args.accumulate, epochs * steps_per_epoch
-    base = 16 if stage == 2 else 64 if tiny else 1024 if args.backbone in SWIN else 256
-    lr = (args.stage1_lr if stage == 1 else args.lr) * total_batch / base
-    sgd, decay = stage == 1 and args.backbone == "r50", args.weight_decay if stage == 2 else 1e-4 if args.backbone == "r50" else 0.05
-    clip = 1.0 if stage == 2 else 0.0 if sgd else 5.0
-    learner = wrapped = Learner(model, args).to(device).train()
-    model.to(memory_format=learner.layout)
+        nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     if args.compile:
-        model.body.compile()
-    if world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(learner, [device.index] if device.type == "cuda" else None)
-    groups = parameter_groups(model, decay)
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9) if sgd else torch.optim.AdamW(groups, lr)
-    total = min(full, args.max_iters or 10**12)
-    if stage == 1:
-        warmup = max(1, min(full // 10, steps_per_epoch * (20 if args.backbone in SWIN and args.setup != "s3" else 5)))
-        schedule = lambda it: cosine(it, full, warmup, 0.01 if args.backbone in SWIN else 0.0)
-    else:
-        schedule = lambda it: warmup_multistep(it, steps_per_epoch, (epochs * 3 / 4, epochs * 11 / 12), max(2, min(1000, full // 10)))
-    seed_all(args.seed + 1000 * rank)
-    it, best, due = 0, -2.0, False
-    if can_resume(out, args.resume, rank, device):
-        state = load_checkpoint(out / "last.pt")
-        if state["arch"]["cls"] != model.arch["cls"] or state["arch"]["det"] != model.arch["det"]:
-            raise UserError(f"--resume {out}: was trained on other classes than the data have now")
-        load_strict(model, state["model"], f"--resume {out / 'last.pt'}")
-        if state["total_batch"] != total_batch:
-            raise UserError(f"--resume {out}: was trained with a total batch of {state['total_batch']}, this command has {total_batch}")
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError:
-            raise UserError(f"--resume {out}: other weights learn than before; --cls-ratio 0, --bn and --stage1-level must stay what they were") from None
-        for group, value in zip(optimizer.param_groups, (decay, 0.0)):  # --resume --weight-decay is meant
-            group["weight_decay"] = value
-        it, best, due = state["it"], state["best"], state["due"]
-        if rank < len(state["rng"]):
-            set_rng_state(state["rng"][rank])
-    if rank == 0:
-        n = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-        more = f", and {args.cls_ratio} x as many classification images" if cls and stage == 2 else ""
-        print(f"stage {'I' * stage}, {args.backbone} from {args.init or 'none'}: {n[0]:,} parameters, {n[1]:,} trained | {text} | "
-              f"batch {batch} x {world} x {args.accumulate} = {total_batch}{more} | lr {lr / total_batch * base:g} at {base} -> {lr:g} | "
-              f"{epochs} epochs of {steps_per_epoch} steps, from {it}", flush=True)
-
-    def save_last(due=False):  # due: the evaluation of this step is still to come
-        rng = [rng_state()]
-        if world > 1:
-            rng = [None] * world
-            dist.all_gather_object(rng, rng_state())
-        if rank == 0:
-            save_checkpoint(dict(weights_of(model), optimizer=optimizer.state_dict(), it=it, best=best, due=due, rng=rng, total_batch=total_batch,
-                                 args=vars(args)), out / "last.pt")
-
-    def validate():
-        nonlocal best
-        metrics = evaluate(model, val, rank, world, device, args, out if it >= total else None)
-        learner.train()
-        if rank == 0:
-            numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-            log.write(dict(it=it, epoch=epoch + 1, **numbers), f"ep {epoch + 1:02d} eval {metrics['line']}")
-            if val is None or metrics["score"] > best:  # without a validation set the last is the best
-                best = metrics["score"]
-                save_checkpoint(weights_of(model), out / "best.pt")
-        log.restart_clock()
-        return metrics
-
-    log, broken = Log(out, rank, total, it, args.log_every), set()
-    metrics, clock, epoch = None, time.time(), max(it - 1, 0) // steps_per_epoch
-    every = epochs if args.data == "shapes" else max(1, epochs // 12)
-    if it == 0:
-        save_last()  # from here on --resume finds the run and its flags
-    elif due or it >= total:  # killed before the evaluation was done, or --resume of a finished run
-        metrics = validate()
-        save_last()
-    streams = []
-    for kind, collate_fn in ((det, partial(collate, divisor=args.image_size)), (cls, partial(collate_labelled, canvas=cls[2]) if cls else None)):
-        if kind:
-            kind[0].start = it * args.accumulate
-        streams.append(endless(kind[1], kind[0], collate_fn, args, device) if kind and it < total else None)
-    while it < total:
-        epoch, factor = it // steps_per_epoch, schedule(it)
-        for g in optimizer.param_groups:
-            g["lr"] = lr * factor
-        waited, losses = 0.0, {}
-        for micro in range(args.accumulate):
-            since = time.time()
-            batches = [to_device(next(s), device) if s is not None else None for s in streams]
-            waited += time.time() - since
-            if batches[1]:
-                for text in set(batches[1]["bad"]) - broken:
-                    broken.add(text), print(f"replaced by another image of its class: {text}", file=sys.stderr, flush=True)
-            mix = draw_mix(args.stage1_size) if stage == 1 and args.augment == "strong" else None
-            with wrapped.no_sync() if world > 1 and micro < args.accumulate - 1 else nullcontext():
-                terms = wrapped(cls=batches[1], det=batches[0], mix=mix)
-                (sum(terms.values()) / args.accumulate).backward()
-            losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in terms.items()}
-        if clip:
-            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        it += 1
-        log.step(it, epoch + 1, losses, lr * factor, waited, learner.watch)
-        ends = it % steps_per_epoch == 0 or it >= total
-        if ends:
-            log.flush(it, epoch + 1, lr * factor)  # looks for NaN: never save what a NaN step left behind
-        if it >= total or ends and (epoch + 1) % every == 0:
-            save_last(due=True)  # before anything of the evaluation can fail
-            metrics = validate()
-            save_last()
-        elif it % args.save_every == 0:
-            log.flush(it, epoch + 1, lr * factor)
-            save_last()
-    log.bar.close()
-    if rank == 0:
-        plot_curves(out / "log.jsonl", out / "curves.png")
-        if "classes" in metrics:
-            print(class_table(metrics))
-        print(f"{metrics['line']}\n{time.time() - clock:.0f}s | {out}" + (f" | {len(broken)} unreadable images" if broken else ""), flush=True)
-    barrier()
-    return metrics
+        detector.body.compile()
+    learner = Learner(detector, args).train()
+    model = wrap_ddp(learner, device, world)
+    loader = plan = Pairs(data, images, args, rank, world, device.type == "cuda")
+    recipe = recipe_of(args)
+    total_batch = recipe.batch * world * args.accumulate
+    lr = recipe.lr * total_batch / recipe.paper_batch
+    optimizer = make_optimizer(detector, recipe, lr)
+    seed_all(args.seed + 1000 * rank)  # each process draws RoIs, Mixup, stochastic depth of its own
+    run = Run(args, detector, optimizer, plain_of(detector), len(plan), total_batch, rank, world, device, recipe.epochs, legend=LEGEND,
+              metric="top-1" if isinstance(val, (ClassImages, Benchmark)) else "AP", report="last" if isinstance(val, Benchmark) else "best",
+              every=recipe.epochs if args.data == "shapes" else None)
+    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, recipe.paper_batch, *filter(None, (data, images)), val)
+    while True:
+        if run.due:
+            run.scored(*evaluate(detector, val, rank, world, device, args), val)
+            learner.train()
+        if run.finished:
+            break
+        for batches in run.batches(loader, plan):
+            factor = rate_factor(args, run.it, run.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            losses = {}
+            for n, batch in enumerate(batches, 1):
+                model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
+                terms = model({k: to_device(v, device) for k, v in batch.items()})
+                (sum(terms.values()) / len(batches)).backward()
+                losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
+            if recipe.clip:
+                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.step(losses, lr * factor, learner.watch)
+        run.end_epoch()
+    if rank == 0 and "classes" in run.metrics:
+        print(class_table(run.metrics))
+    if loader.broken:
+        print(f"{len(loader.broken)} unreadable images were replaced by others of their classes", flush=True)
+    return run.close()
 
 
-def weights_of(model):
-    """What a model is, as plain values and tensors."""
-    return dict(arch=model.arch, model=model.state_dict())
+def of_stage(args, stage, out, **more):
+    """The flags of one stage, in a folder of its own."""
+    out = Path(out)
+    more = dict(stage=stage, out=str(out), table=False, resume=args.resume and (out / "last.pt").exists()) | more
+    return argparse.Namespace(**vars(args) | more)
+
+
+def train_both(args, rank, world, device):
+    """Stage I and II one after the other in OUT/stage1 and OUT/stage2. Metrics of the second, on rank 0. What stage II needs is
+    looked at before stage I begins."""
+    out = Path(args.out)
+    first = resolve(of_stage(args, 1, out / "stage1", init=None))
+    parts = dict(backbone=first.backbone, head=first.head)  # not from --init: that file is still to come
+    second = resolve(of_stage(args, 2, out / "stage2", init=str(out / "stage1" / "best.pt"), **parts))
+    if not args.resume:
+        if rank == 0 and holds_run(second.out):
+            raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or delete it")
+        before = make_data(first, quiet=True)[0]
+        arch = make_data(second, True, before)[0]
+        make_val(second, arch, quiet=True)
+    train(first, rank, world, device)
+    return train(second, rank, world, device)
 
 
 # ================================================================== evaluate, predict
 
-def accuracy_data(args, arch):
-    """Stage I's validation: (index, dataset, label of each of its classes), or None without --cls-val."""
-    if args.cls_val in (None, "none") or not Path(args.cls_val).is_dir():
-        return None
-    held = {e.name.removesuffix(".tar") for e in Path(args.cls_val).iterdir()}
-    known = [w for w in arch["cls"] if w in held]
-    if not known:  # ImageNet's archive is flat; its labels are in the XML
-        if not (dist.is_initialized() and dist.get_rank()):
-            print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no accuracy", flush=True)
-        return None
-    index, label_of = ImageIndex(args.cls_val, known), {w: k for k, w in enumerate(arch["cls"])}
-    return index, LabelledImages(index, ClassificationTransform(arch["stage1_size"], arch["augment"], False)), [label_of[w] for w in index.classes]
+def evaluate(model, val, rank, world, device, args):
+    """(metrics, detections or None) on rank 0, (None, None) elsewhere or without a validation set. metrics: `score`, what best.pt
+    goes by, `line`, `images`, `seconds`, and what was measured."""
+    if val is None:
+        return None, None
+    since = time.time()
+    model.eval()
+    kinds = {ClassImages: evaluate_accuracy, Benchmark: evaluate_localisation, CocoDataset: evaluate_boxes}
+    metrics, detections = kinds[type(val)](model, val, rank, world, device, args)
+    if rank == 0:
+        metrics["seconds"] = time.time() - since
+        metrics["line"] += f" | {metrics['seconds']:.0f}s"
+    return metrics, detections
 
 
 @torch.no_grad()
 def evaluate_accuracy(model, val, rank, world, device, args):
-    """{top1, top5, images} of stage I in percent; every image once, on rank 0."""
-    if val is None:
-        return dict(score=0.0, line="no --cls-val: no accuracy")
-    (index, data, labels), counts = val, torch.zeros(3, dtype=torch.float64)
-    mine = list(range(rank, len(index), world))
+    """Stage I: top1 and top5 in percent; every image once."""
+    counts = torch.zeros(3, dtype=torch.float64)
+    mine = list(range(rank, len(val), world))
     batches = [[(i, 0) for i in mine[k:k + 64]] for k in range(0, len(mine), 64)]
-    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator(),
-                        collate_fn=partial(collate_labelled, canvas=model.arch["stage1_size"]))
-    label_of = torch.tensor(labels, device=device)
+    loader = DataLoader(val, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator(),
+                        worker_init_fn=start_worker, collate_fn=partial(collate_labelled, canvas=val.canvas))
+    level = "canonical" if model.arch["level"] == "canonical" else "all"
+    label_of = torch.tensor(val.labels, device=device)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         for line in batch["bad"]:
             print(f"left out, another of its class in its place: {line}", file=sys.stderr)
         batch = to_device(batch, device)
-        logits = model.whole_image(normalise(batch), batch["image_sizes"], "canonical" if model.arch["level"] == "canonical" else "all", args.amp == "bf16")
+        logits = model.whole_image(normalise(batch), batch["image_sizes"], level, args.amp == "bf16")
         if len(logits) > len(batch["labels"]):
             logits = logits.unflatten(0, (4, -1)).log_softmax(-1).mean(0)
         hit = logits.topk(min(5, logits.shape[1])).indices == label_of[batch["labels"]][:, None]
         counts += torch.stack([hit[:, :1].any(1).sum(), hit.any(1).sum(), torch.tensor(len(hit), device=device)]).double().cpu()
     parts = gather([counts])
-    if parts is None:
-        return None
+    if rank != 0:
+        return None, None
     one, five, n = sum(parts).tolist()
     top1, top5 = 100 * one / n, 100 * five / n
-    return dict(top1=top1, top5=top5, images=int(n), score=top1, line=f"{int(n)} images | accuracy top-1 {top1:.1f} top-5 {top5:.1f}")
+    line = f"{int(n)} images | accuracy top-1 {top1:.1f} top-5 {top5:.1f}"
+    return dict(top1=top1, top5=top5, images=int(n), score=top1, line=line), None
 
 
-def evaluate(model, val, rank, world, device, args, out=None):
-    """Metrics of either stage as a dict with `score` (what best.pt goes by) and `line`, on rank 0; None elsewhere. out: also write the result files."""
-    since = time.time()
-    model.eval()
-    if model.arch["stage"] == 1:
-        metrics = evaluate_accuracy(model, val, rank, world, device, args)
-    else:
-        metrics = (evaluate_localisation if val["kind"] == "loc" else evaluate_boxes)(model, val, rank, world, device, args, out)
-    if rank == 0:
-        metrics["seconds"] = time.time() - since
-        metrics["line"] += f" | {metrics['seconds']:.0f}s"
-        if out:
-            (out / "results.json").write_text(json.dumps(metrics, indent=1))
-    return metrics
-
-
-def evaluate_boxes(model, val, rank, world, device, args, out):
+def evaluate_boxes(model, val, rank, world, device, args):
     """AP of all, base (had boxes in training) and novel classes (image labels only) on a COCO or LVIS set."""
-    data, truth, results = val["data"], val["truth"], []
+    masks, results = val.with_masks, []
+    truth = val.truth(outlines=masks)
     vocabulary, category = Vocabulary(model.arch, device), {plain(c["name"]): c for c in truth["categories"]}
     column = vocabulary.of(truth)
     chosen = sorted(column, key=column.get)
     vocabulary.choose([column[n] for n in chosen])
     ids, names = [category[n]["id"] for n in chosen], [category[n]["name"] for n in chosen]
-    masks = model.arch["masks"] and args.masks
-    args = argparse.Namespace(**vars(args) | dict(max_dets=args.max_dets or (300 if val["kind"] == "lvis" else 100)))
-    for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
-        found = detect(model, batch, device, args, vocabulary)
+    most = args.max_dets or (300 if val.lvis else 100)
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
+        found = detect(model, batch, device, args, vocabulary, most)
         rows = to_coco_results(batch["image_ids"][0], found["boxes"], found["scores"], found["labels"], ids)
         results += [r | dict(segmentation=m) for r, m in zip(rows, found["masks"])] if masks else rows
     results = gather(results)
     if rank != 0:
-        return None
-    metrics = dict(images=len(data), line=f"{len(data)} images" + (f", {len(ids)} of {len(category)} classes" if len(ids) < len(category) else ""))
+        return None, None
+    line = f"{len(val)} images" + (f", {len(ids)} of {len(category)} classes" if len(ids) < len(category) else "")
+    metrics = dict(images=len(val), line=line)
     base, novel = ([n for n, b in zip(names, vocabulary.base) if b == side] for side in (True, False))
     for kind in ("bbox", "segm")[:1 + masks]:
         prefix = "mask_" * (kind == "segm")
-        stats = lvis_evaluate(args.val_json, results, kind, ids) if val["kind"] == "lvis" else coco_evaluate(truth, results, kind)
+        stats = lvis_evaluate(truth, results, kind, ids) if val.lvis else coco_evaluate(truth, results, kind)
         numbers = {k: stats[k] for k in ("APr", "APc", "APf") if k in stats}
         for name, group in (("AP", base + novel), ("base_AP", base), ("novel_AP", novel)):
             numbers.update({name: class_mean(stats, group, "AP"), f"{name}50": class_mean(stats, group, "AP50")})
         metrics.update({prefix + k: v for k, v in numbers.items()})
-        metrics["line"] += f" | {'masks' if prefix else 'boxes'} " + " ".join(
-            f"{k} {numbers[k]:.1f}" for k in ("AP", "AP50", "base_AP", "base_AP50", "novel_AP", "novel_AP50", "APr", "APc", "APf") if k in numbers)
+        shown = [k for k in ("AP", "AP50", "base_AP", "base_AP50", "novel_AP", "novel_AP50", "APr", "APc", "APf") if k in numbers]
+        metrics["line"] += f" | {'masks' if prefix else 'boxes'} " + " ".join(f"{k} {numbers[k]:.1f}" for k in shown)
         metrics["classes"] = {n: m for n, m in stats["classes"].items() if n in {*base, *novel}}
     metrics["score"] = metrics["mask_AP" if masks else "AP"]
-    if out:
-        (out / "detections.json").write_text(json.dumps(results))
-        save_samples(data, results, out / "samples.jpg")
-    return metrics
+    return metrics, results
 
 
-def evaluate_localisation(model, val, rank, world, device, args, out):
-    """Setups 2 and 3: localisation accuracy (Sec. 4.3) and AP50 over all classes (Sec. 4.4) by g^ alone, or by Eq. 5 for classes that --overlap (own data: a
-    name) maps. Per-class AP in results.json."""
-    data, truth, rows, found = val["data"], val["truth"], [], []
+def evaluate_localisation(model, val, rank, world, device, args):
+    """Setups 2 and 3: localisation accuracy (Sec. 4.3) and AP50 over all classes (Sec. 4.4) by g^ alone, or by Eq. 5 for classes
+    that --overlap (own data: a name) maps. Per-class AP in results.json."""
+    rows, found = [], []
     vocabulary, column = Vocabulary(model.arch, device, only_cls=True), {w: k for k, w in enumerate(model.arch["cls"])}
-    for batch in tqdm(eval_loader(data, rank, world, args.workers, device.type == "cuda"), desc="eval", disable=rank != 0, leave=False, mininterval=1):
+    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         i = batch["image_ids"][0]
-        if len(data.boxes[data.info[i]["id"]]) == 0:
+        if len(val.boxes[val.info[i]["id"]]) == 0:
             continue  # the benchmark's image is not annotated
         d = detect(model, batch, device, args, vocabulary, best=True)
-        rows.append(localise(d["best"], d["best_boxes"], d["labels"], d["boxes"], column[data.names[i]], batch["boxes"][0], batch["original_sizes"][0]))
+        rows.append(localise(d["best"], d["best_boxes"], d["labels"], d["boxes"], column[val.names[i]], batch["boxes"][0],
+                             batch["original_sizes"][0]))
         boxes = d["boxes"].cpu()
         xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], d["scores"].cpu()[:, None]], 1)
-        found.append((data.info[i]["id"], xywh.numpy(), d["labels"].cpu().numpy()))
+        found.append((i, xywh.numpy(), d["labels"].cpu().numpy()))
     rows, found = gather(rows), gather(found)
     if rank != 0:
-        return None
-    if not rows:
-        raise UserError(f"{args.val_boxes or args.val_json}: no image has a box")
+        return None, None
     metrics = {k: 100 * sum(r[k] for r in rows) / len(rows) for k in rows[0]} | dict(images=len(rows))
-    id_of = {c["name"]: c["id"] for c in truth["categories"]}
+    id_of = dict(zip(val.classes, val.category_ids))
     ids = np.array([id_of.get(w, -1) for w in model.arch["cls"]])  # classes without a validation image are nobody's false positives
-    image = np.concatenate([np.full(len(x), i) for i, x, _ in found])
+    place = np.concatenate([np.full(len(x), i) for i, x, _ in found])
     box, label = np.concatenate([x for _, x, _ in found]), np.concatenate([k for *_, k in found])
+    image = np.array([i["id"] for i in val.info])[place]
     for name, federated in (("AP50", False), ("AP50_federated", True)):
-        per_class = sparse_ap(truth, (image, ids[label], box[:, 4], box[:, :4]), federated)
+        per_class = sparse_ap(val.truth, (image, ids[label], box[:, 4], box[:, :4]), federated)
         metrics[name] = sum(per_class.values()) / len(per_class)
-        metrics[name + "_classes"] = {c["name"]: per_class[c["id"]] for c in truth["categories"] if c["id"] in per_class}
+        metrics[name + "_classes"] = {n: per_class[c] for n, c in id_of.items() if c in per_class}
     metrics["score"] = metrics["top1"]
     metrics["line"] = f"{len(rows)} images | localisation " + " ".join(f"{k} {metrics[k]:.1f}" for k in rows[0])
     metrics["line"] += f" | AP50 {metrics['AP50']:.1f} federated {metrics['AP50_federated']:.1f}"
-    if out:
-        keep, names = box[:, 4] > 0.05, {i["id"]: i["file_name"] for i in data.info}  # 10 million boxes of score 1e-4 are of no use in a text file
-        results = [dict(image_id=i, file_name=names[i], category_id=c, bbox=b[:4], score=b[4]) for i, c, b in
-                   zip(image[keep].tolist(), ids[label[keep]].tolist(), box[keep].tolist())]
-        (out / "detections.json").write_text(json.dumps(results))
-        shown = [i for i in data.info if ".tar/" not in i["file_name"]][:6]
-        classes, category_ids = ([c[k] for c in truth["categories"]] for k in ("name", "id"))
-        page = argparse.Namespace(folder=data.folder, classes=classes, category_ids=category_ids, items=[
-            (i["id"], i["file_name"], i["height"], i["width"], np.array(data.boxes[i["id"]], np.float32).reshape(-1, 4),
-             np.full(len(data.boxes[i["id"]]), category_ids.index(i["category_id"]))) for i in shown])
-        save_samples(page, [r for r in results if r["category_id"] >= 0], out / "samples.jpg")
-    return metrics
+    results = []
+    for k in np.flatnonzero(box[:, 4] > 0.05).tolist():  # 10 million boxes of score 1e-4 are of no use in a text file
+        i, wnid, (*xywh, score) = val.info[place[k]], model.arch["cls"][label[k]], box[k].tolist()
+        results.append(dict(image_id=i["id"], file_name=i["file_name"], category_id=id_of.get(wnid), bbox=xywh, score=score))
+    return metrics, results
 
 
-def follow(args, model):
-    """--eval and --predict see the images as training did."""
-    arch = model.arch
-    args.setup, args.image_size = args.setup or arch["setup"], args.image_size or arch["image_size"]
-    args.masks = arch["masks"] and args.masks is not False
-    fill_defaults(args, arch["name"])
+def evaluate_file(args, rank, world, device):
+    """--eval: metrics of a checkpoint of either stage, into --out."""
+    from common.pictures import write_results
+    model = load_model(args.eval, "--eval")
+    args = resolve(args, model.arch)
+    val = make_val(args, model.arch, rank > 0)
+    if val is None:
+        raise UserError(f"--eval {args.eval}: is a classifier of stage I; its accuracy needs --cls-val, a folder with a folder of "
+                        "images for each class (--data shapes needs nothing)")
+    metrics, results = evaluate(model.to(device), val, rank, world, device, args)
+    if rank == 0:
+        write_results(args.out, metrics, results, val, args.eval, None, None)
+        print((class_table(metrics) + "\n" if "classes" in metrics else "") + metrics["line"])
 
 
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image into --out."""
+    from common.pictures import Pictures
     model = load_model(args.weights, "--weights").to(device)
     if model.arch["stage"] == 1:
         raise UserError(f"--weights {args.weights}: is a classifier of stage I, which finds no boxes; train stage II from it")
-    follow(args, model)
-    args.score_thresh = max(args.score_thresh, args.score)
+    args = resolve(args, model.arch)
     if args.names:
         model.arch["cls_names"] = class_names(args, model.arch["cls"])
     vocabulary = Vocabulary(model.arch, device)
     if args.classes:
         vocabulary.choose(vocabulary.find([c.strip() for c in args.classes.split(",") if c.strip()]))
-    out, answer = Path(args.out), {}
-    paths = [q for p in map(Path, args.predict) for q in (sorted(p.iterdir()) if p.is_dir() else [p])
-             if q == p or q.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp")]
-    if not paths:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image there")
-    for number, path in enumerate(tqdm(paths, desc="predict")):
-        try:
-            original = torchvision.transforms.v2.functional.pil_to_tensor(read_image(path))
-        except DataError as e:  # the others are still wanted
-            print(f"left out: {e}", file=sys.stderr)
-            continue
-        image, size = jitter_image(original, args.image_size, 1.0, random.Random(0), 0.0)
-        item = dict(image=image, size=size, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=tuple(original.shape[1:]))
+    for picture in Pictures(args.predict, args.out, args.score):
+        image, size = jitter_image(picture.pixels, args.image_size, 1.0, random.Random(0), 0.0)
+        item = dict(image=image, size=size, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
+                    original_size=tuple(picture.pixels.shape[1:]))
         found = detect(model, collate([item], args.image_size), device, args, vocabulary)
-        boxes, scores, labels = (found[k].cpu() for k in ("boxes", "scores", "labels"))
-        masks = [dict(mask=m) for m in found["masks"]] if found["masks"] else [{}] * len(boxes)
-        answer[str(path)] = [dict(box=[round(v, 1) for v in b], score=round(s, 4), label=vocabulary.names[k], **m)
-                             for b, s, k, m in zip(boxes.tolist(), scores.tolist(), labels.tolist(), masks)]
-        torchvision.io.write_jpeg(draw_boxes(original, boxes, labels, vocabulary.names, scores), str(out / f"{number:04d}_{path.stem}_boxes.jpg"), quality=90)
-    if not answer:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image can be read")
-    (out / "predictions.json").write_text(json.dumps(answer, indent=1))
-    print(f"{sum(map(len, answer.values()))} boxes in {len(answer)} images -> {out}")
+        picture.save(found["boxes"], found["scores"], found["labels"], vocabulary.names, found["masks"])
 
+
+# ================================================================== the embedded dataset: stage I, boxes only, both
 
 def shapes_table(args, rank, world, device):
-    """Both stages, and stage II with boxes only, in one table. Six classes of the embedded dataset have no boxes in training, only image labels."""
+    """Both stages, and stage II with boxes only, in one table. Six classes of the embedded dataset have no boxes in training,
+    only image labels."""
     since, rows, out = time.time(), [], Path(args.out)
-    for name, flags in (("stage I", dict(stage=1)), ("boxes only", dict(stage=2, cls_ratio=0)), ("simple21k", dict(stage=2))):
-        folder = out / name.replace(" ", "_")
-        run = argparse.Namespace(**{**vars(args), **flags, "out": str(folder), "table": False, "resume": args.resume and (folder / "last.pt").exists(),
-                                    "init": None if name == "stage I" else str(out / "stage_I" / "best.pt")})
-        rows.append((name, train_stage(run, run.stage, rank, world, device), time.time() - since))
+    init = str(out / "stage_I" / "best.pt")
+    runs = (("stage I", dict(stage=1, init=None)), ("boxes only", dict(stage=2, init=init, cls_ratio=0)), ("simple21k", dict(stage=2, init=init)))
+    for name, more in runs:
+        flags = of_stage(args, out=out / name.replace(" ", "_"), **more)
+        rows.append((name, train(resolve(flags), rank, world, device), time.time() - since))
         since = time.time()
     if rank == 0:
-        print(f"\nshapes                base AP  AP50  novel AP  AP50  accuracy   seconds")
+        print("\nshapes                base AP  AP50  novel AP  AP50  accuracy   seconds")
         for name, m, seconds in rows:
             boxes = "" if name == "stage I" else f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f}"
             cells = f"{boxes:30s}" + (f"{m['top1']:12.1f}" if name == "stage I" else " " * 12)
@@ -1641,35 +1557,326 @@ def shapes_table(args, rank, world, device):
               "compare the novel columns")
 
 
+# ================================================================== flags
+
+SETUPS = dict(s1="LVIS-997 base + IN-997, masks", s2="COCO + ImageNet-1K", s3="Objects365 + ImageNet-21K",
+              lvis="fine-tuning on LVIS, 1,203 classes",
+              own="--train-json ... or a folder in the layout of COCO with imagenet/train beside it")
+EXAMPLES = """
+torchrun --nproc_per_node 8 simple21k.py --setup s2 --out runs/s2      # COCO + ImageNet-1K, both stages
+python simple21k.py --data shapes                                      # everything in minutes on a CPU
+python simple21k.py --predict photo.jpg --weights runs/s2/stage2/best.pt
+"""
+STAGE1 = "stage1_epochs stage1_batch stage1_lr stage1_size crop augment stage1_head stage1_level cls_val"
+STAGE2 = """image_size keep_empty masks bn reinit_cls cls_ratio cls_weight cls_size jitter cls_jitter fg_grad_on_cls extra_as_fg
+    fuse score_thresh max_dets nms_topk epochs batch_size lr weight_decay rfs"""
+IMAGES2 = "cls_weight cls_size cls_jitter fg_grad_on_cls"  # of classification images in stage II
+PATHS = "train_json train_images cls_dir cls_val val_json val_images val_boxes".split()
+# flags, the flag that gives them an effect, its values
+BELONGS = (
+    (STAGE1, "stage", (1, None)),
+    (STAGE2, "stage", (2, None)),
+    ("stage1_level", "stage1_head", ("roi",)),
+    ("wordnet extra_as_fg", "setup", ("s1",)),
+    ("names", "setup", ("s2", "s3", "own", None)),
+    ("keep_empty", "setup", ("s2", "s3", "own", None)),  # LVIS is not labelled completely: no box is no negative
+    (f"{STAGE1} {IMAGES2} cls_dir cls_list overlap cls_ratio reinit_cls", "setup", ("s1", "s2", "s3", "own", None)),
+    ("data_seed table", "data", ("shapes",)))
+
+
+def side(text):
+    """argparse type: pixels of a square canvas."""
+    value = number(int, 32, 2**15)(text)
+    if value % 32:
+        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of 32")
+    return value
+
+
+def scales(text):
+    """argparse type: "0.1,2.0" -> (0.1, 2.0)."""
+    if re.fullmatch(r"\d+\.?\d*,\d+\.?\d*", text):
+        low, high = (float(v) for v in text.split(","))
+        if 0 < low <= high < math.inf:
+            return low, high
+    raise argparse.ArgumentTypeError(f"{text}: expected two scales as 0.1,2.0")
+
+
+def parse_args(argv=None):
+    p = parser(__doc__, EXAMPLES)
+    g = p.add_argument_group("data")
+    setups = "; ".join(f"{k}: {v}" for k, v in SETUPS.items())
+    g.add_argument("--setup", choices=tuple(SETUPS), help=f"{setups} (default s2; shapes, --train-json: own)")
+    g.add_argument("--data", default="data", help="root of coco/, lvis/, objects365/, imagenet/, imagenet21k/; or 'shapes': the "
+                   "embedded dataset")
+    g.add_argument("--data-seed", type=number(int, 0, 2**31), default=0, help="of the embedded dataset")
+    g.add_argument("--cls-dir", metavar="DIR", help="a folder or .tar of images for each class (default: the setup's)")
+    g.add_argument("--cls-list", metavar="FILE", help="keep only these classes of it: first word of each line")
+    g.add_argument("--cls-val", metavar="DIR", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if "
+                   "it is there and --cls-dir not given)")
+    g.add_argument("--val-boxes", metavar="DIR", help="instead of --val-json: folder of ILSVRC XML. (--val-json may be a "
+                   "localisation set, too: images with category_id)")
+    g.add_argument("--names", metavar="FILE", help="names of the wnids: wnid, tab, name (default: classes.json in or beside "
+                   "--cls-dir, else the wnids)")
+    g.add_argument("--wordnet", metavar="FILE", help="WordNet 3.0's index.noun: which LVIS class is which wnid (setup s1)")
+    g.add_argument("--overlap", metavar="FILE", help="json {detection class: wnid} of classes that both vocabularies hold (default: "
+                   "s1 WordNet, own by name)")
+    g.add_argument("--make-split", metavar="FILE", help="write a localisation set of --cls-dir, 5 images of a class, to be "
+                   "annotated (Sec. 4.1), and stop")
+    g = p.add_argument_group("model")
+    g.add_argument("--backbone", help="r50, swin_t, swin_s, swin_b or tiny8 ... tiny64 (default r50, shapes tiny16; stage II: as "
+                   "--init)")
+    g.add_argument("--head", choices=("2fc", "4conv1fc"), help="shared RoI head (default 2fc; stage II: as --init)")
+    g.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, Mask R-CNN (default: setup s1)")
+    g.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's, on GPUs that "
+                   "of all processes (default frozen; --init none: sync)")
+    g.add_argument("--drop-path", type=number(float, 0, 1, below=True), help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, "
+                   "S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
+    g = p.add_argument_group("method")
+    g.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: both, in "
+                   "OUT/stage1 and OUT/stage2)")
+    g.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the row '-stage I'); stage I: "
+                   "imagenet or none (default none)")
+    g.add_argument("--reinit-cls", action="store_true", help="stage II: the classifier of stage I is not loaded")
+    g.add_argument("--stage1-head", choices=("roi", "gap"), default="roi", help="the detector's head on a whole-image RoI, or "
+                   "average pooling and one linear layer ('-reform')")
+    g.add_argument("--stage1-level", choices=("canonical", "random", "all"), default="canonical", help="FPN level of the whole-image "
+                   "RoI in stage I")
+    g.add_argument("--cls-ratio", type=number(int, 0, 2**15), default=3, help="classification images for each detection image; 0: "
+                   "boxes only")
+    g.add_argument("--cls-weight", type=number(), help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; "
+                   "tiny 1)")
+    g.add_argument("--cls-size", type=side, help="stage II: canvas of the classification images (default: --image-size; tiny half "
+                   "of it)")
+    g.add_argument("--jitter", type=scales, help="large-scale jitter: smallest and largest scale (default 0.1,2.0; tiny 0.7,1.6)")
+    g.add_argument("--cls-jitter", type=scales, help="that of the classification images; 1,1: none (default: as --jitter; tiny "
+                   "0.2,1.0)")
+    g.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not "
+                   "the paper: should hurt)")
+    g.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and "
+                   "boxes")
+    g.add_argument("--fuse", type=number(float, 0, 1), default=2 / 3, help="Eq. 5: share of the detection classifier where both know "
+                   "a class; 0, 1: one of them alone")
+    g = p.add_argument_group("inference")
+    g.add_argument("--score-thresh", type=number(float, 0, 1), default=1e-4, help="boxes below this score are dropped")
+    g.add_argument("--max-dets", type=COUNT, help="boxes of an image (default 100; evaluation on LVIS 300)")
+    g.add_argument("--nms-topk", type=COUNT, default=5000, help="candidates that enter NMS; doubled until enough survive, so the "
+                   "result does not depend on it")
+    g.add_argument("--classes", help="--predict: only these names or wnids, comma-separated")
+    g = p.add_argument_group("schedule")
+    g.add_argument("--stage1-epochs", type=COUNT, help="(default r50 100, Swin 300, with ImageNet-21K 100; tiny 15)")
+    g.add_argument("--stage1-batch", type=COUNT, help="images per process and step (default r50 32, Swin 128; tiny 64)")
+    g.add_argument("--stage1-lr", type=POSITIVE, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 "
+                   "(tiny, AdamW, 1e-3), scaled linearly")
+    g.add_argument("--stage1-size", type=side, help="pixels of a side (default 224; tiny 96)")
+    g.add_argument("--crop", type=number(float, 0, 1, above=True), help="stage I: smallest share of the image in a random crop "
+                   "(default 0.08; tiny 0.5)")
+    g.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: "
+                   "crop, flip, RandAugment, Mixup, CutMix, erasing, smoothing 0.1 (default weak; Swin strong; shapes plain)")
+    g.add_argument("--epochs", type=COUNT, help="stage II, of the detection images (default 36; s3 12; lvis 24; tiny 3)")
+    g.add_argument("--batch-size", type=COUNT, help="stage II: detection images per process and step (default 2; tiny 4)")
+    g.add_argument("--lr", type=POSITIVE, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default "
+                   "3e-4; lvis 1e-4; tiny 4e-3)")
+    g.add_argument("--weight-decay", type=number(), default=0.05, help="stage II")
+    g.add_argument("--rfs", type=number(), help="repeat-factor sampling threshold; 0: off (default lvis 0.001, else 0)")
+    g.add_argument("--image-size", type=side, help="canvas of stage II and of evaluation: the long side (default 1024; tiny 256)")
+    g.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages are computed twice and "
+                   "not kept")
+    g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one "
+                   "table (default without --stage, --init, --max-iters)")
+    run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"})
+    p.set_defaults(score=0.1)  # of thousands of classes none scores high
+    seen = "masks fuse score_thresh max_dets nms_topk"
+    modes = dict(eval=f"setup cls_val val_json val_images val_boxes {seen}", predict=f"weights score names classes {seen}",
+                 make_split="cls_dir cls_list setup seed")
+    args = parse(p, argv, "simple21k", modes, "weights score classes", BELONGS, ("val_json val_boxes", "overlap wordnet"), saved_run)
+    refuse(p, args, given_flags(p, argv))
+    return args
+
+
+def refuse(p, args, given):
+    """Stops with a line where flags contradict each other, or have no effect for a reason that no table tells."""
+    if args.data == "shapes" and args.setup not in (None, "own"):
+        p.error(f"--setup {args.setup}: --data shapes has its own")
+    if args.make_split and Path(args.make_split).exists():
+        p.error(f"--make-split {args.make_split}: exists; its boxes are somebody's work: choose another file")
+    if args.eval or args.predict or args.make_split:
+        return
+    if args.setup == "lvis" and args.init is None:
+        p.error("--setup lvis: fine-tunes --init, a checkpoint of stage I or II, or imagenet")
+    if args.setup == "lvis" and args.stage == 1:
+        p.error("--setup lvis: is stage II on boxes; stage I belongs to the other setups")
+    if args.init in ("none", "imagenet") and not args.stage and args.setup != "lvis":
+        p.error(f"--init {args.init}: say of which stage, --stage 1 or --stage 2")
+    if args.stage == 2 and args.init is None:
+        p.error("--stage 2: needs --init, a checkpoint of stage I; or imagenet, or none")
+    if args.stage == 1 and args.init not in (None, "imagenet", "none"):
+        p.error(f"--init {args.init}: stage I starts from imagenet or none")
+    if args.reinit_cls and args.cls_ratio == 0:
+        p.error("--reinit-cls: with --cls-ratio 0 the new classifier would never learn, and be part of every score")
+    idle = IMAGES2.split() if args.cls_ratio == 0 else []
+    for flag in idle:
+        if flag in given:
+            p.error(f"{dash(flag)}: has no effect with --cls-ratio 0, boxes only")
+    for flag in STAGE1.split():
+        if args.init and not args.stage and flag in given:
+            p.error(f"{dash(flag)}: belongs to stage I; --init {args.init} is where stage II starts")
+    if args.table and (args.stage or args.init):
+        p.error("--table: belongs to --data shapes and runs both stages")
+
+
+def saved_run(args):
+    """Flags of the run in args.out, which --resume continues. A run of both stages has them in its folders. Paths that were the
+    setup's are left out, and those that are given now: --data may have moved."""
+    there = [Path(args.out) / folder / "last.pt" for folder in ("", "stage2", "stage1")]
+    there = [path for path in there if path.exists()]
+    if not there:
+        return {}
+    flags = saved_flags(there[0], "simple21k.py")
+    if not {"setup", "stage1_level", *PATHS} <= set(flags):
+        raise UserError(f"--resume {there[0]}: was written by an earlier version of this project; take its weights by --init, or "
+                        "start anew")
+    if there[0].parent != Path(args.out):
+        flags.update(stage=None, init=None)
+    usual = default_paths(argparse.Namespace(**flags | dict.fromkeys(PATHS)), flags["setup"])
+    for name in PATHS:
+        if getattr(args, name) or flags[name] == usual.get(name):
+            del flags[name]
+    for one, other in (("val_json", "val_boxes"), ("val_boxes", "val_json")):  # the one that is given replaces the other
+        if getattr(args, one):
+            flags[other] = None
+    return flags
+
+
+def default_paths(args, setup):
+    """{flag: where the setup's file lies} of the paths that are not given, but for what somebody's own data take the place of."""
+    root = Path(args.data)
+    val = "val"
+    if args.data == "shapes":
+        from common.shapes import make_shapes
+        root, val = make_shapes(seed=args.data_seed, val=600, labelled=400), "valall"
+    lvis, coco, box, imagenet = root / "lvis", root / "coco", root / "objects365", root / "imagenet"
+    paths = dict(
+        s1=dict(train_json=lvis / "annotations/lvis_v1_train.json", train_images=coco, cls_dir=root / "imagenet21k",
+                val_json=lvis / "annotations/lvis_v1_val.json", val_images=coco),
+        s2=dict(train_json=coco / "annotations/instances_train2017.json", train_images=coco / "train2017",
+                cls_dir=imagenet / "train", cls_val=imagenet / "val", val_images=imagenet / "val", val_boxes=imagenet / "val_boxes"),
+        s3=dict(train_json=box / "annotations/zhiyuan_objv2_train.json", train_images=box / "train", cls_dir=root / "imagenet21k",
+                val_json=root / "imagenet21k_benchmark.json", val_images=root / "imagenet21k"),
+        own=dict(train_json=root / "annotations/instances_train2017.json", train_images=root / "train2017",
+                 cls_dir=imagenet / "train", cls_val=imagenet / "val",
+                 val_json=root / f"annotations/instances_{val}2017.json", val_images=root / f"{val}2017"))
+    paths["lvis"] = {k: v for k, v in paths["s1"].items() if k != "cls_dir"}
+    found, out = paths[setup], []
+    if setup == "own" and args.train_json:  # somebody's own data: do not measure them on others'
+        out += ["val_json", "val_images"]
+    if args.cls_dir or not (imagenet / "val").is_dir():
+        out.append("cls_val")
+    if args.val_json or args.val_boxes:
+        out += ["val_json", "val_boxes"]
+    return {k: str(v) for k, v in found.items() if k not in out and getattr(args, k) is None}
+
+
+def defaults(args, backbone, setup):
+    """{flag: value} of what depends on the backbone and the setup."""
+    if backbone.startswith("tiny"):
+        first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
+        second = dict(epochs=3, batch_size=4, lr=4e-3, image_size=256, jitter=(0.7, 1.6), cls_jitter=(0.2, 1.0), cls_weight=1.0)
+    else:
+        first = dict(stage1_epochs=100, stage1_batch=32, stage1_lr=0.1, augment="weak", stage1_size=224, crop=0.08)
+        second = dict(epochs=dict(s3=12, lvis=24).get(setup, 36), batch_size=2, lr=1e-4 if setup == "lvis" else 3e-4,
+                      image_size=1024, jitter=(0.1, 2.0), cls_weight=0.1)
+    if backbone in SWIN:
+        first.update(stage1_epochs=300, stage1_batch=128, stage1_lr=1e-3, augment="strong")
+        if setup == "s3":  # its recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
+            first.update(stage1_epochs=100, stage1_lr=2.5e-4)
+    norms = dict(bn="sync" if args.init == "none" else "frozen") if backbone == "r50" else {}
+    return first | second | norms | dict(masks=setup == "s1", rfs=0.001 if setup == "lvis" else 0.0)
+
+
+def resolve(args, trained=None):
+    """The flags of a stage, args.stage, with every default that depends on another flag; after this they are only read.
+
+    trained: arch of the checkpoint of --eval or --predict, which see images as its training did."""
+    shapes, before = args.data == "shapes", None
+    backbone, head, setup = args.backbone, args.head, args.setup
+    if not (trained or backbone and head):
+        before = arch_before(args)
+    if trained:
+        backbone, head, setup = trained["name"], trained["head"], setup or trained["setup"]
+    elif before:
+        backbone = backbone or before["name"]
+        head = head or (None if before["gap"] else before["head"])
+    backbone = backbone or ("tiny16" if shapes else "r50")
+    if not is_backbone(backbone):
+        raise UserError(f"--backbone {backbone}: choose among r50, {', '.join(SWIN)}, tiny8 ... tiny64")
+    setup = setup or ("own" if shapes or args.train_json else "s2")
+    found = defaults(args, backbone, setup) | default_paths(args, setup)
+    if trained:
+        found.update(image_size=trained["image_size"])
+    found = {k: v for k, v in found.items() if getattr(args, k) is None}
+    found.update(backbone=backbone, head=head or "2fc", setup=setup)
+    if trained:
+        found.update(masks=trained["masks"] and args.masks is not False)
+    if args.predict:
+        found.update(score_thresh=max(args.score_thresh, args.score))
+    if setup == "lvis":
+        found.update(cls_ratio=0)
+    args = argparse.Namespace(**vars(args) | found)
+    small = args.image_size // 64 * 32 if backbone.startswith("tiny") else args.image_size
+    found = dict(cls_size=args.cls_size or max(32, small), cls_jitter=args.cls_jitter or args.jitter)
+    args = argparse.Namespace(**vars(args) | found)
+    if not trained:
+        check_model(args)
+    return args
+
+
+def check_model(args):
+    """Stops where flags do not fit the backbone, before anything is read."""
+    if args.drop_path is not None and args.backbone not in SWIN:
+        raise UserError(f"--drop-path: belongs to {', '.join(SWIN)}; {args.backbone} has no stochastic depth")
+    if args.bn is not None and args.backbone != "r50":
+        raise UserError(f"--bn: belongs to r50; {args.backbone} has no BatchNorm")
+    if args.init == "imagenet" and args.backbone.startswith("tiny"):
+        raise UserError(f"--init imagenet: there are no ImageNet weights for {args.backbone}; use --init none")
+    learns = args.stage == 1 or args.bn == "sync"
+    if args.stage == 2 and args.bn == "frozen" and args.init == "none":
+        raise UserError("--bn frozen: random weights cannot learn with the statistics of a BatchNorm that has seen nothing; "
+                        "--init none needs --bn sync")
+    if args.checkpoint and args.backbone == "r50" and learns:
+        raise UserError("--checkpoint: computes each stage twice, and a BatchNorm that learns would count each batch twice; it is "
+                        "for Swin, and for --stage 2 with --bn frozen")
+
+
+# ================================================================== main
+
+def share_cores(args, device):
+    """On a CPU the loaders need cores, too: without this a step takes half as long again."""
+    if device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
+
+
 def main():
-    try:
+    with started("simple21k.py") as (rank, world, device):
         args = parse_args()
-        rank, world, device = init_ddp()
         if args.eval or args.predict:
-            answer_folder(args.out)
-        if args.make_split:
-            fill_paths(args)
-            make_split(args)
-        elif args.eval:
-            model = load_model(args.eval, "--eval")
-            follow(args, model)
-            fill_paths(args)
-            val = val_data(args, model.arch) if model.arch["stage"] == 2 else accuracy_data(args, model.arch)
-            metrics = evaluate(model.to(device), val, rank, world, device, args, Path(args.out))
-            if rank == 0:
-                print((class_table(metrics) + "\n" if "classes" in metrics else "") + metrics["line"])
-        elif args.predict:
-            if world > 1:
-                raise UserError("--predict: runs in one process; start it with python")
-            predict(args, device)
-        elif args.table if args.table is not None else args.data == "shapes" and not (args.stage or args.init or args.max_iters):
-            shapes_table(args, rank, world, device)
+            answer_folder(args.out, rank)
         else:
-            train(args, rank, world, device)
-    except (UserError, DataError, ShapesError) as e:
-        line = str(e).strip().splitlines()[-1]  # a loader worker puts its traceback and the exception's name before it
-        sys.exit("\nsimple21k.py: " + re.sub(r"^[\w.]+Error: ", "", line))
-    leave_ddp()
+            share_cores(args, device)
+        if world > 1 and (args.predict or args.make_split):
+            raise UserError(f"{'--predict' if args.predict else '--make-split'}: runs in one process; start it with python")
+        table = args.data == "shapes" and not (args.stage or args.init or args.max_iters) if args.table is None else args.table
+        if args.make_split:
+            make_split(resolve(args))
+        elif args.eval:
+            evaluate_file(args, rank, world, device)
+        elif args.predict:
+            predict(args, device)
+        elif table:
+            shapes_table(args, rank, world, device)
+        elif args.stage or args.init:
+            train(resolve(of_stage(args, args.stage or 2, args.out, resume=args.resume)), rank, world, device)
+        else:
+            train_both(args, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -55,18 +55,17 @@ def bench_attention(device, repeats):
                   f"saved {kept:.0f} MiB", flush=True)
 
 
-def learner_of(device, size, distil, amp="none", msda="grid", compiled=False, small=False):
+def distiller_of(device, size, distil, amp="none", msda="grid", compiled=False, small=False):
     clip = FrozenCLIP(open_clip.create_model("ViT-B-32-quickgelu"), open_clip.get_tokenizer("ViT-B-32-quickgelu"), "random", device)
-    a = dkdetr.parse_args(["--amp", amp, "--msda", msda, "--kd-min-size", "0"])
-    dkdetr.fill_defaults(a)
+    a = dkdetr.resolve(dkdetr.parse_args(["--amp", amp, "--msda", msda, "--kd-min-size", "0"]))
     torch.manual_seed(0)
     model = dkdetr.DKDETR("r50", clip.dim).to(device)
     model.core, model.save_memory = dict(grid=dkdetr.msda_grid, gather=dkdetr.msda_gather)[msda], True
     if compiled:
         model.compile()
-    learner = dkdetr.Learner(model, torch.nn.functional.normalize(torch.randn(866, clip.dim), dim=1).to(device), clip, a).train()
-    learner.kd_active = distil
-    return learner
+    distiller = dkdetr.Distiller(model, torch.nn.functional.normalize(torch.randn(866, clip.dim), dim=1).to(device), clip, a).train()
+    distiller.kd_active = distil
+    return distiller
 
 
 def batch_of(device, size, count):
@@ -76,8 +75,8 @@ def batch_of(device, size, count):
                                  boxes=torch.cat([corner, corner + side], -1), labels=torch.randint(0, 866, (count, 10), generator=g)), device)
 
 
-def step(learner, batch, optimizer):
-    sum(learner(batch).values()).backward()
+def step(distiller, batch, optimizer):
+    sum(distiller(batch).values()).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -85,24 +84,24 @@ def step(learner, batch, optimizer):
 def bench_step(device, size, count, repeats):
     batch, steps, spent = batch_of(device, size, count), [], [0.0, 0]
     for distil in (False, True):
-        learner = learner_of(device, size, distil)
-        optimizer = torch.optim.SGD(learner.model.parameters(), 1e-9)
-        steps.append(lambda l=learner, o=optimizer: step(l, batch, o))
-    encode = learner.clip.encode_images
+        distiller = distiller_of(device, size, distil)
+        optimizer = torch.optim.SGD(distiller.model.parameters(), 1e-9)
+        steps.append(lambda l=distiller, o=optimizer: step(l, batch, o))
+    encode = distiller.clip.encode_images
 
     def timed(pixels):
         result = []
         spent[0] += seconds(lambda: result.append(encode(pixels)))
         spent[1] += len(pixels)
         return result[0]
-    learner.clip.encode_images = timed
+    distiller.clip.encode_images = timed
     plain, distilled = interleaved(steps, repeats)
     clip = spent[0] / (repeats + 1)
     print(f"step, {count} x {size} px: without KD {plain:.2f} s, with {distilled:.2f} s, of which CLIP {clip:.2f} s for {spent[1] / (repeats + 1):.0f} crops; "
           f"ratio without CLIP's forward {(distilled - clip) / plain:.3f} (aim 1.35)", flush=True)
     crops = torch.rand(160, 4, device=device).sort(1).values * size
     boxes, owner = torch.cat([crops[:, :2] * 0.5, crops[:, 2:]], 1), torch.arange(160, device=device) % count
-    pixels = dkdetr.normalise(batch["images"], batch["sizes"], learner.clip.grey_levels)
+    pixels = dkdetr.normalise(batch["images"], batch["sizes"], distiller.clip.grey_levels)
     for fit in ("warp", "pad"):
         cut = (lambda: dkdetr.roi_align(pixels, torch.cat([owner[:, None].to(boxes), boxes], 1), 224, aligned=True)) if fit == "warp" else (
             lambda: crop_and_resize(pixels, boxes, owner, 224))
@@ -112,7 +111,7 @@ def bench_step(device, size, count, repeats):
 def memory(size, count, distil, msda):
     """Peak of a process that does one step, in GB."""
     code = (f"import sys, torch; sys.path[:0] = ['{ROOT}', '{ROOT}/tests']; import bench_dkdetr as b; from common.run import keep_memory\n"
-            f"d = torch.device('cpu'); l = b.learner_of(d, {size}, {distil}, msda='{msda}'); b.step(l, b.batch_of(d, {size}, {count}), torch.optim.SGD(l.model.parameters(), 0.1))\n"
+            f"d = torch.device('cpu'); l = b.distiller_of(d, {size}, {distil}, msda='{msda}'); b.step(l, b.batch_of(d, {size}, {count}), torch.optim.SGD(l.model.parameters(), 0.1))\n"
             "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 2**20)")  # ru_maxrss would be that of this process
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return float(r.stdout.split()[-1]) if r.returncode == 0 else float("nan")
@@ -123,9 +122,9 @@ def bench_gpu(device):
         count = 8
         try:
             torch.cuda.reset_peak_memory_stats()
-            learner, batch = learner_of(device, 1024, True, amp, msda, compiled), batch_of(device, 1024, count)
-            optimizer = torch.optim.SGD(learner.model.parameters(), 1e-9)
-            t, = interleaved([lambda: step(learner, batch, optimizer)], 5)
+            distiller, batch = distiller_of(device, 1024, True, amp, msda, compiled), batch_of(device, 1024, count)
+            optimizer = torch.optim.SGD(distiller.model.parameters(), 1e-9)
+            t, = interleaved([lambda: step(distiller, batch, optimizer)], 5)
             print(f"GPU, 1024 px, batch {count}, {amp}, {msda}, compile {compiled}: {count / t:.1f} images/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GB", flush=True)
         except Exception as e:  # out of memory, or a compiler that cannot
             print(f"GPU, {amp}, {msda}, compile {compiled}: {type(e).__name__} {str(e)[:120]}", flush=True)

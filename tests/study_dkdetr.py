@@ -52,9 +52,10 @@ def dkdetr(out, flags):
 
 def burn_in(seed):
     """Images, tiny CLIP and the common start of a seed; prints CLIP's accuracy on novel objects."""
-    code = ("import sys, torch; sys.path.insert(0, '.'); from common.clip import tiny_clip; from common.shapes import make_shapes; import dkdetr\n"
-            "seed = int(sys.argv[1]); root = make_shapes(seed=seed); a = dkdetr.parse_args(['--data', 'shapes']); dkdetr.fill_defaults(a)\n"
-            "n = len(dkdetr.CocoDataset(*dkdetr.find_coco(root, 'train'), True, classes=dkdetr.BASE))\n"
+    code = ("import sys, torch; sys.path.insert(0, '.'); from common.shapes import make_shapes; from common.tiny import tiny_clip; import dkdetr\n"
+            "seed = int(sys.argv[1]); root = make_shapes(seed=seed)\n"
+            "a = dkdetr.resolve(dkdetr.parse_args(['--data', 'shapes', '--data-seed', sys.argv[1], '--no-table']))\n"
+            "n = len(dkdetr.make_data(a, 'train'))\n"
             "print(torch.load(tiny_clip(root, root.parent / 'clip', seed), weights_only=True)['accuracy']['novel'], a.burn_in * -(-n // a.batch_size))")
     r = subprocess.run([sys.executable, "-c", code, str(seed)], cwd=ROOT, capture_output=True, text=True, env=ENV, check=True)
     novel, steps = r.stdout.split()[-2:]
@@ -67,13 +68,12 @@ import argparse, json, sys, torch
 sys.path.insert(0, ".")
 import dkdetr as d
 from common.boxes import pairwise_iou
-model = d.load_detector(sys.argv[1])
-a = d.parse_args(["--data", "shapes", *sys.argv[2:]])
-a.dataset = None
-d.follow(a, model.arch)
-data, base, novel, _ = d.make_data(a, "val")
+model, _ = d.load_detector(sys.argv[1])
+a = d.follow(d.parse_args(["--data", "shapes", "--no-table", *sys.argv[2:]]), model.arch)
+data = d.make_data(a, "val")
+base, novel = d.class_split(a, data.records.categories)
 clip = d.clip_of(model, a, torch.device("cpu"))
-learner = d.Learner(model, None, clip, a)
+distiller = d.Distiller(model, None, clip, a)
 targets = right = inside = among = total = 0
 own, other = [], []
 with torch.no_grad():
@@ -94,7 +94,7 @@ with torch.no_grad():
         if len(hidden):
             among, total = among + int((pairwise_iou(boxes[0], hidden).amax(0) >= 0.5).sum()), total + len(hidden)
         if len(chosen) > 1:
-            v = learner.crop_embeddings(batch, chosen, torch.zeros(len(chosen), dtype=torch.long))
+            v = distiller.crop_embeddings(batch, chosen, torch.zeros(len(chosen), dtype=torch.long))
             f = (model.kd_features(out) if a.aux_queries else out["features"])[-1, 0, index[0][there[0]]]
             c = torch.nn.functional.normalize(f, dim=-1) @ v.T
             own.append(c.diagonal().mean()), other.append((c.sum() - c.diagonal().sum()) / (c.numel() - len(c)))

@@ -3,15 +3,20 @@
 Weights come from golden/fill.py through mmdetection's key names, so every number below also tests the key map.
 """
 import argparse
+import copy
 import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import crosskd
-from crosskd import DETECTORS, Distiller, from_mmdet, infer_arch, kd_losses, load_strict, strategy_predictions
+from common.run import load_strict
+from common.zoo import from_mmdet, infer_arch
+from crosskd import DETECTORS, Distiller, kd_losses, strategy_predictions
 
 SIZES = {"full": [[256, 320], [256, 320]], "own": [[256, 320], [230, 270]]}
 
@@ -31,11 +36,28 @@ def mmdet_state(golden, name):
 
 
 def build(golden, fill, name, salt=""):
+    """In float64, the stem and first stage frozen, as mmdetection trains it."""
     state = fill.fill(mmdet_state(golden, name), salt)
     arch = infer_arch(state, name)
     model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
     load_strict(model, from_mmdet(state), name)
-    return model.eval()
+    model.freeze()
+    return model.eval().double()
+
+
+@pytest.fixture(scope="module")
+def computed(golden, fill):
+    """(model, maps of its backbone, (maps, feats, held)) of the golden images, of a name: computed once, with its graph, for all tests."""
+    done = {}
+
+    def get(name, salt=""):
+        if name not in done:
+            model, body = build(golden, fill, name, salt), {}
+            hook = model.body.register_forward_hook(lambda module, inputs, output: body.update(output))
+            done[name] = model, body, model(images(fill).double(), (3,))
+            hook.remove()
+        return done[name]
+    return get
 
 
 def images(fill):
@@ -62,24 +84,23 @@ def test_every_mmdet_key_list_loads_strictly_with_none_left_over(golden, name):
     state = mmdet_state(golden, name)
     arch = infer_arch(state, name)
     assert arch["kind"] == name.split("_")[0] and arch["num_classes"] == 80
-    model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
     ours = from_mmdet(state)
-    load_strict(model, ours, name)
+    with torch.device("meta"):  # names and shapes are compared, numbers below
+        model = DETECTORS[arch["kind"]](arch["backbone"], arch["num_classes"], arch["channels"], arch["p6"])
+    load_strict(model, {k: v.to("meta") for k, v in ours.items()}, name)
     constant = sum(k.endswith(("integral.project", "relative_position_index")) for k in state)
     assert len(ours) == len(state) - constant  # no two mmdet keys fell on one of ours
 
 
 @pytest.mark.parametrize("name", ["gfl_r50", "atss_r50"])
-def test_raw_outputs_features_and_detections_equal_mmdet(golden, fill, name):
+def test_raw_outputs_features_and_detections_equal_mmdet(golden, computed, name):
     z = np.load(golden / f"{name}_forward.npz")
-    model = build(golden, fill, name).double()
-    with torch.no_grad():
-        x = images(fill).double()
-        body = model.body(x)
-        maps, feats, _ = model(x)
-        found = model.float().detect({k: [m.float() for m in v] for k, v in maps.items()}, torch.tensor(SIZES["own"]))
-    close = lambda ours, theirs, key: np.abs(ours.numpy() - theirs).max() <= 2e-6 * theirs.std() or pytest.fail(
-        f"{key}: max error {np.abs(ours.numpy() - theirs).max() / theirs.std():.1e} std")
+    model, body, (maps, feats, _) = computed(name)
+    found = model.detect({k: [m.detach().float() for m in v] for k, v in maps.items()}, torch.tensor(SIZES["own"]))
+
+    def close(ours, theirs, key):
+        error = np.abs(ours.detach().numpy() - theirs).max() / theirs.std()
+        assert error <= 2e-6, f"{key}: max error {error:.1e} std"
     for i, m in enumerate(body.values(), 1):
         close(m[0, :8], z[f"backbone_{i}"], f"backbone_{i}")
     for level in range(5):
@@ -143,7 +164,8 @@ def mmdet_name(ours):
 
 
 def check_gradients(model, total, theirs, kind):
-    total.backward()
+    model.zero_grad()
+    total.backward(retain_graph=True)  # of what `computed` holds
     checked = 0
     for ours, p in model.named_parameters():
         key = mmdet_name(ours)
@@ -157,33 +179,37 @@ def check_gradients(model, total, theirs, kind):
 
 @pytest.mark.parametrize("name", ["gfl_r50", "atss_r50"])
 @pytest.mark.parametrize("key", ["full_A", "own_B"])
-def test_gradient_of_every_trained_parameter_equals_mmdet(golden, fill, name, key):
+def test_gradient_of_every_trained_parameter_equals_mmdet(golden, computed, name, key):
     theirs = json.loads((golden / f"{name}_loss.json").read_text())["grad_norms"][key]
-    model, (variant, case) = build(golden, fill, name).double(), key.split("_")
+    (model, _, (maps, _, _)), (variant, case) = computed(name), key.split("_")
     boxes, labels = ground_truth(golden, case)
-    losses, _ = losses_and_gradients(model, model(images(fill).double())[0], torch.tensor(SIZES[variant]), boxes, labels)
+    losses, _ = losses_and_gradients(model, maps, torch.tensor(SIZES[variant]), boxes, labels)
     assert check_gradients(model, sum(losses.values()), theirs, name.split("_")[0]) == len(theirs)
 
 
 def crosskd_args(**changes):
-    a = crosskd.parse_args([])
-    crosskd.fill_defaults(a, "gfl")
+    a = crosskd.resolve(crosskd.parse_args(["--student", "gfl_r18"]))
     return argparse.Namespace(**{**vars(a), **changes})
 
 
 @pytest.fixture(scope="module")
-def pair(golden, fill):
-    return build(golden, fill, "gfl_r18", "student.").double(), build(golden, fill, "gfl_r50").double().requires_grad_(False)
+def pair(computed):
+    """Student and teacher, (maps, feats, held) of each, f_3 after the ReLU."""
+    (student, _, s), (teacher, _, t) = computed("gfl_r18", "student."), computed("gfl_r50")
+    teacher.zero_grad()
+    detached = lambda v: v.detach() if torch.is_tensor(v) else {k: detached(x) for k, x in v.items()} if isinstance(v, dict) else [detached(x) for x in v]
+    return student, copy.deepcopy(teacher).requires_grad_(False), s, tuple(map(detached, t))
 
 
 @pytest.mark.parametrize("align, suffix", [("post", ""), ("pre", "_hold_before_relu")])
 def test_cross_head_predictions_and_losses_equal_the_authors(golden, fill, pair, align, suffix):
-    student, teacher = pair
+    student, teacher, s, t = pair
     z = np.load(golden / "crosskd_gfl_r50_r18.npz")
     theirs = json.loads((golden / "crosskd_gfl_r50_r18.json").read_text())
     a = crosskd_args(align=align)
     with torch.no_grad():
-        s, t = (net(images(fill).double(), (3,), align == "pre") for net in (student, teacher))
+        if align == "pre":
+            s, t = (net(images(fill).double(), (3,), True) for net in (student, teacher))
         cross, target = strategy_predictions(a, student, teacher, s, t)
     assert target is t[0]
     for group, maps in (("stu", s[0]), ("tea", t[0]), (f"reused{suffix}", cross)):
@@ -192,11 +218,12 @@ def test_cross_head_predictions_and_losses_equal_the_authors(golden, fill, pair,
             for level in range(5):
                 golden_map = z[f"{group}_{key}_{level}"]
                 n = step or round(maps[key][level].shape[-1] / golden_map.shape[-1])
-                ours = maps[key][level][:, :, ::n, ::n].numpy() if level == 0 else maps[key][level].numpy()
+                ours = maps[key][level].detach()
+                ours = ours[:, :, ::n, ::n].numpy() if level == 0 else ours.numpy()
                 assert np.abs(ours - golden_map).max() <= 5e-6 * golden_map.std(), (group, key, level)
     for key, terms in theirs[f"losses{suffix}"].items():
         variant, case = key.split("_")
-        single = {k: [m.float() for m in v] for k, v in s[0].items()}
+        single = {k: [m.detach().float() for m in v] for k, v in s[0].items()}
         ours, targets = losses_and_gradients(student, single, torch.tensor(SIZES[variant]), *ground_truth(golden, case))
         flat = lambda maps: student.flatten({k: [m.float() for m in v] for k, v in maps.items()})
         ours.update(kd_losses(student, flat(cross), flat(t[0]), targets, a))
@@ -206,13 +233,84 @@ def test_cross_head_predictions_and_losses_equal_the_authors(golden, fill, pair,
 
 
 @pytest.mark.parametrize("key", ["full_A", "own_B"])
-def test_gradient_of_the_whole_crosskd_loss_equals_the_authors(golden, fill, pair, key):
-    student, teacher = pair
-    student.zero_grad()
+def test_gradient_of_the_whole_crosskd_loss_equals_the_authors(golden, fill, pair, key, monkeypatch):
+    student, teacher, s, t = pair
     variant, case = key.split("_")
     boxes, labels = ground_truth(golden, case)
     model = Distiller(student, teacher, crosskd_args()).eval()
-    student.normalise = teacher.normalise = lambda x, sizes: x  # the golden images are normalised already
+    for net, out in ((student, s), (teacher, t)):
+        monkeypatch.setattr(net, "normalise", lambda x, sizes: x)  # the golden images are normalised already
+        monkeypatch.setattr(net, "forward", lambda x, keep, pre, out=out: out if (keep, pre) == ((3,), False) else pytest.fail("other features"))
     batch = dict(images=images(fill).double(), sizes=torch.tensor(SIZES[variant]), boxes=boxes, labels=labels)
     theirs = json.loads((golden / "crosskd_gfl_r50_r18.json").read_text())["grad_norms"][key]
     assert check_gradients(student, sum(model(batch).values()), theirs, "gfl") == len(theirs)
+
+
+# ------------------------------------------------------------------ Swin on small images, against the paper in plain steps
+
+def layer_norm(x, state, name):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def linear(x, state, name):
+    return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def shifted_attention(x, state, name, heads, shift):
+    """Windows of 7 x 7 whose grid begins `shift` cells outside the map (1, H, W, C), one window after the other; the map is padded with zeros to whole windows."""
+    height, width = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, -width % 7, 0, -height % 7))
+    out = torch.zeros_like(x)
+    table = state[f"{name}.relative_position_bias_table"]
+    for rows in borders(x.shape[1], shift):
+        for columns in borders(x.shape[2], shift):
+            place = torch.cartesian_prod(torch.arange(*rows), torch.arange(*columns))                  # (T, 2)
+            window = x[0, rows[0]:rows[1], columns[0]:columns[1]].flatten(0, 1)                        # (T, C)
+            q, k, v = linear(window, state, f"{name}.qkv").unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # (heads, T, C / heads)
+            apart = place[:, None] - place[None] + 6
+            logits = q @ k.transpose(1, 2) / q.shape[2] ** 0.5 + table[apart[..., 0] * 13 + apart[..., 1]].permute(2, 0, 1)
+            mixed = (logits.softmax(2) @ v).transpose(0, 1).flatten(1)
+            out[0, rows[0]:rows[1], columns[0]:columns[1]] = linear(mixed, state, f"{name}.proj").unflatten(0, (rows[1] - rows[0], -1))
+    return out[:, :height, :width]
+
+
+def borders(length, shift):
+    cuts = sorted({0, length, *range(shift, length, 7)})
+    return list(zip(cuts, cuts[1:]))
+
+
+def plain_swin(state, image):
+    """C3, C4, C5 of mmdetection's Swin-T from its own keys: no roll, no mask, no rule for small maps."""
+    x = F.conv2d(image, state["patch_embed.projection.weight"], state["patch_embed.projection.bias"], 4).permute(0, 2, 3, 1)
+    x, maps = layer_norm(x, state, "patch_embed.norm"), []
+    for stage, (depth, heads) in enumerate(((2, 3), (2, 6), (6, 12), (2, 24))):
+        for block in range(depth):
+            name = f"stages.{stage}.blocks.{block}"
+            x = x + shifted_attention(layer_norm(x, state, f"{name}.norm1"), state, f"{name}.attn.w_msa", heads, 3 * (block % 2))
+            x = x + linear(F.gelu(linear(layer_norm(x, state, f"{name}.norm2"), state, f"{name}.ffn.layers.0.0")), state, f"{name}.ffn.layers.1")
+        if stage:
+            maps.append(layer_norm(x, state, f"norm{stage}").permute(0, 3, 1, 2))
+        if stage < 3:
+            height, name = x.shape[1] // 2, f"stages.{stage}.downsample"
+            patches = F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2)                     # (1, cells, 4 C)
+            x = linear(layer_norm(patches, state, f"{name}.norm"), state, f"{name}.reduction").unflatten(1, (height, -1))
+    return maps
+
+
+def test_swin_at_224_x_288_equals_the_paper_where_torchvision_leaves_out_the_shift(golden, fill):
+    keys = {k: v for k, v in mmdet_state(golden, "retinanet_swin-t").items() if k.startswith("backbone.")}
+    state, image = fill.fill(keys), fill.image(224, 288, 1).double()
+    body = crosskd.make_body("swint")[0].eval()
+    load_strict(body, {k.removeprefix("body."): v for k, v in from_mmdet(state).items()}, "swin")
+    body.double()
+    with torch.no_grad():
+        ours = list(body(image).values())
+        paper = plain_swin({k.removeprefix("backbone."): v.double() if v.is_floating_point() else v for k, v in state.items()}, image)
+        for module in body.modules():
+            if isinstance(module, ShiftedWindowAttention):
+                module.__class__ = ShiftedWindowAttention
+        without = list(body(image).values())
+    assert [m.shape[2:] for m in ours] == [(28, 36), (14, 18), (7, 9)]
+    for ours_, paper_ in zip(ours, paper):
+        assert (ours_ - paper_).abs().max() <= 1e-11 * paper_.std()
+    assert (without[2] - paper[2]).abs().mean() > 0.05 * paper[2].std()  # the rule that was silent: 7 rows are one window

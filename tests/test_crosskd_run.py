@@ -1,109 +1,548 @@
-"""crosskd.py from its command line: real photographs, two processes, kill and resume, bad input."""
+"""crosskd.py from its command line: real photographs, two processes, signals, kill and resume, bad input."""
+import argparse
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+from conftest import free_port, launch
+from PIL import Image
 
+import common.shapes
 import crosskd
+from common import zoo
 from common.datasets import CocoDataset, find_coco
-from common.shapes import make_shapes
+from common.evaluation import coco_evaluate
+from common.run import checksum, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--image-size", "128", "--workers", "0", "--init", "none", "--log-every", "5"]
 
 
-def run(*flags, procs=1, check=True, **kw):
-    port = socket.socket()
-    port.bind(("127.0.0.1", 0))
-    launch = [sys.executable] if procs == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs),
-                                                  "--master_port", str(port.getsockname()[1])]
-    port.close()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    r = subprocess.run([*launch, "crosskd.py", *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=150, **kw)
-    if check:
-        assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-3000:]
-    return r
+# ------------------------------------------------------------------ how runs are started
+
+SERVER = r"""
+import importlib, json, os, sys, time
+root, script, *more = sys.argv[1:]
+sys.path.insert(0, root)
+module = importlib.import_module(script)
+for name in more:
+    importlib.import_module(name)
+for line in sys.stdin:
+    request = json.loads(line)
+    if "wait" in request:
+        code, end = None, time.time() + request["seconds"]
+        while code is None and time.time() < end:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.01)
+        print(json.dumps(code), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(pid, flush=True)
+else:
+    sys.exit()
+os.setsid()
+for fd, name in enumerate((os.devnull, request["out"], request["err"])):
+    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
+os.environ.update(request["env"])
+sys.argv = [f"{script}.py", *request["flags"]]
+exec(request["before"])
+module.main()
+"""
 
 
-def losses(out):
-    """(iteration, loss) rows of a log."""
-    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
+class Forks:
+    """Processes that run a script: forked from one that has imported everything, so that a test of real signals and exit codes takes no imports."""
+
+    def __init__(self, script, folder, *more):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), script, *more], cwd=ROOT, env=env, text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.folder, self.number, self.living = folder, itertools.count(), set()
+
+    def ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, *flags, procs=1, before="", env={}):
+        """A Job for each of `procs` processes. before: Python code that each of them executes first."""
+        port, jobs = str(free_port()), []
+        for rank in range(procs):
+            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(procs), LOCAL_WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            jobs.append(Job(self, [str(f) for f in flags], before, {**(group if procs > 1 else {}), **env}))
+        return jobs
+
+    def run(self, *flags, code=0, **options):
+        """The same, waited for; all must end with `code`. Returns the first."""
+        jobs = self.start(*flags, **options)
+        codes = [job.wait() for job in jobs]
+        assert codes == [code] * len(jobs), (codes, *(job.out[-1500:] + job.err[-3000:] for job in jobs))
+        return jobs[0]
+
+    def close(self):
+        for pid in list(self.living):
+            os.killpg(pid, signal.SIGKILL)
+        self.server.stdin.close()
+        self.server.wait()
+
+
+class Job:
+    def __init__(self, forks, flags, before, env):
+        self.forks, name = forks, forks.folder / str(next(forks.number))
+        self.files = [name.with_suffix(s) for s in (".out", ".err")]
+        self.pid = forks.ask(flags=flags, out=str(self.files[0]), err=str(self.files[1]), before=before, env=env)
+        forks.living.add(self.pid)
+
+    def wait(self, seconds=120):
+        """Its exit code; minus the number of the signal that ended it."""
+        code = self.forks.ask(wait=self.pid, seconds=seconds)
+        assert code is not None, f"still running after {seconds} s: " + self.err[-3000:]
+        self.forks.living.discard(self.pid)
+        return code
+
+    def kill(self, number):
+        os.kill(self.pid, number)
+
+    out, err = (property(lambda self, k=k: self.files[k].read_text() if self.files[k].exists() else "") for k in (0, 1))
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A GFL with a narrow backbone and 80 classes, as a checkpoint of ours: what it knows does not matter here."""
-    torch.manual_seed(7)
-    model = crosskd.GFL("tiny16", 80, 64)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    classes = CocoDataset(*find_coco(ROOT.parent / "shared/data/coco_mini", "val"), False).classes
-    torch.save(crosskd.weights_of(model, classes), path)
+def forks(tmp_path_factory):
+    server = Forks("crosskd", tmp_path_factory.mktemp("jobs"), "common.tiny", "common.pictures", "common.shapes", "pycocotools.cocoeval",
+                   "matplotlib.figure", "matplotlib.backends.backend_agg", "torch.distributed.nn.functional")
+    yield server
+    server.close()
+
+
+def run(*flags):
+    return launch("crosskd", flags)
+
+
+def fails(*flags):
+    """The one line that the script ends with, run in this process (an exit is no traceback)."""
+    return one_line(launch("crosskd", flags, fail=True).stderr)
+
+
+def one_line(err):
+    """The line of ours on stderr, where beside it only progress bars are."""
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "it/s" not in line and "?it" not in line and "s/it" not in line]
+    assert len(lines) == 1 and lines[0].startswith("crosskd.py: "), lines
+    return lines[0]
+
+
+def rows(out):
+    """Of a log that may be being written."""
+    path, found = Path(out) / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            pass
+    return found
+
+
+def wait_for_step(out, it):
+    end = time.time() + 120
+    while not any(r["it"] >= it for r in rows(out)):
+        assert time.time() < end, f"{out}: step {it} does not come"
+        time.sleep(0.01)
+
+
+def losses(out):
+    """{iteration: row without times} of a log."""
+    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows(out) if "loss" in r}
+
+
+def same_end(a, b):
+    """Two runs ended alike, to the last bit: every step, weights, optimizer, random states of all processes."""
+    assert losses(a) == losses(b)
+    a, b = (load_checkpoint(Path(p) / "last.pt", "crosskd.py") for p in (a, b))
+    for state in (a, b):
+        del state["args"], state["checksum"]
+    assert a.keys() == b.keys() and [k for k in a if checksum(a[k]) != checksum(b[k])] == []
+
+
+# ------------------------------------------------------------------ data and weights
+
+def checkpoint(path, classes, backbone="tiny8", kind="gfl", seed=7, finds=False):
+    """An untrained detector as a checkpoint of ours; one that `finds` has boxes everywhere."""
+    torch.manual_seed(seed)
+    model = crosskd.DETECTORS[kind](backbone, len(classes), 64)
+    if finds:
+        for p in model.head.parameters():
+            if p.ndim == 4:
+                torch.nn.init.normal_(p, std=0.06)
+        torch.nn.init.constant_(model.head.cls_pred.bias, -2.5)
+    save_checkpoint(crosskd.weights_of(model, classes), path)
     return path
 
 
-def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(coco_mini, teacher, tmp_path):
-    r = run("--data", coco_mini, "--teacher", teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 12, *TINY,
-            "--out", tmp_path / "run", procs=2)
+@pytest.fixture(scope="module")
+def photographs(coco_mini, tmp_path_factory):
+    """coco_mini with weights that fit it. val: flags of 10 of its images only."""
+    folder = tmp_path_factory.mktemp("photographs")
+    classes = CocoDataset(*find_coco(coco_mini, "val"), False).classes
+    content = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    content["images"] = content["images"][:10]
+    kept = {i["id"] for i in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (folder / "val.json").write_text(json.dumps(content))
+    return argparse.Namespace(
+        classes=classes, teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"), start=checkpoint(folder / "start.pt", classes, finds=True),
+        val=["--val-json", folder / "val.json", "--val-images", coco_mini / "val2017"])
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Files as users bring them, of the embedded pictures: 24 + 3 images and 4 classes to train on, 8 images and 3 of the classes, in another order, to validate.
+
+    Ids are of no order, image ids of val are text, annotation ids begin anew in each image; the three images have no boxes.
+    """
+    folder = tmp_path_factory.mktemp("own")
+    pictures, json_ = find_coco(common.shapes.make_shapes(), "val")
+    content = json.loads(Path(json_).read_text())
+    name = {c["id"]: c["name"] for c in content["categories"]}
+    names = ["circle", "square", "triangle", "heart"]
+    assert set(names) < set(name.values())
+    boxes = {i["id"]: [a for a in content["annotations"] if a["image_id"] == i["id"] and name[a["category_id"]] in names] for i in content["images"]}
+    annotated = [i for i in content["images"] if any(name[a["category_id"]] in names[:3] for a in boxes[i["id"]])]
+    empty = [dict(i) for i in content["images"] if not boxes[i["id"]]][:3]
+
+    def write(file, images, ids, key):
+        annotations = [dict(a, id=n, image_id=key(i["id"]), category_id=ids[name[a["category_id"]]])
+                       for i in images for n, a in enumerate(boxes[i["id"]]) if name[a["category_id"]] in ids]
+        (folder / file).write_text(json.dumps(dict(images=[dict(i, id=key(i["id"])) for i in images], annotations=annotations,
+                                                   categories=[dict(id=i, name=n) for n, i in ids.items()])))
+    write("train.json", annotated[:24] + empty, dict(heart=40, circle=7, triangle=19, square=3), lambda i: i * 1000)
+    write("val.json", annotated[24:32], dict(triangle=5, square=9, circle=2), lambda i: f"photo {i}")
+    classes = ["square", "circle", "triangle", "heart"]
+    return argparse.Namespace(
+        classes=classes, train=["--train-json", folder / "train.json", "--train-images", pictures], json=folder / "val.json",
+        val=["--val-json", folder / "val.json", "--val-images", pictures], start=checkpoint(folder / "start.pt", classes, finds=True),
+        teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"))
+
+
+@pytest.fixture(scope="module")
+def steps(own):
+    """Flags of a run whose steps are quick and all alike, without evaluation; an epoch has 6."""
+    return [*own.train, "--student", "gfl_tiny8", "--teacher", own.teacher, "--method", "crosskd+pkd", "--image-size", "96", "--workers", "0", "--init", "none",
+            "--log-every", "1", "--save-every", "4", "--batch-size", "4"]
+
+
+# ------------------------------------------------------------------ a run and its files
+
+def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(coco_mini, photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "run"
+    r = launch("crosskd", ["--data", coco_mini, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 12, *TINY,
+                           "--init", photographs.start, "--eval-every", 2, "--no-teacher-check", "--out", out], procs=2)
     assert "80 classes" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout and "79 images" in r.stdout
     assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
     results = json.loads((out / "results.json").read_text())
     assert len(results["classes"]) == 80 and results["images"] == 79
+    # of which checkpoint and epoch they are
+    assert (results["checkpoint"], results["epoch"], results["it"]) == ("best.pt", 2, 12)
+    best = load_checkpoint(out / "best.pt", "crosskd.py")
+    assert (best["script"], best["epoch"], best["it"], best["format"]) == ("crosskd.py", 2, 12, 1) and "optimizer" not in best
+    assert Image.open(out / "samples.jpg").info["comment"] == b"best.pt, epoch 2, step 12"
     from pycocotools.coco import COCO
     found = json.loads((out / "detections.json").read_text())
-    if found:
-        COCO(coco_mini / "annotations/instances_val2017.json").loadRes(found)
-    again = run("--eval", out / "last.pt", "--data", coco_mini, *TINY, "--out", tmp_path / "eval")
-    assert json.loads((tmp_path / "eval/results.json").read_text())["AP"] == pytest.approx(results["AP"], abs=1e-6), again.stdout
-    run("--predict", coco_mini / "val2017/000000000785.jpg" if (coco_mini / "val2017/000000000785.jpg").exists() else next((coco_mini / "val2017").iterdir()),
-        "--weights", out / "best.pt", "--score", 0.0, *TINY[:2], "--out", tmp_path / "predict")
+    COCO(coco_mini / "annotations/instances_val2017.json").loadRes(found)
+    assert len(found) > 1000 and all((d["checkpoint"], d["epoch"]) == ("best.pt", 2) for d in found)
+    # what stands on the terminal
+    lines = r.stdout.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith("student "))
+    assert re.fullmatch(r"student gfl_tiny8: 651,649 parameters, [\d,]+ trained, \d+\.\d GFLOPs at \d+ x \d+", lines[start])
+    assert re.fullmatch(r"teacher gfl_tiny16: [\d,]+ parameters, 0 trained, \d+\.\d GFLOPs at \d+ x \d+", lines[start + 1])
+    assert "teacher AP 0.0 on 79 validation images" in lines
+    for term in ("cls", "box", "dfl", "kd_cls", "kd_box"):
+        assert lines.count(f"{term}: {crosskd.LEGEND[term]}") == 1
+    wide = [line for line in lines[start:] if len(line) > 80 and " | " not in line[:40] and "annotations/" not in line]
+    assert not wide and all(len(line) < 80 for line in lines if line.startswith(("ep ", "    ", "method ")))
+    assert not any("mem " in line for line in lines) and re.match(r"best AP \d+\.\d \(epoch 2\), last \d+\.\d \| 0:0", lines[-1])
+    assert [r["it"] for r in rows(out) if "loss" not in r] == [12]  # --eval-every
+    # and what the checkpoint is good for
+    again = run("--eval", out / "best.pt", "--data", coco_mini, *TINY, "--out", tmp_path / "eval")
+    assert "note: with --eval there is no effect of --init, --log-every" in again.stderr
+    evaluated = json.loads((tmp_path / "eval/results.json").read_text())
+    assert evaluated["AP"] == pytest.approx(results["AP"], abs=1e-6), again.stdout
+    assert (evaluated["checkpoint"], evaluated["epoch"], evaluated["it"]) == (str(out / "best.pt"), 2, 12)
+    photo = coco_mini / "val2017/000000000785.jpg"
+    run("--predict", photo if photo.exists() else next((coco_mini / "val2017").iterdir()), "--weights", out / "best.pt", "--score", 0.0, "--image-size", 128,
+        "--out", tmp_path / "predict")
     (name, boxes), = json.loads((tmp_path / "predict/predictions.json").read_text()).items()
-    assert Path(name).exists() and len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1
+    assert Path(name).exists() and len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1 and len(boxes) > 10
 
 
-def test_killed_run_resumes_bit_exactly(coco_mini, teacher, tmp_path):
-    flags = ["--data", coco_mini, "--teacher", teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 30, *TINY, "--save-every", 5,
-             "--method", "crosskd+pkd"]
+def test_own_files_whose_validation_knows_fewer_classes_in_another_order(own, tmp_path):
+    flags = [*own.train, *own.val, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0", "--init", own.start, "--batch-size", 4,
+             "--epochs", 1]
+    r = run(*flags, "--out", tmp_path / "o")
+    assert "24 images" in r.stdout.replace("27 images, 4 classes | not used: 3 images", "24 images") and "1 epochs of 6 steps" in r.stdout
+    from pycocotools.coco import COCO
+    found, results = (json.loads((tmp_path / "o" / f"{n}.json").read_text()) for n in ("detections", "results"))
+    COCO(own.json).loadRes(found)  # the file's own ids
+    assert {d["category_id"] for d in found} == {2, 5, 9} and all(d["image_id"].startswith("photo ") for d in found) and len(found) > 100
+    assert coco_evaluate(own.json, found)["AP"] == pytest.approx(results["AP"], abs=1e-6) and list(results["classes"]) == ["circle", "triangle", "square"]
+    r = run("--eval", tmp_path / "o/best.pt", *own.val, "--workers", "0", "--out", tmp_path / "e")
+    assert json.loads((tmp_path / "e/results.json").read_text())["AP"] == pytest.approx(results["AP"], abs=1e-6)
+    assert load_checkpoint(tmp_path / "o/best.pt")["classes"] == own.classes
+
+
+def test_ground_truth_is_perfect_in_this_scripts_evaluation(own, monkeypatch):
+    args = crosskd.parse_args([str(f) for f in (*own.train, *own.val, "--image-size", "96", "--workers", "0")])
+    val = crosskd.make_data(args, "val", "gfl", like=own.classes)
+
+    def truth(model, batch, device, args):
+        (boxes,), (labels,), ((h, w),), (size,) = (batch[k] for k in ("boxes", "labels", "original_sizes", "sizes"))
+        scale = torch.tensor([w / size[1], h / size[0]] * 2)
+        return [(boxes[labels >= 0] * scale, torch.ones(len(labels))[labels >= 0], labels[labels >= 0])]
+    monkeypatch.setattr(crosskd, "run_detector", truth)
+    metrics, results = crosskd.evaluate(torch.nn.Identity(), val, 0, 1, torch.device("cpu"), args)
+    assert metrics["AP"] == pytest.approx(100) and metrics["images"] == 8 and len(results) > 8
+
+
+def test_without_a_validation_set_a_run_trains_says_so_and_best_is_the_last(own, tmp_path):
+    base = [*own.train, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0", "--init", "none", "--batch-size", 4, "--max-iters", 7]
+    r = run(*base, "--keep-empty", "--out", tmp_path / "o")
+    assert "no validation set: no evaluation, best.pt is the last" in r.stdout and "no validation set: best.pt is the last" in r.stdout.splitlines()[-1]
+    assert "27 images, 4 classes\n" in r.stdout and "12 epochs of 7 steps" in r.stdout.replace("\n    ", " ")  # the empty ones are used
+    best, last = (load_checkpoint(tmp_path / "o" / f"{n}.pt") for n in ("best", "last"))
+    assert checksum(best["model"]) == checksum(last["model"]) and best["it"] == last["it"] == 7 and not (tmp_path / "o/results.json").exists()
+    # pixels given, the boxes are negatives: a batch of empty images has losses, too
+    assert "teacher" not in r.stdout
+
+
+# ------------------------------------------------------------------ runs that are interrupted
+
+SLOW = """
+import crosskd, time
+forward = crosskd.Distiller.forward
+def slow(self, batch):
+    time.sleep(0.03)
+    return forward(self, batch)
+crosskd.Distiller.forward = slow
+"""
+
+
+def test_killed_run_resumes_bit_exactly(forks, coco_mini, photographs, tmp_path):
+    """SIGKILL in the middle of an epoch of 20 steps, after some save. While it lives nobody else runs in its folder, afterwards everybody may."""
+    flags = ["--data", coco_mini, *photographs.val, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 30, *TINY,
+             "--save-every", 5, "--method", "crosskd+pkd", "--no-teacher-check"]
     run(*flags, "--out", tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, "crosskd.py", *map(str, flags), "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "killed/log.jsonl"
-    for _ in range(600):  # SIGKILL in the middle of an epoch of 20 steps, after some save
-        if log.exists() and len(log.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    killed_at = torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"]
+    out = tmp_path / "killed"
+    job, = forks.start(*flags, "--out", out, before=SLOW)
+    wait_for_step(out, 10)
+    for second in ([*flags, "--out", out, "--resume"], ["--out", out, "--resume"]):
+        assert f"process {job.pid} on " in fails(*second) and job.out.count("git ") == 1
+    job.kill(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    killed_at = load_checkpoint(out / "last.pt")["it"]
     assert 5 <= killed_at < 30
-    run("--out", tmp_path / "killed", "--resume")  # the flags come from the checkpoint
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert "total batch of 4" in fails("--out", tmp_path / "killed", "--resume", "--batch-size", 2)
-    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "killed"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert all(torch.equal(x["exp_avg" if "exp_avg" in x else "momentum_buffer"], y["exp_avg" if "exp_avg" in y else "momentum_buffer"])
-               for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()))
+    (out / ".last.pt.12345.tmp").write_bytes(b"what a process was writing when it died")
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"it": 99, "lo')
+    run("--out", out, "--resume")  # the flags come from the checkpoint
+    assert {p.name for p in out.iterdir() if p.name.startswith(".")} == set()
+    same_end(out, tmp_path / "whole")
+    assert [r["it"] for r in rows(out) if "loss" not in r] == [20, 30]
+    assert "total batch of 4" in fails("--out", out, "--resume", "--batch-size", 2)
 
+
+def stopped(err, name, out, runner):
+    """The flags of the command that continues, from the one line of a run that was stopped."""
+    found = re.fullmatch(rf"crosskd.py: stopped by {name} at step (\d+), {out}/last.pt is written; continue: {runner} crosskd.py (.*)", one_line(err))
+    assert found and load_checkpoint(out / "last.pt")["it"] == int(found[1]), err
+    return shlex.split(found[2])
+
+
+def test_a_run_that_signals_stop_continues_bit_exactly_by_the_command_it_prints(forks, steps, tmp_path):
+    out, flags = tmp_path / "stopped", [*steps, "--max-iters", 26]
+    forks.run(*flags, "--out", tmp_path / "whole")
+    again = [*flags, "--out", out]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        begun = max([r["it"] for r in rows(out)], default=0)
+        job, = forks.start(*again, before=SLOW)
+        wait_for_step(out, begun + 4)
+        job.kill(number)
+        assert job.wait() == code, job.err
+        again = stopped(job.err, number.name, out, "python")
+        assert again == [*map(str, flags), "--out", str(out), "--resume"]
+    forks.run(*again)
+    same_end(out, tmp_path / "whole")
+
+
+def test_two_processes_stop_together_for_torchrun_for_one_rank_and_for_a_lost_one_and_continue_bit_exactly(forks, steps, tmp_path):
+    out, flags = tmp_path / "stopped", [*steps, "--batch-size", 2, "--max-iters", 30]
+    forks.run(*flags, "--out", tmp_path / "whole", procs=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "crosskd.py"]
+    with open(tmp_path / "err", "w") as err:  # SIGTERM to torchrun, as Slurm sends it
+        process = subprocess.Popen([*torchrun, *map(str, flags), "--out", str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                                   stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
+        wait_for_step(out, 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    lines = [line for line in (tmp_path / "err").read_text().splitlines() if line.startswith("crosskd.py: ")]
+    again = stopped("\n".join(lines), "SIGTERM", out, "torchrun --nproc_per_node 2")
+    assert again == [*map(str, flags), "--out", str(out), "--resume"] and "[rank" not in (tmp_path / "err").read_text()
+
+    jobs = forks.start(*again, procs=2, before=SLOW)
+    wait_for_step(out, load_checkpoint(out / "last.pt")["it"] + 4)
+    jobs[1].kill(signal.SIGINT)
+    assert [job.wait() for job in jobs] == [130, 130]
+    assert stopped(jobs[0].err, "SIGINT", out, "torchrun --nproc_per_node 2") == again and jobs[1].err.strip() == ""
+
+    jobs = forks.start(*again, procs=2, before=SLOW)
+    wait_for_step(out, load_checkpoint(out / "last.pt")["it"] + 4)
+    jobs[1].kill(signal.SIGKILL)
+    assert [job.wait(30) for job in jobs] == [1, -signal.SIGKILL]
+    assert "another process of this run is gone" in one_line(jobs[0].err)
+    forks.run(*again, procs=2)
+    same_end(out, tmp_path / "whole")
+
+
+def test_a_second_signal_leaves_at_once(forks, steps, tmp_path):
+    job, = forks.start(*steps, "--max-iters", 26, "--out", tmp_path / "o", before=SLOW.replace("0.03", "100"))
+    wait_for_file(tmp_path / "o/last.pt")
+    time.sleep(0.3)
+    job.kill(signal.SIGTERM)
+    time.sleep(1.2)  # torchrun and a terminal may both send the first
+    since = time.time()
+    job.kill(signal.SIGTERM)
+    assert job.wait() == 143 and time.time() - since < 5
+    assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0
+
+
+def wait_for_file(path):
+    end = time.time() + 60
+    while not path.exists():
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------ runs that starve
+
+BROKEN = """
+import crosskd, torch
+make = crosskd.make_optimizer
+def make_broken(*a):
+    optimizer = make(*a)
+    step, count = optimizer.step, []
+    def broken():
+        step()
+        count.append(1)
+        if len(count) == 8:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].view(-1)[5] = float("nan")
+    optimizer.step = broken
+    return optimizer
+crosskd.make_optimizer = make_broken
+"""
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+def test_weights_that_are_not_finite_never_reach_last_pt(forks, steps, tmp_path, procs):
+    jobs = forks.start(*steps, "--log-every", 50, "--batch-size", 4 // procs, "--max-iters", 26, "--out", tmp_path / "o", procs=procs, before=BROKEN, env=dict(PATH=""))
+    assert [job.wait() for job in jobs] == [1] * procs
+    line = one_line(jobs[0].err)
+    assert f"{tmp_path / 'o/last.pt'}: model.body.stages.conv1.weight is not finite at iteration 8" in line and "previous one is intact" in line
+    for job in jobs[1:]:
+        one_line(job.err)
+    last = load_checkpoint(tmp_path / "o/last.pt")
+    assert last["it"] == 6 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
+    assert sorted(p.name for p in (tmp_path / "o").iterdir() if p.suffix != ".pt") == ["args.json", "log.jsonl"]
+    assert json.loads((tmp_path / "o/args.json").read_text())["git"] == "none"  # a machine without git
+
+
+FULL = """
+import crosskd, resource
+forward = crosskd.Distiller.forward
+def late(self, batch):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # what a full disk is, from the first step on
+    return forward(self, batch)
+crosskd.Distiller.forward = late
+"""
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(forks, steps, tmp_path):
+    job = forks.run(*steps, "--max-iters", 26, "--out", tmp_path / "o", before=FULL, code=1)
+    assert f"{tmp_path / 'o/last.pt'}: checkpoint not written" in one_line(job.err)
+    assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0 and max(losses(tmp_path / "o")) == 4
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["args.json", "last.pt", "log.jsonl"]
+
+
+WORKER = """
+import os, signal, common.datasets, torch
+get = common.datasets.CocoDataset.__getitem__
+def starved(self, key):
+    if torch.utils.data.get_worker_info():
+        %s
+    return get(self, key)
+common.datasets.CocoDataset.__getitem__ = starved
+"""
+
+
+@pytest.mark.parametrize("before, word", [
+    (WORKER % "os.kill(os.getpid(), signal.SIGKILL)", "a loader process died"),
+    (WORKER % "raise RuntimeError('unable to write to file </torch_99_1_0>: No space left on device (28)')", "/dev/shm is too small"),
+    ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))", "ulimit -n")], ids=["killed", "shm", "files"])
+def test_starved_loader_processes_are_one_line_with_the_remedy(forks, steps, tmp_path, before, word):
+    job = forks.run(*steps, "--workers", 2, "--batch-size", 8, "--max-iters", 26, "--out", tmp_path / "o", before=before, code=1)
+    line = one_line(job.err)
+    assert word in line and "--workers 0" in line
+    assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0
+
+
+def small_shapes(folder):
+    """A folder like that of the embedded dataset, of 16 + 8 of its images."""
+    source = common.shapes.make_shapes()
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", 16), ("val", 8)):
+        content = json.loads((source / f"annotations/instances_{split}2017.json").read_text())
+        content["images"] = content["images"][:count]
+        kept = {i["id"] for i in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+        (folder / f"{split}2017").symlink_to(source / f"{split}2017")
+    return folder
+
+
+def test_two_first_runs_on_shapes_share_one_teacher_and_one_that_finds_nothing_is_refused(forks, tmp_path):
+    before = f"import common.shapes; common.shapes.make_shapes = lambda: __import__('pathlib').Path({str(small_shapes(tmp_path / 'shapes-1'))!r})"
+    flags = ["--data", "shapes", "--method", "pkd", "--max-iters", 2, "--workers", 0]
+    jobs = [forks.start(*flags, "--out", tmp_path / "a", "--no-teacher-check", before=before)[0], forks.start(*flags, "--out", tmp_path / "b", before=before)[0]]
+    assert [job.wait() for job in jobs] == [0, 1]
+    assert sum("trained once, cached" in job.out for job in jobs) == 1 and sorted(os.listdir(tmp_path / "teachers")) == ["gfl_tiny32-s0"]
+    assert all("teacher AP 0.0 on 8 validation images" in job.out for job in jobs)
+    line = one_line(jobs[1].err)
+    assert "AP 0.0 on 8 validation images" in line and "--no-teacher-check goes on" in line and rows(tmp_path / "b") == []
+
+
+# ------------------------------------------------------------------ processes, flags that change speed only
 
 @pytest.mark.parametrize("method", ["none", "crosskd"])
-def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(tmp_path, method):
+def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(forks, own, tmp_path, method):
     """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding."""
-    torch.manual_seed(7)
-    torch.save(crosskd.weights_of(crosskd.GFL("tiny16", 20, 64), CocoDataset(*find_coco(make_shapes(), "val"), False).classes), tmp_path / "t.pt")
-    flags = ["--data", "shapes", "--teacher", tmp_path / "t.pt", "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 96, "--workers", 0,
-             "--log-every", 1, "--method", method, "--sync-stats", "--optimizer", "sgd", "--lr", "0.01"]
+    flags = [*own.train, "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 96, "--workers", 0, "--init", "none", "--log-every", 1, "--method", method,
+             "--optimizer", "sgd", "--lr", "0.01", *(["--teacher", own.teacher, "--sync-stats"] if method == "crosskd" else [])]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
-    run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
+    forks.run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 20
     for it in one:
@@ -111,45 +550,40 @@ def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(tm
             assert two[it][k] == pytest.approx(one[it][k], rel=1e-5, abs=1e-5), (it, k)
 
 
-def test_resume_before_the_first_checkpoint_starts_at_the_beginning(coco_mini, tmp_path):
+def test_resume_before_the_first_checkpoint_starts_at_the_beginning(own, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/log.jsonl").write_text('{"it": 5, "loss": 1.0}\n')
-    r = run("--data", coco_mini, "--student", "gfl_tiny8", "--method", "none", "--max-iters", 3, *TINY, "--out", tmp_path / "r", "--resume")
+    r = run(*own.train, "--student", "gfl_tiny8", "--method", "none", "--max-iters", 3, *TINY, "--out", tmp_path / "r", "--resume")
     assert "no last.pt yet" in r.stdout and list(losses(tmp_path / "r")) == [3]
 
 
-def test_evaluation_needs_the_files_of_val_only(coco_mini, tmp_path):
+def test_evaluation_needs_the_files_of_val_only(coco_mini, photographs, tmp_path):
     (tmp_path / "data/annotations").mkdir(parents=True)
     for name in ("val2017", "annotations/instances_val2017.json"):
         (tmp_path / "data" / name).symlink_to(coco_mini / name)
-    torch.save(crosskd.weights_of(crosskd.GFL("tiny8", 80, 64), CocoDataset(*find_coco(coco_mini, "val"), False).classes), tmp_path / "w.pt")
-    assert "79 images" in run("--eval", tmp_path / "w.pt", "--data", tmp_path / "data", *TINY[:4], "--out", tmp_path / "e").stdout
+    weights = checkpoint(tmp_path / "w.pt", photographs.classes)
+    assert "79 images" in run("--eval", weights, "--data", tmp_path / "data", *TINY[:4], "--out", tmp_path / "e").stdout
 
 
-def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path):
-    classes = CocoDataset(*find_coco(make_shapes(), "val"), False).classes
-    torch.save(crosskd.weights_of(crosskd.FCOS("tiny16", 20, 64), classes), tmp_path / "fcos.pt")
-    r = run("--data", "shapes", "--teacher", tmp_path / "fcos.pt", "--max-iters", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
+def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monkeypatch):
+    folder = small_shapes(tmp_path / "shapes-1")
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda: folder)
+    teacher = checkpoint(tmp_path / "fcos.pt", CocoDataset(*find_coco(folder, "val"), False).classes, "tiny16", "fcos")
+    r = run("--data", "shapes", "--teacher", teacher, "--no-teacher-check", "--max-iters", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
     assert r.stdout.count("student fcos_tiny8:") == 2 and "gfl" not in r.stdout
-    assert [line.split("  ")[0] for line in r.stdout.splitlines()[-3:]] == ["teacher fcos_tiny16", "student alone", "student with CrossKD"]
+    assert [line.split("  ")[0] for line in r.stdout.splitlines()[-4:]] == ["shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]
 
 
-def test_accumulating_two_micro_batches_runs_and_counts_steps(coco_mini, tmp_path):
-    r = run("--data", coco_mini, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4, "--accumulate", 2, "--epochs", 1, *TINY, "--out", tmp_path / "a")
+def test_accumulating_two_micro_batches_runs_and_counts_steps(coco_mini, photographs, tmp_path):
+    r = run("--data", coco_mini, *photographs.val, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4, "--accumulate", 2, "--epochs", 1, *TINY,
+            "--out", tmp_path / "a")
     assert "4 x 1 x 2 = 8" in r.stdout and max(losses(tmp_path / "a")) == 10
 
 
 @pytest.mark.parametrize("procs", [2, 3])
-def test_evaluation_is_identical_on_1_2_and_3_processes(coco_mini, tmp_path, procs):
-    torch.manual_seed(1)
-    model = crosskd.GFL("tiny8", 80, 64)
-    for p in model.head.parameters():
-        if p.ndim == 4:
-            torch.nn.init.normal_(p, std=0.06)
-    torch.nn.init.constant_(model.head.cls_pred.bias, -2.5)  # so that it finds something
-    torch.save(crosskd.weights_of(model, CocoDataset(*find_coco(coco_mini, "val"), False).classes), tmp_path / "w.pt")
+def test_evaluation_is_identical_on_1_2_and_3_processes(forks, coco_mini, photographs, tmp_path, procs):
     for n in (1, procs):
-        run("--eval", tmp_path / "w.pt", "--data", coco_mini, *TINY, "--out", tmp_path / str(n), procs=n)
+        forks.run("--eval", photographs.start, "--data", coco_mini, *TINY[:4], "--out", tmp_path / str(n), procs=n)
     one, many = (json.loads((tmp_path / str(n) / "results.json").read_text()) for n in (1, procs))
     assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in many.items() if k != "seconds"}
     key = lambda d: (d["image_id"], d["category_id"], d["score"], d["bbox"])
@@ -158,8 +592,9 @@ def test_evaluation_is_identical_on_1_2_and_3_processes(coco_mini, tmp_path, pro
 
 
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels-last"]])
-def test_speed_flags_run_and_keep_the_first_losses_close(coco_mini, teacher, tmp_path, flags):
-    base = ["--data", coco_mini, "--teacher", teacher, "--student", "gfl_tiny8", "--batch-size", 2, "--max-iters", 3, *TINY[:-1], 1]
+def test_speed_flags_run_and_keep_the_first_losses_close(coco_mini, photographs, tmp_path, flags):
+    base = ["--data", coco_mini, *photographs.val, "--teacher", photographs.teacher, "--no-teacher-check", "--student", "gfl_tiny8", "--batch-size", 2,
+            "--max-iters", 3, *TINY[:-1], 1]
     run(*base, "--out", tmp_path / "plain")
     run(*base, *flags, "--out", tmp_path / "fast")
     plain, fast = losses(tmp_path / "plain")[1], losses(tmp_path / "fast")[1]
@@ -169,27 +604,63 @@ def test_speed_flags_run_and_keep_the_first_losses_close(coco_mini, teacher, tmp
 
 # ------------------------------------------------------------------ bad input: one clear line, no traceback, nothing lost
 
-def fails(*flags):
-    """The one line that the script ends with, run in this process (an exit with a text is no traceback)."""
-    old, sys.argv = sys.argv, ["crosskd.py", *map(str, flags)]
-    try:
-        with pytest.raises(SystemExit) as e:
-            crosskd.main()
-    finally:
-        sys.argv = old
-    assert isinstance(e.value.code, str) and e.value.code.startswith("\ncrosskd.py: ")
-    assert len(e.value.code.strip().splitlines()) == 1
-    return e.value.code.strip()
-
-
-def test_a_wrong_input_ends_the_process_with_one_line_and_no_traceback(tmp_path):
-    r = run("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out", tmp_path / "o", check=False)
-    assert r.returncode == 1 and "Traceback" not in r.stderr and r.stderr.strip().splitlines()[-1].startswith("crosskd.py: --data")
+def test_a_wrong_input_ends_the_process_with_one_line_and_no_traceback(forks, tmp_path):
+    job = forks.run("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out", tmp_path / "o", code=1)
+    assert one_line(job.err).startswith("crosskd.py: --data")
 
 
 def test_missing_data_says_which_file_and_that_shapes_needs_nothing(tmp_path):
     line = fails("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out", tmp_path / "o")
     assert "instances_train2017.json" in line and "shapes" in line
+
+
+@pytest.mark.parametrize("flags", ["", "--teacher gfl_r50", "--method none", "--method none --student gfl_r18 --init imagenet", "--eval gfl_r101",
+                                   "--predict nothing.jpg --weights gfl_r50", "--train-json {0}/a.json --train-images {0}"])
+def test_what_is_missing_is_told_before_anything_is_downloaded(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(zoo, "fetch", lambda url, sha256="": pytest.fail(f"downloads {url}"))
+    line = fails("--data", tmp_path, *flags.format(tmp_path).split(), "--out", tmp_path / "o")
+    assert ("nothing.jpg" if "--predict" in flags else "a.json" if "--train-json" in flags else "--data shapes") in line
+
+
+def test_imagenet_weights_that_cannot_be_downloaded_name_the_way_without_them(own, tmp_path, monkeypatch):
+    def offline(*a):
+        raise URLError("Name or service not known")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    line = fails(*own.train, "--method", "none", "--student", "gfl_r18", "--out", tmp_path / "o")
+    assert "resnet18" in line and "Offline?" in line and "--init none" in line
+
+
+def test_an_out_folder_that_cannot_be_made_is_one_line(own, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / ("x" * 300), tmp_path / "file", tmp_path / "file/sub"):
+        for flags in ([*own.train, "--method", "none", "--student", "gfl_tiny8", "--init", "none"], ["--eval", own.start, *own.val],
+                      ["--predict", own.val[3], "--weights", own.start]):
+            assert "--out " in fails(*flags, "--out", out)
+
+
+@pytest.mark.parametrize("script, mark", [("hierkd.py", "rpn"), ("dkdetr.py", "queries"), ("prototype_kd.py", "columns"), ("simple21k.py", "pair")])
+def test_a_checkpoint_of_another_script_is_refused_by_its_name(own, tmp_path, script, mark):
+    save_checkpoint(dict(script=script, arch=dict(backbone="r50"), classes=["a"], model=dict(w=torch.zeros(1)), epoch=1, it=9), tmp_path / "best.pt")
+    torch.save(dict(arch={mark: 1}, model=dict(w=torch.zeros(1))), tmp_path / "old.pt")  # of before checkpoints named their script
+    for name in ("best.pt", "old.pt"):
+        for flags in (["--eval"], [*own.train, "--student", "gfl_tiny8", "--init"], [*own.train, "--init", "none", "--teacher"],
+                      ["--predict", own.val[3], "--weights"]):
+            more = ["--method", "none"] if "--init" == flags[-1] else []
+            assert f"is a checkpoint of {script}, not of crosskd.py" in fails(*flags, tmp_path / name, *more, "--out", tmp_path / "o")
+    state = dict(script=script, arch=dict(backbone="r50"), model=dict(w=torch.zeros(1)), optimizer={}, rng=[{}], it=9, total_batch=4, args=dict(data="x", method="y"))
+    save_checkpoint(state, tmp_path / "last.pt")
+    assert f"is a checkpoint of {script}" in fails(*own.train, "--student", "gfl_tiny8", "--init", "none", "--method", "none", "--resume", "--out", tmp_path)
+
+
+def test_an_own_checkpoint_that_does_not_fit_together_is_one_line(own, tmp_path):
+    whole = load_checkpoint(own.start)
+    for change, word in ((dict(classes=["a"]), "names 1 classes"), (dict(arch=whole["arch"] | dict(kind="yolo")), "does not describe a network"),
+                         (dict(arch=dict(p6="on_input")), "does not describe a network"), (dict(model={}), "missing"), (dict(classes=3), "does not describe"),
+                         (dict(arch=whole["arch"] | dict(num_classes=7)), "of another shape")):
+        state = {k: v for k, v in (whole | change).items() if k not in ("format", "checksum")}
+        save_checkpoint(state, tmp_path / "w.pt")
+        assert word in fails("--predict", own.val[3], "--weights", tmp_path / "w.pt", "--out", tmp_path / "o")
 
 
 def test_truncated_jpeg_is_named_also_from_a_loader_worker(coco_mini, tmp_path):
@@ -198,8 +669,10 @@ def test_truncated_jpeg_is_named_also_from_a_loader_worker(coco_mini, tmp_path):
     for image in (data / "train2017").iterdir():
         image.chmod(0o644)
     (data / "train2017").chmod(0o755)
-    for image in sorted((data / "train2017").iterdir())[:40]:
-        image.write_bytes(image.read_bytes()[:3000])
+    first = json.loads((data / "annotations/instances_train2017.json").read_text())["images"][0]["file_name"]
+    for image in (data / "train2017").iterdir():
+        if image.name != first:  # which a run reads itself, before its loaders, to know its size
+            image.write_bytes(image.read_bytes()[:3000])
     line = fails("--data", data, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--image-size", 64, "--out", tmp_path / "o", "--workers", 1)
     assert re.search(r"train2017/\d{12}\.jpg: cannot be decoded", line)
 
@@ -219,13 +692,13 @@ def test_unknown_teacher_name_lists_the_known_ones(coco_mini, tmp_path):
 
 
 def test_teacher_of_other_class_count_is_refused_before_training(coco_mini, tmp_path):
-    torch.save(crosskd.weights_of(crosskd.GFL("tiny8", 5, 64), list("abcde")), tmp_path / "t.pt")
+    checkpoint(tmp_path / "t.pt", list("abcde"))
     line = fails("--data", coco_mini, "--teacher", tmp_path / "t.pt", "--student", "gfl_tiny8", "--out", tmp_path / "o", "--init", "none")
     assert "num_classes 5" in line and "80" in line
 
 
-def test_teacher_of_another_kind_is_refused(coco_mini, teacher, tmp_path):
-    assert "kind gfl" in fails("--data", coco_mini, "--teacher", teacher, "--student", "atss_tiny8", "--out", tmp_path / "o", "--init", "none")
+def test_teacher_of_another_kind_is_refused(coco_mini, photographs, tmp_path):
+    assert "kind gfl" in fails("--data", coco_mini, "--teacher", photographs.teacher, "--student", "atss_tiny8", "--out", tmp_path / "o", "--init", "none")
 
 
 def test_wrong_p6_shape_in_an_mmdet_file_is_named(golden, tmp_path):
@@ -259,7 +732,7 @@ def test_nan_loss_stops_with_step_and_terms_and_keeps_the_last_checkpoint(coco_m
     assert last["it"] == 0 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())  # the start, and nothing bad
 
 
-def test_a_rank_without_boxes_trains_on(coco_mini, teacher, tmp_path):
+def test_a_rank_without_boxes_trains_on(forks, coco_mini, photographs, tmp_path):
     """Two processes, one image each; half of the images lose their boxes (crowd-only), so ranks without boxes occur at most steps."""
     data = tmp_path / "data"
     (data / "annotations").mkdir(parents=True)
@@ -271,5 +744,6 @@ def test_a_rank_without_boxes_trains_on(coco_mini, teacher, tmp_path):
             if a["iscrowd"] and not isinstance(a["segmentation"], dict):
                 a["segmentation"] = {"size": [1, 1], "counts": [1]}
         (data / f"annotations/instances_{split}2017.json").write_text(json.dumps(raw))
-    run("--data", data, "--teacher", teacher, "--student", "gfl_tiny8", "--batch-size", 1, "--max-iters", 8, *TINY, "--method", "crosskd+pkd", "--out", tmp_path / "o", procs=2)
+    forks.run("--train-json", data / "annotations/instances_train2017.json", "--train-images", data / "train2017", "--teacher", photographs.teacher,
+              "--student", "gfl_tiny8", "--batch-size", 1, "--max-iters", 8, *TINY, "--method", "crosskd+pkd", "--out", tmp_path / "o", procs=2)
     assert len(losses(tmp_path / "o")) >= 1

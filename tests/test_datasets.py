@@ -1,12 +1,8 @@
 """common/datasets.py: which images and boxes are kept, what a wrong file says, pixels against OpenCV, batches and their order."""
-import gzip
-import io
 import json
 import math
 import random
 import re
-import shutil
-import tarfile
 from collections import Counter
 
 import numpy as np
@@ -14,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.datasets import (BatchPlan, CocoDataset, DataError, ImageIndex, LabelledImages, LocalisationImages, Stream, collate, collate_labelled, eval_loader,
-                             find_coco, find_lvis, jitter_image, parse_image_size, read_ilsvrc, read_image, read_voc, repeat_factors, repeat_fractions, resize,
-                             train_loader)
-from conftest import SHARED
+from common.datasets import (BASE_48, BatchPlan, CocoDataset, Records, collate, eval_loader, find_coco, find_lvis, objects365,
+                             own_files, parse_image_size, read_annotations, read_captions, read_image, read_voc,
+                             records_of, repeat_factors, repeat_fractions, require_lvis, resize, train_loader)
+from common.run import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +82,7 @@ KEPT = [
     (1, 3, (100, 10, 20, 20), {}),             # touches the right edge from outside
     (1, 3, (-30, 10, 30, 20), {}),             # touches the left edge from outside
     (1, 3, (10, 200, 20, 20), {}),             # below
-    (1, 3, (90, 70, 20, 20), {}),              # kept: sticks out
+    (1, 3, (90, 70, 20, 20), {}),              # kept: sticks out, and is cut there
     (1, 3, (10, 10, 20, 20), {"area": 0}),     # no area
     (2, 3, (0, 0, 50, 50), {"iscrowd": 1}),    # crowd-only image: stays, as background
     (4, 3, (1, 1, 20, 20), {}),                # image 31 px wide: dropped with its box
@@ -102,16 +98,34 @@ def kept_root(tmp_path):
 
 def test_training_keeps_and_counts_what_the_rules_say(kept_root):
     ds = dataset(kept_root)
-    assert ds.dropped == {"crowd": 2, "tiny or outside": 7, "images": 2}
+    assert ds.dropped == {"crowd": 2, "under 1 px": 4, "images": 2}
+    assert ds.records.count == {"boxes outside their image, left out": 3, "boxes over the border of their image, cut there": 1}
     boxes = {item[0]: item[4].tolist() for item in ds.items}
-    assert boxes == {1: [[10, 20, 40, 60], [10, 10, 11, 11], [90, 70, 110, 90]], 2: [], 5: [[1, 1, 21, 21]], 6: []}
+    assert boxes == {1: [[10, 20, 40, 60], [10, 10, 11, 11], [90, 70, 100, 80]], 2: [], 5: [[1, 1, 21, 21]], 6: []}
     assert {item[0]: item[5].tolist() for item in ds.items} == {1: [1, 0, 0], 2: [], 5: [0], 6: []}
     assert len(ds) == 4
 
 
 def test_evaluation_keeps_every_image(kept_root):
     ds = dataset(kept_root, "val")
-    assert [item[0] for item in ds.items] == [1, 2, 3, 4, 5, 6] and ds.dropped["images"] == 0
+    assert [item[0] for item in ds.items] == [1, 2, 3, 4, 5, 6] and ds.dropped == {"crowd": 2, "images": 0}
+
+
+def test_evaluation_and_its_truth_hold_the_same_boxes_those_under_1_px_too(kept_root):
+    """COCO's evaluation counts them. `small`: as training does, for an evaluation that shall not."""
+    for small, tiny in ((None, 4), (True, 0)):
+        ds = dataset(kept_root, "val", small=small)
+        truth = ds.truth()
+        single = [a for a in truth["annotations"] if not a["iscrowd"]]
+        assert len(single) == sum(len(item[4]) for item in ds.items) == 5 + tiny and len(truth["annotations"]) - len(single) == 2
+        assert [a["id"] for a in truth["annotations"]] == list(range(1, 8 + tiny))
+        for item in ds.items:
+            mine = [a for a in single if a["image_id"] == item[0]]
+            assert [ds.category_ids[k] for k in item[5]] == [a["category_id"] for a in mine]
+            expected = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)]
+            assert np.allclose(item[4], np.array(expected).reshape(-1, 4), rtol=1e-6)
+    assert dataset(kept_root, "train").dropped["under 1 px"] == ds.dropped["under 1 px"] == 4
+    assert [a["area"] for a in truth["annotations"]][0] == 1200
 
 
 def test_min_side_is_a_choice(kept_root):
@@ -135,7 +149,7 @@ def test_labels_are_contiguous_in_the_order_of_category_ids(tmp_path):
 # ------------------------------------------------------------------ wrong data: one clear line
 
 def error_of(action):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         action()
     text = str(caught.value)
     assert "\n" not in text
@@ -209,8 +223,9 @@ def test_wrong_image_size(tiny):
     (lambda d: d.pop("images"), ("no 'images' list",)),
     (lambda d: d.pop("annotations"), ("no 'annotations' list",)),
     (lambda d: d["annotations"].clear(), ("no usable image", "annotated")),
+    (lambda d: d["images"].clear(), ("'images'", "empty")),
 ], ids=["category", "no-category", "image", "nan", "inf", "three", "no-bbox", "null-bbox", "null-width", "twice", "no-classes",
-        "categories", "images", "annotations", "unusable"])
+        "categories", "images", "annotations", "unusable", "no-images"])
 def test_wrong_annotations_name_the_file_and_the_entry(tiny, edit, words):
     change(tiny, edit)
     text = error_of(lambda: dataset(tiny))
@@ -241,7 +256,7 @@ def test_error_in_a_loader_worker_ends_in_the_clear_line(tiny):
     path = tiny / "train2017" / "11.jpg"
     path.write_bytes(path.read_bytes()[:600])
     loader, _ = train_loader(dataset(tiny), 3, 0, 1, seed=0, workers=1, pin=False)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         list(loader)
     last = str(caught.value).strip().splitlines()[-1]
     assert str(path) in last and "cannot be decoded" in last and "fetch the file again" in last
@@ -504,7 +519,7 @@ def test_coco_mini_train_counts(coco_mini):
     single = [a for a in raw["annotations"] if not a["iscrowd"]]
     assert len(raw["annotations"]) == 739 and len(single) == 731
     assert len(ds) == len({a["image_id"] for a in raw["annotations"]}) == 80
-    assert sum(len(item[4]) for item in ds.items) == 731 and ds.dropped == {"crowd": 8, "tiny or outside": 0, "images": 0}
+    assert sum(len(item[4]) for item in ds.items) == 731 and ds.dropped == {"crowd": 8, "under 1 px": 0, "images": 0}
     assert len(ds.classes) == 80 and ds.category_ids[-1] == 90 and ds.classes[0] == "person"
     assert Counter(k for item in ds.items for k in item[5].tolist()) == Counter(
         sorted(c["id"] for c in raw["categories"]).index(a["category_id"]) for a in single)
@@ -564,7 +579,8 @@ def test_jitter_stays_on_the_canvas_keeps_a_box_and_moves_boxes_with_the_pixels(
     Image.fromarray(picture).save(tmp_path / "i/1.png")
     raw = dict(images=[dict(id=1, file_name="1.png", width=160, height=90)], categories=[dict(id=1, name="box"), dict(id=2, name="other")],
                annotations=[dict(id=1, image_id=1, category_id=1, bbox=[100.0, 30, 40, 30], area=1200.0), dict(id=2, image_id=1, category_id=2, bbox=[5.0, 5, 10, 10], area=100.0)])
-    data = CocoDataset(tmp_path / "i", "x.json", True, raw=raw, classes=["box"], canvas=128, jitter=(0.2, 3.0), hidden=["other"])
+    records = records_of(raw, "x.json")
+    data = CocoDataset(tmp_path / "i", records, True, classes=["box"], canvas=128, jitter=(0.2, 3.0), hidden=["other"])
     sizes, flipped = set(), 0
     for seed in range(60):
         item = data[0, seed]
@@ -577,7 +593,7 @@ def test_jitter_stays_on_the_canvas_keeps_a_box_and_moves_boxes_with_the_pixels(
         sizes.add((h, w))
         assert (item["hidden"].shape[1:] == (4,)) and len(item["hidden"]) <= 1
     assert len(sizes) > 10 and min(w for _, w in sizes) < 60 and (72, 128) not in sizes - {(72, 128)}
-    plain = CocoDataset(tmp_path / "i", "x.json", False, raw=raw, canvas=128)[0, 0]
+    plain = CocoDataset(tmp_path / "i", records, False, canvas=128)[0, 0]
     assert plain["size"] == (72, 128) and plain["boxes"][0].tolist() == [80, 24, 112, 48]
     batch = collate([plain, plain], 128)
     assert batch["images"].shape == (2, 3, 128, 128)
@@ -594,12 +610,12 @@ def test_lvis_files_name_their_images_by_url(tmp_path):
     data = CocoDataset(*find_lvis(tmp_path / "lvis", "train", tmp_path / "coco"), True, canvas=64, masks=True, jitter=(1.0, 1.0), flip=0)
     batch = collate([data[0, 0]], 64)
     assert data.classes == ["a_b", "c"] and batch["masks"].shape == (1, 1, 32, 32) and abs(int(batch["masks"].sum()) - 600) < 60
-    with pytest.raises(DataError, match="lvis_v1_val.json is missing"):
+    with pytest.raises(UserError, match="lvis_v1_val.json is missing"):
         find_lvis(tmp_path / "lvis", "val", tmp_path / "coco")
-    with pytest.raises(DataError, match="--images"):
+    with pytest.raises(UserError, match="--images"):
         find_lvis(tmp_path / "lvis", "train", tmp_path / "nothing")
     (tmp_path / "coco/val2017/000000000007.jpg").unlink()
-    with pytest.raises(DataError, match="1 of 1 images are missing"):
+    with pytest.raises(UserError, match="1 of 1 images are missing"):
         CocoDataset(*find_lvis(tmp_path / "lvis", "train", tmp_path / "coco"), True, canvas=64)
 
 
@@ -623,226 +639,43 @@ def test_voc_xml_becomes_coco(tmp_path):
              <bndbox><xmin>5</xmin><ymin>5</ymin><xmax>8</xmax><ymax>8</ymax></bndbox></object></annotation>"""
     (root / "Annotations/000001.xml").write_text(xml)
     (root / "ImageSets/Main/test.txt").write_text("000001\n")
-    raw = read_voc(tmp_path, [("2007", "test")])
-    assert [a["bbox"] for a in raw["annotations"]] == [[0, 1, 10, 19], [4, 4, 4, 4]] and [a["difficult"] for a in raw["annotations"]] == [1, 0]
-    data = CocoDataset(tmp_path / "VOCdevkit", "voc", True, raw=raw, image_size="48")
+    records = read_voc(tmp_path, [("2007", "test")])
+    assert isinstance(records, Records) and records.xywh.tolist() == [[0, 1, 10, 19], [4, 4, 4, 4]]
+    assert records.difficult.tolist() == records.crowd.tolist() == [1, 0]
+    data = CocoDataset(tmp_path / "VOCdevkit", records, True, image_size="48")
     assert data.items[0][4].tolist() == [[4, 4, 8, 8]] and data.classes[7] == "cat" and len(data.classes) == 20
-    with pytest.raises(DataError, match="train.txt is missing"):
+    assert [a["difficult"] for a in data.truth()["annotations"]] == [1, 0]
+    with pytest.raises(UserError, match="train.txt is missing"):
         read_voc(tmp_path, [("2007", "train")])
     for broken, words in ((xml.replace("<name>dog", "<name>unicorn"), "class unicorn"), ("<annotation>", "no VOC annotation"), (xml.replace("<xmin>1</xmin>", ""), "no VOC annotation")):
         (root / "Annotations/000001.xml").write_text(broken)
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UserError, match=words):
             read_voc(tmp_path, [("2007", "test")])
-
-
-# ------------------------------------------------------------------ ImageNet
-
-def folders(root, counts, tar=(), size=(40, 30)):
-    """root/<class>/k.JPEG, or root/<class>.tar for those in `tar`."""
-    for n, (name, count) in enumerate(counts.items()):
-        (root / name).mkdir(parents=True)
-        for k in range(count):
-            photo(root / name / f"{name}_{k}.JPEG", *size, seed=100 * n + k)
-        if name in tar:
-            with tarfile.open(root / f"{name}.tar", "w") as f:
-                for path in sorted((root / name).iterdir()):
-                    f.add(path, path.name)
-            shutil.rmtree(root / name)
-    return root
-
-
-def test_index_is_made_once_and_anew_when_a_class_changes(tmp_path, monkeypatch, capsys):
-    root = folders(tmp_path / "in", {"n2": 2, "n1": 3, "n3": 0})
-    index = ImageIndex(root)
-    assert index.classes == ["n1", "n2"] and index.empty == ["n3"] and index.labels.tolist() == [0, 0, 0, 1, 1] and index.first.tolist() == [0, 3, 5]
-    assert [index.name(i) for i in range(5)] == ["n1/n1_0.JPEG", "n1/n1_1.JPEG", "n1/n1_2.JPEG", "n2/n2_0.JPEG", "n2/n2_1.JPEG"]
-    with monkeypatch.context() as m:
-        m.setattr(ImageIndex, "build", lambda *_: pytest.fail("walked again"))
-        again = ImageIndex(root)
-    assert again.labels.tolist() == index.labels.tolist() and again.name(4) == index.name(4)
-    photo(root / "n3" / "new.jpg", 40, 30)
-    assert ImageIndex(root).classes == ["n1", "n2", "n3"]
-    (root / ".index.npz").write_bytes(b"damaged")
-    assert len(ImageIndex(root)) == 6
-
-    def refused(*_, **__):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(np, "savez", refused)  # a read-only disk
-    photo(root / "n3" / "newer.jpg", 40, 30)
-    assert len(ImageIndex(root)) == 7 and "cannot be kept there" in capsys.readouterr().out
-
-
-def test_index_of_some_classes(tmp_path):
-    root = folders(tmp_path / "in", {"n1": 1, "n2": 2, "n3": 3})
-    index = ImageIndex(root, ["n3", "n1"])
-    assert index.classes == ["n1", "n3"] and index.labels.tolist() == [0, 1, 1, 1] and index.name(3) == "n3/n3_2.JPEG"
-    with pytest.raises(DataError, match="has no class n9"):
-        ImageIndex(root, ["n1", "n9"])
-    with pytest.raises(DataError, match="no such folder"):
-        ImageIndex(tmp_path / "gone")
-    with pytest.raises(DataError, match="holds no image"):
-        ImageIndex(folders(tmp_path / "empty", {"n1": 0}))
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match="holds no folder and no .tar"):
-        ImageIndex(tmp_path / "bare")
-
-
-def test_tar_reads_as_the_folder_does(tmp_path):
-    a, b = ImageIndex(folders(tmp_path / "a", {"n1": 3, "n2": 2})), ImageIndex(folders(tmp_path / "b", {"n1": 3, "n2": 2}, tar=["n1", "n2"]))
-    assert a.classes == b.classes and a.labels.tolist() == b.labels.tolist()
-    assert all(np.array_equal(np.array(a.read(i)), np.array(b.read(i))) for i in range(5))
-    with tarfile.open(tmp_path / "b" / "n3.tar", "w") as f:  # some members of ImageNet-21K are gzip-compressed
-        data = gzip.compress((a.root / a.name(0)).read_bytes())
-        member = tarfile.TarInfo("x.JPEG")
-        member.size = len(data)
-        f.addfile(member, io.BytesIO(data))
-    b = ImageIndex(tmp_path / "b")
-    assert np.array_equal(np.array(b.read(5)), np.array(a.read(0)))
-    (tmp_path / "a" / "n2" / "packed.JPEG").write_bytes(data)  # or in a folder
-    a = ImageIndex(tmp_path / "a")
-    (tmp_path / "a" / "n2" / "zzz.JPEG").write_bytes(data[:60])
-    with pytest.raises(DataError, match="cannot be decoded"):
-        ImageIndex(tmp_path / "a").read(6)
-    assert a.name(5) == "n2/packed.JPEG" and np.array_equal(np.array(a.read(5)), np.array(a.read(0)))
-    with tarfile.open(tmp_path / "b" / "n0.tar", "w") as f:  # made by `tar cf n0.tar n1/`
-        f.add(tmp_path / "a" / "n1", "n1")
-    b = ImageIndex(tmp_path / "b")
-    assert b.name(0) == "n0.tar/n1/n1_0.JPEG" and np.array_equal(np.array(b.read(0)), np.array(a.read(0)))
-    raw = dict(categories=[dict(id=1, name="n0")], annotations=[], images=[dict(id=1, file_name=b.name(0), width=40, height=30, category_id=1)])
-    assert LocalisationImages(b.root, raw, 64)[0, 0]["original_size"] == (30, 40)
-    raw["images"][0]["file_name"] = "n0.tar/gone.JPEG"
-    with pytest.raises(DataError, match="cannot be read"):
-        LocalisationImages(b.root, raw, 64)[0, 0]
-    (tmp_path / "b" / "n4.tar").write_bytes(b"no tar")
-    with pytest.raises(DataError, match="n4.tar: cannot be read"):
-        ImageIndex(tmp_path / "b")
-
-
-def test_folder_and_tar_of_one_class_are_refused(tmp_path):
-    root = folders(tmp_path / "a", {"n1": 1}, tar=["n1"])
-    folders(root, {"n1": 1})
-    with pytest.raises(DataError, match="class n1 is there as a folder and as a .tar"):
-        ImageIndex(root)
-
-
-def test_images_of_a_benchmark_are_left_out(tmp_path):
-    index = ImageIndex(folders(tmp_path / "in", {"n1": 3, "n2": 2, "n3": 1}))
-    index.drop(["n1/n1_1.JPEG", "n2/n2_0.JPEG", "n2/other.JPEG", "n9/x.JPEG"])
-    assert index.dropped == 2
-    assert [index.name(i) for i in range(len(index))] == ["n1/n1_0.JPEG", "n1/n1_2.JPEG", "n2/n2_1.JPEG", "n3/n3_0.JPEG"]
-    assert index.labels.tolist() == [0, 0, 1, 2] and index.first.tolist() == [0, 2, 3, 4]
-    index.drop([])
-    assert index.dropped == 0 and len(index) == 4
-
-
-def as_tensor(image, rng):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), (image.height, image.width)
-
-
-def test_unreadable_images_are_replaced_by_one_of_their_class_and_told(tmp_path):
-    root = folders(tmp_path / "in", {"n1": 3, "n2": 3})
-    (root / "n2" / "n2_1.JPEG").write_bytes(b"\xff\xd8 no jpeg")
-    data = LabelledImages(ImageIndex(root), as_tensor)
-    item = data[4, 7]
-    assert item["label"] == 1 and len(item["bad"]) >= 1 and "n2_1.JPEG: cannot be decoded" in item["bad"][0] and item["image"].shape == (3, 30, 40)
-    batch = collate_labelled([data[0, 1], item], 64)
-    assert batch["images"].shape == (2, 3, 64, 64) and batch["labels"].tolist() == [0, 1] and batch["bad"] == item["bad"] and batch["images"][:, :, 30:].max() == 0
-    for path in (root / "n2").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(DataError, match="ten files of class n2 in a row"):
-        data[4, 7]
-
-
-def test_grey_and_cmyk_images_become_rgb(tmp_path):
-    root = folders(tmp_path / "in", {"n1": 1})
-    for mode in ("L", "CMYK", "1"):
-        Image.new(mode, (40, 30)).convert(mode).save(root / "n1" / f"{mode}.{'png' if mode == '1' else 'jpg'}")
-    index = ImageIndex(root)
-    assert len(index) == 4 and all(index.read(i).mode == "RGB" for i in range(4))
-
-
-def test_large_scale_jitter_sizes():
-    """500 x 375 on a canvas of 1,024: 1,024 x 768; half of it; at 2 a window of 1,024 x 1,024."""
-    image = torch.zeros(3, 375, 500, dtype=torch.uint8)
-    assert [jitter_image(image, 1024, s, random.Random(0))[1] for s in (1.0, 0.5, 2.0)] == [(768, 1024), (384, 512), (1024, 1024)]
-    drawn = {tuple(jitter_image(torch.arange(40 * 60).reshape(1, 40, 60).expand(3, -1, -1).byte(), 32, 60 / 32, random.Random(k), 0.0)[0][0, 0, :2].tolist()) for k in range(60)}
-    assert len(drawn) > 20  # windows differ
-
-
-def take(stream, n):
-    return [b for b, _ in zip(stream, range(n))]
-
-
-@pytest.mark.parametrize("repeats", [None, [1.0, 2.5, 1.0, 1.3, 1, 1, 1]])
-def test_stream_is_the_same_for_any_number_of_processes_and_after_a_resume(repeats):
-    one = take(Stream(7, 4, seed=3, repeats=repeats), 12)
-    halves = [take(Stream(7, 2, rank, 2, 3, repeats), 12) for rank in (0, 1)]
-    assert all(a == b + c for a, b, c in zip(one, *halves))
-    late = Stream(7, 4, seed=3, repeats=repeats)
-    late.start = 5
-    assert take(late, 7) == one[5:]
-    assert take(Stream(7, 4, seed=4, repeats=repeats), 12) != one
-    assert len({seed for b in one for _, seed in b}) == 48  # no two visits look alike
-
-
-def test_stream_shows_each_image_once_a_pass_and_outlasts_any_dataset():
-    seen = [i for b in take(Stream(7, 4), 14) for i, _ in b]
-    assert all(sorted(seen[k:k + 7]) == list(range(7)) for k in range(0, 56, 7)) and seen[:7] != seen[7:14]
-    assert take(Stream(2, 5), 3) and len(take(Stream(2, 5, 1, 3), 3)[0]) == 5  # a batch larger than the dataset
-
-
-def test_stream_repeats_as_often_as_the_factors_say():
-    repeats, stream = torch.tensor([1.0, 2.5, 1.25]), None
-    stream = Stream(3, 1, repeats=repeats)
-    counts = torch.stack([torch.bincount(stream.order(k), minlength=3) for k in range(4000)]).double()
-    assert counts.mean(0).tolist() == pytest.approx([1, 2.5, 1.25], abs=0.03) and counts[:, 1].unique().tolist() == [2, 3]
 
 
 def test_repeat_factors_of_lvis():
     """100,170 images, threshold 0.001: a class in n of them stands sqrt(100.17 / n) times."""
     class Held:
-        items = [(0, "", 0, 0, None, np.array([9] * (i >= 1000) + [0] * (i == 0) + [1] * (1 <= i < 11) + [2] * (11 <= i < 36) + [3] * (36 <= i < 136) + [4] * (136 <= i < 237)))
-                 for i in range(100170)]
-    r = repeat_fractions(Held, 0.001)
+        def __len__(self):
+            return 100170
+
+        def held(self):
+            of_class = {9: (1000, 100170), 0: (0, 1), 1: (1, 11), 2: (11, 36), 3: (36, 136), 4: (136, 237)}  # from image ... to image
+            return (np.concatenate([np.arange(a, b) for a, b in of_class.values()]),
+                    np.concatenate([np.full(b - a, k) for k, (a, b) in of_class.items()]))
+    r = repeat_fractions(Held(), 0.001)
     assert [r[i].item() for i in (0, 1, 11, 36, 136, 5000)] == pytest.approx([10.0085, 3.1650, 2.0017, 1.0008, 1, 1], abs=1e-4)
 
 
-def test_ilsvrc_boxes(tmp_path):
-    root = folders(tmp_path / "val", {"n1": 1, "n2": 1}, size=(50, 40))
-    xml = lambda name, *boxes, size=(100, 80): "<annotation><size><width>%d</width><height>%d</height></size>" % size + "".join(
-        f"<object><name>{name}</name><bndbox>" + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), b)) + "</bndbox></object>" for b in boxes) + "</annotation>"
-    for name, text in (("n1", xml("n1", (10, 20, 50, 60), (90, 70, 130, 90))), ("n2", xml("n2", (0, 0, 100, 80), (100, 0, 120, 10)))):
-        (tmp_path / "xml" / name).mkdir(parents=True)
-        (tmp_path / "xml" / name / f"{name}_0.xml").write_text(text)
-    raw = read_ilsvrc(root, tmp_path / "xml")
-    assert [c["name"] for c in raw["categories"]] == ["n1", "n2"] and [i["category_id"] for i in raw["images"]] == [1, 2]
-    assert [a["bbox"] for a in raw["annotations"]] == [[10, 20, 40, 40], [90, 70, 10, 10], [0, 0, 100, 80]]  # cut to the image; without area dropped
-    data = LocalisationImages(root, raw, 64)
-    item = data[0, 0]  # the file is half as large as the XML says: predictions go to the XML's pixels
-    assert item["image"].shape == (3, 51, 64) and item["original_size"] == (80, 100) and item["boxes"].tolist() == [[10, 20, 50, 60], [90, 70, 100, 80]] and data.names == ["n1", "n2"]
-    odd = dict(raw, annotations=[dict(raw["annotations"][0], category_id=2)])
-    with pytest.raises(DataError, match="an image has one class"):
-        LocalisationImages(root, odd, 64)
-    for path in root.glob("*/*"):  # flat, as the original archive is
-        path.rename(root / path.name)
-    assert read_ilsvrc(root, tmp_path / "xml")["images"][0]["file_name"] == "n1_0.JPEG"
-    (root / "n1_0.JPEG").unlink()
-    with pytest.raises(DataError, match="images are missing, first n"):
-        LocalisationImages(root, raw, 64)
-    with pytest.raises(DataError, match="has no image n1_0"):
-        read_ilsvrc(root, tmp_path / "xml")
-    (tmp_path / "xml" / "n1" / "n1_0.xml").write_text("<annotation>")
-    with pytest.raises(DataError, match="is no ILSVRC annotation"):
-        read_ilsvrc(root, tmp_path / "xml")
-    with pytest.raises(DataError, match="holds no .xml"):
-        read_ilsvrc(root, tmp_path / "nothing")
-
-
-def test_real_ilsvrc_boxes():
-    root = SHARED / "data" / "imagenet_mini"
-    if not root.exists():
-        pytest.skip(f"real photographs are not here: {root}")
-    raw = read_ilsvrc(root / "val", root / "val_boxes")
-    assert len(raw["images"]) == 40 and len(raw["annotations"]) == 54 and len(raw["categories"]) == 10
-    raw = read_ilsvrc(root / "val_fullsize", root / "val_fullsize_boxes")
-    assert len(raw["images"]) == 4 and LocalisationImages(root / "val_fullsize", raw, 128)[0, 0]["image"].shape[0] == 3
+@pytest.mark.parametrize("kwargs", [{}, dict(classes=["person", "dog", "cup"]), dict(min_side=500), dict(like=["x", *BASE_48])], ids=str)
+def test_repeat_fractions_are_bit_equal_to_the_plain_loop(coco_mini, kwargs):
+    kwargs = dict(kwargs, classes=BASE_48) if "like" in kwargs else kwargs
+    data = CocoDataset(*find_coco(coco_mini, "train"), True, **kwargs)
+    held = [set(labels.tolist()) for *_, labels in data.items]
+    count = Counter(label for labels in held for label in labels)
+    for threshold in (0.001, 0.1, 0.3, 1.0):
+        factor = {label: max(1.0, math.sqrt(threshold * len(held) / n)) for label, n in count.items()}
+        plain = [max([factor[label] for label in labels], default=1.0) for labels in held]
+        assert repeat_fractions(data, threshold).tolist() == plain and repeat_fractions(data, threshold).dtype == torch.float64
+        assert repeat_factors(data, threshold) == [math.ceil(f) for f in plain]
+    assert max(plain) > 2

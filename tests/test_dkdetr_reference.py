@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from dkdetr import DKDETR, classify, convert_mmdet, detect
+from common.zoo import to_dkdetr
+from dkdetr import DKDETR, classify, detect
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def exact(fill, state):
 def detector(state, images):
     """Ours in the images' dtype: the dict of forward, and what reference() gives."""
     model = DKDETR(text_dim=None, classes=80, dropout=0.0).eval()
-    model.load_state_dict(convert_mmdet(state)[0], strict=False)
+    model.load_state_dict(to_dkdetr(state)[0], strict=False)
     with torch.no_grad():
         out = model.to(images.dtype)(images, torch.tensor(VALID))
     return out, (out["objectness"], out["coarse"], out["boxes"], classify(out["features"], None))

@@ -1,20 +1,21 @@
 """dkdetr.py from its command line: COCO, LVIS with masks and VOC photographs, two processes, burn-in, kill and resume, prediction, bad input."""
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.clip import tiny_clip
+from common.run import save_checkpoint
 from common.shapes import make_shapes
+from common.tiny import tiny_clip
 from conftest import ROOT, launch
 
 run = lambda *flags, **how: launch("dkdetr", flags, **how)
@@ -52,7 +53,10 @@ def test_two_processes_train_across_the_burn_in_evaluate_and_predict(small, coco
     out = tmp_path / "run"
     data = ["--dataset", "ovcoco", "--data", coco_mini]
     r = run(*data, *small, "--epochs", 2, "--burn-in", 1, "--out", out, procs=2)
-    assert "48 base and 17 novel classes" in r.stdout and "novel_AP50" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout
+    said = " ".join(r.stdout.split())  # lines are folded
+    assert "48 base and 17 novel classes" in said and "novel_AP50" in said and "batch 4 x 2 x 1 = 8" in said
+    assert re.search(r"student DK-DETR tiny8: [\d,]+ parameters, [\d,]+ trained, [\d.]+ GFLOPs at 128 x 128", said) and "teacher CLIP tiny-" in said
+    assert "skd: Eq. 4" in said and "best AP50" in said
     rows = losses(out)
     steps = max(rows)
     assert "skd" not in rows[2] and {"skd", "rkd"} <= set(rows[steps])
@@ -60,12 +64,12 @@ def test_two_processes_train_across_the_burn_in_evaluate_and_predict(small, coco
     results = json.loads((out / "results.json").read_text())
     assert len(results["classes"]) == 65
     found = json.loads((out / "detections.json").read_text())
-    assert len(found) == 300 * results["images"]
+    assert len(found) == 300 * results["images"] and results["checkpoint"] == "last.pt" and results["epoch"] == 2  # best.pt's novel AP is chosen on these images
     state = torch.load(out / "last.pt", weights_only=True)
     assert not any("clip" in k or "text" in k for k in state["model"])
     run("--eval", out / "last.pt", *data, "--workers", 0, "--out", tmp_path / "eval")  # image size and prompts come with the weights
-    again = json.loads((tmp_path / "eval/results.json").read_text())
-    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
+    again, of = json.loads((tmp_path / "eval/results.json").read_text()), ("seconds", "checkpoint", "epoch", "it")
+    assert {k: v for k, v in again.items() if k not in of} == {k: v for k, v in results.items() if k not in of}
     photo = next((coco_mini / "val2017").iterdir())
     run("--predict", photo, "--weights", out / "best.pt", "--classes", "red panda, umbrella", "--score", 0, "--out", tmp_path / "p")
     (name, boxes), = json.loads((tmp_path / "p/predictions.json").read_text()).items()
@@ -135,9 +139,10 @@ def test_a_run_that_dies_in_the_evaluation_evaluates_when_resumed(small, coco_mi
                 raise KeyboardInterrupt
             return real(*arguments)
 
-        with monkeypatch.context() as m, nullcontext() if dies_at == 3 else pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as m:
             m.setattr(dkdetr, "evaluate", evaluate)
-            run(*(("--resume",) if dies_at > 1 else flags), "--out", tmp_path / "cut")
+            r = run(*(("--resume",) if dies_at > 1 else flags), "--out", tmp_path / "cut", fail=dies_at < 3)
+            assert r.returncode == (130 if dies_at < 3 else 0)
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
     assert a["it"] == b["it"] and a["best"] == b["best"] and not b["due"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
     evaluations = [[(r["it"], r["epoch"], r["AP50"]) for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if "loss" not in r]
@@ -184,20 +189,19 @@ from common.clip import load_clip
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 if world > 1:
     dist.init_process_group("gloo")
-a = dkdetr.parse_args(["--data", "shapes", "--kd-min-size", "1", "--rkd", "image"])
-dkdetr.fill_defaults(a)
+a = dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--kd-min-size", "1", "--rkd", "image"]))
 clip = load_clip(os.environ["TINY"])
 torch.manual_seed(0)
 model = dkdetr.DKDETR("tiny8", 64, 32, 4, 32, 3, 1, 2, 12, 0.0)
-learner = dkdetr.Learner(model, clip.class_embeddings(["circle", "square", "cross"]), clip, a)
-learner.kd_active = True
+distiller = dkdetr.Distiller(model, clip.class_embeddings(["circle", "square", "cross"]), clip, a)
+distiller.kd_active = True
 g = torch.Generator().manual_seed(5)
 batch = dict(images=torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=g), sizes=torch.tensor([[96, 96], [80, 96]]),
              boxes=torch.tensor([[[10.0, 10, 50, 50], [40, 30, 90, 80]], [[20.0, 5, 60, 70], [0, 0, 0, 0]]]), labels=torch.tensor([[0, 2], [1, -1]]))
 if world > 1:
     batch = {k: v[rank:rank + 1] for k, v in batch.items()}
-    learner = torch.nn.parallel.DistributedDataParallel(learner)
-terms = learner(dkdetr.to_device(batch, torch.device("cpu")))
+    distiller = torch.nn.parallel.DistributedDataParallel(distiller)
+terms = distiller(dkdetr.to_device(batch, torch.device("cpu")))
 sum(terms.values()).backward()
 values = torch.stack([terms[k].detach() for k in sorted(terms)])
 if world > 1:
@@ -206,7 +210,7 @@ if world > 1:
 if rank == 0:
     torch.save(dict(values=values, grads=torch.cat([p.grad.flatten() for p in model.parameters()])), os.environ["OUT"])
 if world > 1:
-    del learner, terms  # now and then the interpreter aborts at its end if a DDP module has outlived its process group
+    del distiller, terms  # now and then the interpreter aborts at its end if a DDP module has outlived its process group
     dist.barrier()
     dist.destroy_process_group()
 """
@@ -230,11 +234,12 @@ def test_two_processes_equal_one(clip, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--data", "nowhere"], "lvis_v1_train.json is missing"), (["--dataset", "ovcoco", "--data", "nowhere"], "instances_train2017.json is missing"),
-    (["--predict", "x.jpg"], "--predict needs --weights"), (["--eval", "README.md"], "README.md"), (["--crop-scales", "1,x"], "--crop-scales 1,x"),
-    (["--queries", "0"], "--queries 0"), (["--dataset", "voc"], "is for --eval"), (["--levels", "7"], "--levels 7"), (["--rfs", "-1"], "--rfs -1"),
+    (["--predict", "x.jpg"], "--predict needs --weights"), (["--eval", "README.md"], "README.md"), (["--crop-scales", "1,x"], "--crop-scales: x"),
+    (["--queries", "0"], "--queries: 0"), (["--dataset", "voc"], "is for --eval"), (["--levels", "7"], "--levels: 7"), (["--rfs", "-1"], "--rfs: -1"),
     (["--dim", "48"], "--dim 48"), (["--masks", "--image-size", "100"], "--image-size 100"), (["--table", "--dataset", "lvis"], "--table"),
-    (["--lr", "nan"], "--lr nan"), (["--w-skd", "nan"], "--w-skd nan"), (["--jitter", "2", "0.1"], "--jitter 2.0 0.1"), (["--hidden", "0"], "--hidden 0"),
-    (["--data", "shapes", "--epochs", "1"], "--table"), (["--predict", "x.jpg", "--weights", "nowhere.pt"], "nowhere.pt"), (["--tau", "-1"], "--tau -1")])
+    (["--lr", "nan"], "--lr: nan"), (["--w-skd", "nan"], "--w-skd: nan"), (["--jitter", "2", "0.1"], "--jitter 2.0 0.1"), (["--hidden", "0"], "--hidden: 0"),
+    (["--data", "shapes", "--epochs", "1"], "--table"), (["--predict", "x.jpg", "--weights", "nowhere.pt"], "nowhere.pt"), (["--tau", "-1"], "--tau: -1"),
+    (["--tau-r", "inf"], "--tau-r: inf"), (["--jitter", "0", "1"], "--jitter: 0"), (["--dropout", "1"], "--dropout: 1"), (["--crop-scales", "1,-1"], "--crop-scales: -1")])
 def test_bad_flags_give_one_line(flags, words, monkeypatch, capsys):
     import dkdetr
     monkeypatch.setattr(sys, "argv", ["dkdetr.py", *flags])
@@ -268,15 +273,126 @@ def test_table_resumes_and_prints_both(small, coco_mini, tmp_path):
 
 
 def test_fast_flags_and_the_oracle_run_together(small, coco_mini, tmp_path):
-    run("--dataset", "ovcoco", "--data", coco_mini, *small, "--max-iters", 2, "--burn-in", 0, "--amp", "bf16", "--channels-last", "--accumulate", 2, "--msda", "gather",
+    flags = small[:-2]  # the oracle's boxes have no smallest size
+    run("--dataset", "ovcoco", "--data", coco_mini, *flags, "--max-iters", 2, "--burn-in", 0, "--amp", "bf16", "--channels-last", "--accumulate", 2, "--msda", "gather",
         "--ckpt-msda", "--kd-boxes", "gt", "--dropout", "0.1", "--crop-source", "original", "--out", tmp_path / "x", procs=2)
     assert {"skd", "rkd"} <= set(losses(tmp_path / "x")[2])
 
 
-def test_mask_training_without_outlines_names_the_annotation(small, lvis, coco_mini, tmp_path):
-    raw = json.loads((tmp_path / "lvis/annotations/lvis_v1_train.json").read_text())
+def test_mask_training_leaves_boxes_without_outline_out_and_counts_them(small, lvis, coco_mini, tmp_path):
+    path = tmp_path / "lvis/annotations/lvis_v1_train.json"
+    raw = json.loads(path.read_text())
     del raw["annotations"][0]["segmentation"]
-    (tmp_path / "lvis/annotations/lvis_v1_train.json").unlink()
-    (tmp_path / "lvis/annotations/lvis_v1_train.json").write_text(json.dumps(raw))
-    r = run(*lvis, *small, "--masks", "--max-iters", 1, "--out", tmp_path / "x", fail=True)
-    assert "has no segmentation" in r.stderr and "Traceback" not in r.stderr
+    raw["annotations"][1]["segmentation"] = [[]]
+    path.unlink()
+    path.write_text(json.dumps(raw))
+    r = run(*lvis, *small, "--masks", "--max-iters", 1, "--out", tmp_path / "x")
+    assert "2 without outline" in " ".join(r.stdout.split())
+    for a in raw["annotations"]:
+        a["segmentation"] = []
+    path.write_text(json.dumps(raw))
+    r = run(*lvis, *small, "--masks", "--max-iters", 1, "--out", tmp_path / "y", fail=True)
+    assert "no box is left to train on" in r.stderr and "without outline" in r.stderr and not (tmp_path / "y/last.pt").exists()
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_two_processes_train_on_one_and_two_levels(small, coco_mini, tmp_path, levels):
+    """Stages of the backbone that no level reads do not exist: DDP would wait for their gradients."""
+    flags = [*small, "--levels", levels, "--burn-in", 1, "--epochs", 2, "--batch-size", 20]
+    run("--dataset", "ovcoco", "--data", coco_mini, *flags, "--out", tmp_path / "x", procs=2)
+    state = torch.load(tmp_path / "x/last.pt", weights_only=True)
+    assert len(losses(tmp_path / "x")) == 2 and "skd" in losses(tmp_path / "x")[state["it"]]
+    assert not any(f"stages.layer{k}" in name for name in state["model"] for k in range(levels + 2, 5))
+    assert json.loads((tmp_path / "x/results.json").read_text())["images"] > 60
+
+
+def test_a_run_stopped_by_sigterm_resumes_bit_exactly(small, coco_mini, tmp_path):
+    flags = ["--dataset", "ovcoco", "--data", coco_mini, *small, "--epochs", 2, "--burn-in", 1, "--dropout", "0.1"]
+    run(*flags, "--out", tmp_path / "whole")
+    command = [sys.executable, "dkdetr.py", *map(str, flags), "--out", str(tmp_path / "cut")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "cut/log.jsonl"
+    for _ in range(1200):
+        if log.exists() and len(log.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    line = process.communicate(timeout=120)[1].strip().splitlines()[-1]
+    assert process.returncode == 143 and line.startswith("dkdetr.py: stopped by SIGTERM at step") and "--resume" in line
+    a = torch.load(tmp_path / "whole/last.pt", weights_only=True)
+    assert 4 <= torch.load(tmp_path / "cut/last.pt", weights_only=True)["it"] < a["it"]
+    run("--resume", "--out", tmp_path / "cut")
+    b = torch.load(tmp_path / "cut/last.pt", weights_only=True)
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"])
+    assert (a["best"], a["best_epoch"], a["it"]) == (b["best"], b["best_epoch"], b["it"])
+
+
+def test_a_run_begins_as_the_copy_of_another(small, coco_mini, tmp_path):
+    flags = ["--dataset", "ovcoco", "--data", coco_mini, *small, "--batch-size", 16, "--epochs", 3, "--burn-in", 1, "--dropout", "0.1"]
+    run(*flags, "--out", tmp_path / "whole")
+    run(*flags, "--out", tmp_path / "start", "--max-iters", 4)
+    run(*flags, "--out", tmp_path / "copy", "--from", tmp_path / "start/last.pt")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "copy"))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and a["it"] == b["it"]
+    assert min(losses(tmp_path / "copy")) > 4 and b["best_epoch"] >= 1
+    (tmp_path / "copy/log.jsonl").unlink()
+    r = run(*flags, "--out", tmp_path / "copy2", "--from", tmp_path / "copy/last.pt")  # nothing is left to do but its evaluation
+    assert "novel_AP50" in " ".join(r.stdout.split()) and losses(tmp_path / "copy2") == {}
+    r = run("--resume", "--from", "x.pt", "--out", tmp_path / "start", fail=True)
+    assert "one of them" in r.stderr
+    r = run(*flags, "--batch-size", 8, "--out", tmp_path / "copy3", "--from", tmp_path / "start/last.pt", fail=True)
+    assert "total batch of 16" in r.stderr and "Traceback" not in r.stderr
+
+
+def test_own_data_needs_no_names_of_ours(small, coco_mini, tmp_path):
+    """Files named by flags; the validation set lists some of the training's classes; without one the last checkpoint is the best."""
+    for split in ("train", "val"):
+        raw = json.loads((coco_mini / f"annotations/instances_{split}2017.json").read_text())
+        names = ("person", "dog", "chair", "car") if split == "train" else ("person", "chair")
+        raw["categories"] = [c for c in raw["categories"] if c["name"] in names]
+        kept = {c["id"] for c in raw["categories"]}
+        raw["annotations"] = [a for a in raw["annotations"] if a["category_id"] in kept]
+        (tmp_path / f"{split}.json").write_text(json.dumps(raw))
+    train = ["--train-json", tmp_path / "train.json", "--train-images", coco_mini / "train2017"]
+    val = ["--val-json", tmp_path / "val.json", "--val-images", coco_mini / "val2017"]
+    flags = [*small, "--batch-size", 16, "--epochs", 1, "--burn-in", 0]
+    r = run(*train, *val, *flags, "--keep-empty", "--out", tmp_path / "run")
+    said = " ".join(r.stdout.split())
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert "4 base and 0 novel classes" in said and set(results["classes"]) == {"person", "chair"} and results["images"] == 79
+    assert max(losses(tmp_path / "run")) == 5  # all 80 images, with --keep-empty
+    r = run(*train, *flags, "--out", tmp_path / "blind")
+    assert "no validation set" in r.stdout and max(losses(tmp_path / "blind")) < 5
+    last, best = (torch.load(tmp_path / "blind" / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert all(torch.equal(v, best["model"][k]) for k, v in last["model"].items())
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for photo in sorted((coco_mini / "val2017").iterdir())[:2]:
+        os.symlink(photo, photos / photo.name)
+    (photos / "z.jpg").write_bytes(b"no picture")
+    r = run("--predict", photos, "--weights", tmp_path / "blind/best.pt", "--score", 0, "--epochs", 3, "--out", tmp_path / "p")
+    answer = json.loads((tmp_path / "p/predictions.json").read_text())
+    assert {b["label"] for boxes in answer.values() for b in boxes} == {"person", "dog", "chair", "car"}  # names of its training
+    assert len(answer) == len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 2 and "left out" in r.stderr and "no effect of --epochs" in r.stderr
+    run("--eval", tmp_path / "blind/best.pt", *val, "--workers", 0, "--out", tmp_path / "e")
+    assert set(json.loads((tmp_path / "e/results.json").read_text())["classes"]) == {"person", "chair"}
+    r = run(*train, "--data", "shapes", *flags, "--out", tmp_path / "z", fail=True)
+    assert "one of them" in r.stderr
+
+
+def test_another_scripts_checkpoint_is_named(tmp_path):
+    for k, script in enumerate(("crosskd.py", "hierkd.py", "prototype_kd.py", "simple21k.py")):
+        save_checkpoint(dict(script=script, arch={}, model={}), tmp_path / f"{k}.pt")
+        r = run("--eval", tmp_path / f"{k}.pt", "--out", tmp_path / "e", fail=True)
+        assert f"is a checkpoint of {script}, not of dkdetr.py" in r.stderr and "Traceback" not in r.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--skd", "none", "--w-skd", "1"], "--w-skd: belongs to --skd"), (["--rkd", "none", "--tau-r", "1"], "--tau-r: belongs to --rkd"),
+    (["--mask-layers", "last"], "--mask-layers: belongs to --masks"), (["--dataset", "ovcoco", "--images", "x"], "--images: belongs to --dataset lvis"),
+    (["--no-aux-queries", "--kd-ref", "own"], "--kd-ref: belongs to --aux-queries"), (["--kd-boxes", "gt", "--kd-topk", "3"], "--kd-topk: belongs to --kd-boxes"),
+    (["--skd", "none", "--rkd", "none", "--burn-in", "3"], "--burn-in: belongs to --skd or --rkd"), (["--classes", "dog"], "--classes: belongs to --eval or --predict"),
+    (["--eval", "x.pt", "--resume"], "--resume: continues a training"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes")])
+def test_flags_that_would_have_no_effect_are_refused(flags, words, monkeypatch, capsys):
+    test_bad_flags_give_one_line(flags, words, monkeypatch, capsys)

@@ -3,15 +3,13 @@ import copy
 import json
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from common.evaluation import (class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, encode_mask, gather, import_lvis, lvis_evaluate,
+from common.evaluation import (class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, encode_mask, import_lvis, lvis_evaluate,
                                localise, sparse_ap, to_coco_results, voc_evaluate)
-from conftest import ROOT, SHARED, free_port
+from conftest import SHARED
 
 
 @pytest.fixture(scope="module")
@@ -205,43 +203,6 @@ def test_making_results_leaves_the_boxes_alone(dtype):
 
 def test_results_of_an_image_without_detections_are_empty():
     assert to_coco_results(1, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), [1]) == []
-
-
-# ------------------------------------------------------------------ processes
-
-GATHER = """
-import json, sys
-sys.path.insert(0, {root!r})
-import torch.distributed as dist
-from common.evaluation import gather
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=3)
-mine = [dict(image_id=10 * rank + k, bbox=[rank + 0.5]) for k in range((3, 0, 2)[rank])]
-whole, nothing = gather(mine), gather([])
-print(json.dumps([whole, nothing, len(mine)]))
-dist.barrier()  # or gloo of torch 2.6 hangs in the next line, now and then
-dist.destroy_process_group()
-"""
-
-
-def test_gather_gives_every_record_once_to_rank_0_and_none_to_the_others():
-    code = GATHER.format(root=str(ROOT), port=free_port())
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                  env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "GLOO_SOCKET_IFNAME": "lo"}) for rank in range(3)]
-    try:
-        replies = [p.communicate(timeout=60) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0, 0], replies
-    (whole, nothing, _), *others = [json.loads(out) for out, _ in replies]
-    assert [r["image_id"] for r in whole] == [0, 1, 2, 20, 21] and whole[3]["bbox"] == [2.5]
-    assert nothing == []
-    assert others == [[None, None, 0], [None, None, 2]]
-
-
-def test_gather_without_processes_is_the_list_itself():
-    assert gather([1, 2]) == [1, 2] and gather([]) == []
 
 
 def test_class_means_are_over_classes_and_by_area_at_iou_one_half():

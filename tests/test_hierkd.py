@@ -10,18 +10,18 @@ from torchvision.ops import batched_nms
 
 import hierkd
 from common.boxes import assign_atss, decode_deltas, encode_deltas, overlap
-from common.clip import TINY, FrozenCLIP, tiny_model
+from common.clip import FrozenCLIP
 from common.datasets import BASE_48, NOVEL_15, NOVEL_17, CocoDataset
-from hierkd import (Learner, OpenATSS, anchors_of, caption_loss, detect, feature_distance, mlca, normalise, parse_args, pool_patches, sample_anchors,
+from common.run import save_checkpoint
+from common.tiny import TINY, tiny_model
+from hierkd import (Distiller, OpenATSS, anchors_of, caption_loss, detect, feature_distance, mlca, normalise, parse_args, pool_patches, resolve, sample_anchors,
                     softmax_focal_loss, top_detections)
 
 UNIT = lambda *shape, seed=0, dtype=torch.float64: F.normalize(torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def flags(*extra):
-    a = parse_args(["--data", "shapes", "--backbone", "tiny8", *extra])
-    hierkd.fill_defaults(a)
-    return a
+    return resolve(parse_args(["--data", "shapes", "--backbone", "tiny8", *extra]))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def learner_of(clip, *extra):
     torch.manual_seed(1)
     model = OpenATSS(a.backbone, None if a.bg == "fixed" else clip.class_embeddings(["background"])[0], clip.dim, 64, a.quality, a.tau_c, a.tau_m,
                      a.cls_weight, a.gkd, a.embed_bias)
-    return Learner(model, clip.class_embeddings(["circle", "square", "cross"]), clip, a).train()
+    return Distiller(model, clip, ["circle", "square", "cross"], a).train()
 
 
 # ------------------------------------------------------------------ Eq. 1
@@ -82,7 +82,7 @@ def test_number_of_positives_counts_an_image_without_any_as_one(clip, monkeypatc
     batch["labels"][1] = -1
     monkeypatch.setattr(hierkd, "reduce_mean", lambda x, at_least=0.0: seen.append((x.item(), at_least)) or x.clamp(min=at_least))
     learner(batch)
-    maps = learner.model(normalise(batch["images"], batch["sizes"]))
+    maps = learner.student(normalise(batch["images"], batch["sizes"]))
     anchors, sizes, counts = anchors_of(maps)
     owner = assign_atss(anchors, counts, batch["boxes"], batch["labels"] >= 0, torch.ones(2, len(anchors), dtype=torch.bool))
     assert seen[0] == ((owner[0] >= 0).sum().item() + 1, 0.0)
@@ -97,19 +97,19 @@ def test_learnt_classification_weight_at_its_start(clip):
 
 
 def test_classifier_is_a_cosine_times_tau_with_the_background_last(clip):
-    model = learner_of(clip).model
+    model = learner_of(clip).student
     f, text = UNIT(7, 64, dtype=torch.float32), UNIT(4, 64, seed=1, dtype=torch.float32)
     logits = model.classify(f, text)
     torch.testing.assert_close(logits[:, :4], 30 * f @ text.T)
     torch.testing.assert_close(logits[:, 4], 30 * f @ model.background[0])
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(model.classify(f, text[order])[:, :4], logits[:, order])
-    fixed = learner_of(clip, "--bg", "fixed").model
+    fixed = learner_of(clip, "--bg", "fixed").student
     torch.testing.assert_close(fixed.classify(f, text)[:, 4], torch.full((7,), 6.0))  # 0.2 * tau
 
 
 def test_more_names_never_raise_the_score_of_a_name(clip):
-    model = learner_of(clip).model
+    model = learner_of(clip).student
     f, text = UNIT(50, 64, dtype=torch.float32), UNIT(9, 64, seed=1, dtype=torch.float32)
     few, many = (model.classify(f, t).softmax(-1) for t in (text[:4], text))
     assert (many[:, :4] <= few[:, :4] + 1e-7).all()
@@ -121,10 +121,10 @@ def test_background_is_a_unit_vector_that_learns_and_clip_and_text_do_not(clip):
     optimizer = torch.optim.SGD(learner.parameters(), 0.1)
     for _ in range(2):
         losses = learner(batch_of())
-        assert learner.model.background.norm().item() == pytest.approx(1, abs=1e-5)
+        assert learner.student.background.norm().item() == pytest.approx(1, abs=1e-5)
         optimizer.zero_grad()
         sum(losses.values()).backward()
-        assert learner.model.background.grad.abs().sum() > 0
+        assert learner.student.background.grad.abs().sum() > 0
         optimizer.step()
     assert torch.equal(learner.text, text) and all(torch.equal(v, weights[k]) for k, v in clip.model.state_dict().items())
     assert not clip.model.training and not any("clip" in k or "text" in k for k in learner.state_dict())
@@ -195,7 +195,7 @@ def test_instance_loss_equals_a_loop_over_positives(clip, mean):
 def test_instance_gradient_reaches_the_class_tower_but_not_the_box_branch(clip):
     learner = learner_of(clip, "--ikd-iou", "0.0")
     learner(batch_of())["ikd"].backward()
-    grad = {n: p.grad is not None and p.grad.abs().sum().item() > 0 for n, p in learner.model.named_parameters()}
+    grad = {n: p.grad is not None and p.grad.abs().sum().item() > 0 for n, p in learner.student.named_parameters()}
     assert grad["embed.weight"] and grad["cls_tower.0.weight"] and grad["fpn.inner_blocks.0.0.weight"]
     assert not any(v for n, v in grad.items() if n.startswith(("reg", "scales", "quality", "background", "tau")))
 
@@ -284,18 +284,18 @@ def test_max_pooling_keeps_a_hot_cell_and_average_pooling_dilutes_it():
 
 def test_caption_gradient_reaches_every_level_and_the_backbone(clip):
     learner = learner_of(clip, "--gkd-levels", "5")
-    maps = learner.model(torch.randn(2, 3, 128, 128))
+    maps = learner.student(torch.randn(2, 3, 128, 128))
     for m in maps["embed"]:
         m.retain_grad()
-    learner.global_loss(batch_of(), learner.model.flatten(maps)["f"], [tuple(m.shape[-2:]) for m in maps["embed"]]).backward()
+    learner.global_loss(batch_of(), learner.student.flatten(maps)["f"], [tuple(m.shape[-2:]) for m in maps["embed"]]).backward()
     assert all(m.grad.abs().sum() > 0 for m in maps["embed"])
-    assert learner.model.body.stages["layer4"][0].conv1.weight.grad.abs().sum() > 0 and learner.model.tau_m.grad != 0
+    assert learner.student.body.stages["layer4"][0].conv1.weight.grad.abs().sum() > 0 and learner.student.tau_m.grad != 0
 
 
 def test_one_distillation_step_raises_what_it_should(clip):
     learner, batch = learner_of(clip, "--ikd-iou", "0.0", "--ikd-box", "gt"), batch_of(4)
     for name in ("ikd", "gkd"):
-        optimizer = torch.optim.SGD(learner.model.embed.parameters(), 0.05)
+        optimizer = torch.optim.SGD(learner.student.embed.parameters(), 0.05)
         torch.manual_seed(0)
         before = learner(batch)[name]
         optimizer.zero_grad()
@@ -325,10 +325,10 @@ def maps_of(model, size=(64, 64)):
 
 
 def test_detections_are_probability_times_quality_with_100_at_most(clip):
-    model = learner_of(clip).model.eval()
+    model = learner_of(clip).student.eval()
     maps, text = maps_of(model, (160, 160)), UNIT(20, 64, seed=3, dtype=torch.float32)
     (boxes, scores, labels), = detect(model, maps, (160, 160), [text])
-    out, (anchors, _, _) = model.flatten(maps), anchors_of(maps)
+    out = model.flatten(maps)
     p = model.classify(out["f"][0], text).softmax(-1)[:, :20] * out["quality"][0].sigmoid()[:, None]
     assert scores[0].item() == pytest.approx(p.max().item(), rel=1e-6) and len(scores) == 100 and (scores.diff() <= 0).all()
     assert boxes.min() >= 0 and boxes.max() <= 160 and set(labels.tolist()) <= set(range(20))
@@ -394,12 +394,17 @@ def test_data_builder_keeps_base_boxes_in_training_and_images_by_protocol(four_i
     assert [i[0] for i in make(True, classes=["car"], without=["cat"]).items] == [11]
     val = make(False, classes=["cat", "car"])
     assert [i[0] for i in val.items] == [11, 15, 16] and val.classes == ["car", "cat"]  # in the order of ids, whatever the list's
-    raw = json.loads((four_images / "instances.json").read_text())
-    assert [len(hierkd.truth_of(val, raw, names)["images"]) for names in (["cat"], ["car"], ["car", "cat"])] == [2, 2, 3]
+    assert [len(hierkd.truth_of(val, names)["images"]) for names in (["cat"], ["car"], ["car", "cat"])] == [2, 2, 3]
 
 
 @pytest.mark.parametrize("words", [["--negatives", "0"], ["--negatives", "x"], ["--tau-c", "0"], ["--gkd-patches", "0"], ["--predict", "a.jpg"],
-                                   ["--classes", "cat"], ["--eval", "a", "--predict", "b"], ["--weights", "a"], ["--nms", "7"], ["--gkd-weight=-1"]])
+                                   ["--classes", "cat"], ["--eval", "a", "--predict", "b"], ["--weights", "a"], ["--nms", "7"], ["--gkd-weight=-1"],
+                                   ["--tau-m", "nan"], ["--ikd-weight", "inf"], ["--cls-weight", "nan"], ["--negatives", "nan"], ["--seed", "18446744073709551616"],
+                                   ["--gkd-levels", "6"], ["--ikd-max", "9", "--no-ikd"], ["--tau-a", "1", "--no-gkd"], ["--tau-m", "9", "--gkd-loss", "pl"],
+                                   ["--crop-scale", "2", "--no-ikd"], ["--schedule", "2x", "--epochs", "3"], ["--split", "65_15", "--data", "shapes"],
+                                   ["--table", "--no-ikd"], ["--direct-quality", "--eval", "x"], ["--heat-map"], ["--clip-direct"], ["--eval", "x", "--rpn-recall"],
+                                   ["--data-seed", "3"], ["--train-captions", "x"], ["--train-json", "x"], ["--eval", "x", "--resume"],
+                                   ["--drop-novel-images", "--train-json", "x", "--train-images", "y"]])
 def test_wrong_flags_end_with_a_word_about_the_flag(words, capsys):
     with pytest.raises(SystemExit):
         parse_args(words)
@@ -407,27 +412,27 @@ def test_wrong_flags_end_with_a_word_about_the_flag(words, capsys):
 
 
 def test_released_preset_sets_its_choices_and_a_flag_still_wins():
-    a = parse_args(["--preset", "released", "--ikd-norm", "l1"])
+    a = resolve(parse_args(["--preset", "released", "--ikd-norm", "l1"]))
     assert (a.ikd_norm, a.ikd_weight, a.ikd_mean, a.cls_weight, a.crop_norm, a.crop_antialias) == ("l1", 0.05, "level", "learn", "imagenet", False)
-    assert parse_args([]).ikd_norm == "l1" and isinstance(parse_args([]), argparse.Namespace)
+    assert resolve(parse_args([])).ikd_norm == "l1" and isinstance(parse_args([]), argparse.Namespace)
 
 
 def test_resume_takes_the_flags_of_a_run_or_of_the_tables_runs(tmp_path, capsys):
-    saved = vars(parse_args(["--data", "shapes", "--seed", "5", "--no-table", "--no-ikd", "--no-gkd", "--out", str(tmp_path / "baseline")]))
+    saved = vars(resolve(parse_args(["--data", "shapes", "--seed", "5", "--no-table", "--no-ikd", "--no-gkd", "--out", str(tmp_path / "baseline")])))
+    last = dict(script="hierkd.py", args=saved, model={}, optimizer={}, rng=[], it=0)
     (tmp_path / "baseline").mkdir()
-    torch.save(dict(args=saved), tmp_path / "baseline/last.pt")
-    whole, one = (parse_args(["--resume", "--out", str(folder)]) for folder in (tmp_path, tmp_path / "baseline"))
+    save_checkpoint(last, tmp_path / "baseline/last.pt")
+    whole, one = (resolve(parse_args(["--resume", "--out", str(folder)])) for folder in (tmp_path, tmp_path / "baseline"))
     assert (whole.seed, whole.table, whole.ikd, whole.gkd, whole.out) == (5, True, True, True, str(tmp_path))
     assert (one.seed, one.table, one.ikd, one.gkd) == (5, False, False, False)
-    for wrong, words in ((["--preset", "released"], "--preset released: the run has paper"), (["--schedule", "3x"], "--schedule 3x: the run has 1x")):
+    for wrong, words in ((["--preset", "released"], "--preset released"), (["--schedule", "3x"], "--schedule 3x"), (["--ikd-norm", "l2"], "--ikd-norm l2")):
         with pytest.raises(SystemExit):
-            parse_args(["--resume", "--out", str(tmp_path), *wrong])
-        assert words in capsys.readouterr().err
+            parse_args(["--resume", "--out", str(tmp_path / "baseline"), *wrong])
+        assert f"{words}: the run in {tmp_path / 'baseline'} has" in capsys.readouterr().err
     assert parse_args(["--resume", "--out", str(tmp_path), "--lr", "0.5"]).lr == 0.5
-    torch.save(dict(args=saved), tmp_path / "last.pt")  # which of the two?
-    with pytest.raises(SystemExit):
+    save_checkpoint(last, tmp_path / "last.pt")  # which of the two?
+    with pytest.raises(hierkd.UserError, match="a run and a table of runs"):
         parse_args(["--resume", "--out", str(tmp_path)])
-    assert "a run and a table of runs" in capsys.readouterr().err
 
 
 def test_captions_of_other_images_are_refused(coco_mini, tmp_path):
@@ -435,5 +440,133 @@ def test_captions_of_other_images_are_refused(coco_mini, tmp_path):
     for name in ("train2017", "annotations/instances_train2017.json"):
         (tmp_path / name).symlink_to(coco_mini / name)
     (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(dict(annotations=[dict(image_id=10**9, caption="A cat.")])))
-    with pytest.raises(hierkd.UserError, match="has no caption for any of the"):
-        hierkd.make_data(parse_args(["--data", str(tmp_path)]), "train")
+    with pytest.raises(hierkd.UserError, match="has no caption for any of the .*--data shapes"):
+        hierkd.make_data(resolve(parse_args(["--data", str(tmp_path)])), "train")
+
+
+def test_a_flag_without_effect_is_said(capsys):
+    for words, names in ((["--eval", "x", "--epochs", "3", "--no-ikd"], "--epochs, --ikd"), (["--eval", "x", "--crop-scale", "2"], "--crop-scale"),
+                         (["--eval", "x", "--split", "65_15"], "--split"), (["--rpn-recall", "--clip", "x", "--ikd-norm", "l2"], "--clip, --ikd-norm"),
+                         (["--gt-upper-bound", "--nms", "0.5"], "--nms"), (["--predict", "a", "--weights", "b", "--clip-direct"], "--clip-direct")):
+        parse_args(words)
+        assert f"there is no effect of {names}\n" in capsys.readouterr().err
+    for words in (["--eval", "x", "--clip-direct", "--crop-scale", "2", "--direct-quality"], ["--gt-upper-bound", "--split", "65_15", "--crop-norm", "imagenet"],
+                  ["--predict", "a", "--weights", "b", "--classes", "cat", "--heat-map", "--score", "0.1"], ["--rpn-recall", "--batch-size", "4"]):
+        parse_args(words)
+        assert not capsys.readouterr().err
+
+
+def test_flags_are_resolved_once_and_for_what_they_depend_on():
+    a = resolve(parse_args(["--data", "shapes", "--rpn-recall"]))
+    assert (a.ikd, a.gkd, a.table, a.lr, a.out) == (False, False, False, 0.004, "runs/hierkd-rpn")
+    assert resolve(parse_args(["--rpn-recall"])).lr == 0.02 and resolve(parse_args(["--schedule", "3x"])).image_size == "480-800"
+    assert resolve(parse_args(["--data", "shapes"])).table and resolve(parse_args(["--data", "shapes"])).crop_scale == 1.2
+    a = resolve(parse_args(["--data", "shapes", "--eval", "x", "--clip-direct", "--preset", "released"]))
+    assert (a.crop_scale, a.crop_norm, a.direct_quality, a.image_size) == (1.0, "imagenet", True, None)
+    before = dict(vars(a))
+    resolve(a)
+    assert vars(a) == before
+
+
+def test_crops_are_drawn_beside_the_global_stream(clip):
+    """So that runs with and without --ikd-max see the same negatives."""
+    streams = []
+    for extra in (("--ikd-iou", "-1", "--ikd-max", "100000"), ("--ikd-iou", "-1", "--ikd-max", "2"), ("--no-ikd",)):
+        learner = learner_of(clip, *extra)
+        torch.manual_seed(5)
+        learner(batch_of())
+        streams.append(torch.get_rng_state())
+    assert torch.equal(streams[0], streams[1]) and torch.equal(streams[0], streams[2])
+
+
+def test_crops_of_a_step_depend_on_seed_and_number_of_the_draw_only(clip):
+    f, boxes, chosen = UNIT(2, 341, 64, dtype=torch.float32), torch.tensor([10.0, 10, 60, 60]).expand(2, 341, 4), torch.ones(2, 341, dtype=torch.bool)
+    learner, other = learner_of(clip, "--ikd-max", "3"), learner_of(clip, "--ikd-max", "3", "--seed", "1")
+    draw = lambda who: who.instance_loss(batch_of(), f, boxes, boxes, chosen, [256, 64, 16, 4, 1]).item()
+    first = [draw(learner) for _ in range(4)]
+    assert len(set(first)) == 4 and draw(other) != first[0]
+    learner.draws = 2  # as --resume sets it
+    torch.manual_seed(99)
+    assert [draw(learner) for _ in range(2)] == first[2:]
+
+
+class Names:
+    """Stands in for CLIP where only names are wanted."""
+
+    def class_embeddings(self, names):
+        return list(names)
+
+
+@pytest.mark.parametrize("ids", ["from 0", "again in each image", "text", "none"])
+def test_perfect_detections_score_100_whatever_the_files_ids(four_images, monkeypatch, ids):
+    content = json.loads((four_images / "instances.json").read_text())
+    for n, a in enumerate(content["annotations"]):
+        a["id"] = dict(zip(("from 0", "again in each image", "text"), (n, 1, f"a{n}"))).get(ids)
+    for i in content["images"] if ids == "text" else ():
+        i["id"] = f"image {i['id']}"
+    for a in content["annotations"] if ids == "text" else ():
+        a["image_id"] = f"image {a['image_id']}"
+    (four_images / "val.json").write_text(json.dumps(content))
+    a = resolve(parse_args(["--eval", "x", "--val-json", str(four_images / "val.json"), "--val-images", str(four_images)]))
+    val = hierkd.make_data(a, "val", base=["car", "an absent one"])
+    assert val.classes == ["car", "an absent one", "cat", "sink"]
+    truth = {i: (boxes, labels) for i, _, _, _, boxes, labels in val.items}
+
+    def perfect(model, batch, device, args, texts, clip=None):
+        found = []
+        boxes, labels = truth[batch["image_ids"][0]]
+        for names in texts:
+            here = [k for k, label in enumerate(labels) if val.classes[label] in names]
+            found.append((torch.from_numpy(boxes[here]), torch.ones(len(here)), torch.tensor([names.index(val.classes[k]) for k in labels[here]])))
+        return found
+    monkeypatch.setattr(hierkd, "run_detector", perfect)
+    model = OpenATSS("tiny8", None, 64)
+    model.arch["base"] = ["car", "an absent one"]
+    metrics, found = hierkd.evaluate(Names(), model, val, 0, 1, torch.device("cpu"), a)
+    assert {metrics[f"{g}_AP50"] for g in ("zsd", "base", "gzsd_base", "gzsd_novel", "gzsd_all")} == {100.0} and len(found) == 5
+    assert metrics["score"] == 100 and sorted(metrics["classes"]["zsd"]) == ["cat", "sink"]
+    only = hierkd.make_data(a, "val", base=["car", "cat", "sink"])  # no novel class: ZSD is left out
+    model.arch["base"] = only.classes
+    truth.update({i: (boxes, labels) for i, _, _, _, boxes, labels in only.items})
+    val = only
+    metrics, _ = hierkd.evaluate(Names(), model, only, 0, 1, torch.device("cpu"), a)
+    assert "zsd_AP50" not in metrics and metrics["score"] == 100
+
+
+def test_own_files_tell_what_is_base_and_novel():
+    assert hierkd.class_split("own", ["car", "cat"]) == (["car", "cat"], [])
+    assert hierkd.class_split("own", ["traffic_light", "cat"], ["traffic light", "dog"]) == (["traffic light", "dog"], ["cat"])
+    assert hierkd.class_split("65_15", ["person", "cat"])[0] == ["person"]
+
+
+def test_class_lists(tmp_path):
+    (tmp_path / "names.txt").write_text("\ufeffcrane, grey\nStra\u00dfe\n", encoding="utf-8")
+    assert hierkd.class_names(["cat, red panda"]) == ["cat", "red panda"]
+    assert hierkd.class_names(["crane, grey", "cat"]) == ["crane, grey", "cat"]  # several values: a name may hold a comma
+    assert hierkd.class_names([str(tmp_path / "names.txt")]) == ["crane, grey", "Stra\u00dfe"]
+    for wrong in (["cat,"], ["cat", " "], [","]):
+        with pytest.raises(hierkd.UserError, match="empty name"):
+            hierkd.class_names(wrong)
+
+
+def test_checkpoints_of_others_are_refused_by_name(tmp_path):
+    for name in ("crosskd.py", "dkdetr.py", "prototype_kd.py", "simple21k.py"):
+        save_checkpoint(dict(script=name, arch={}, model={}), tmp_path / "other.pt")
+        with pytest.raises(hierkd.UserError, match=f"is a checkpoint of {name}, not of hierkd.py"):
+            hierkd.load_detector(tmp_path / "other.pt")
+    save_checkpoint(dict(script="hierkd.py", arch=dict(rpn=True), model={}), tmp_path / "rpn.pt")
+    with pytest.raises(hierkd.UserError, match="is an RPN"):
+        hierkd.load_detector(tmp_path / "rpn.pt")
+
+
+def test_missing_captions_are_told_before_anything_is_loaded(coco_mini, tmp_path, monkeypatch):
+    (tmp_path / "annotations").mkdir()
+    for name in ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"):
+        (tmp_path / name).symlink_to(coco_mini / name)
+    monkeypatch.setattr(hierkd, "load_clip", lambda *_: pytest.fail("CLIP was loaded first"))
+    monkeypatch.setattr(hierkd, "read_annotations", lambda *_: pytest.fail("boxes were read first"))
+    with pytest.raises(hierkd.UserError, match="captions_train2017.json is missing.*--no-gkd.*--data shapes"):
+        hierkd.train(resolve(parse_args(["--data", str(tmp_path)])), 0, 1, torch.device("cpu"))
+    own = ["--train-json", str(tmp_path / "annotations/instances_train2017.json"), "--train-images", str(tmp_path / "train2017")]
+    with pytest.raises(hierkd.UserError, match="--train-captions: is missing.*--no-gkd"):
+        hierkd.train(resolve(parse_args(own)), 0, 1, torch.device("cpu"))

@@ -12,8 +12,11 @@ import torchvision
 
 import crosskd
 import prototype_kd
-from prototype_kd import (PRESETS, STRIDES, ZOO, Bank, Distiller, ExactAnchors, best_anchors, build, coefficients, convert_mmdet, dense, descriptors, detect, global_gap,
-                          images_of, inside_box, kind_of, kl_bernoulli, kl_softmax, level_of, load_detector, new_detector, paint, parse_args, project, reliability,
+from common import zoo
+from common.run import UserError
+from prototype_kd import (PRESETS, STRIDES, TORCHVISION, Bank, Distiller, best_anchors, build, coefficients, dense,
+                          descriptors, detect, global_gap, images_of, inside_box, kind_of, kl_bernoulli, kl_softmax,
+                          level_of, load_detector, new_detector, paint, parse_args, project, reliability, resolve,
                           rkd_loss, run_detector, select_prototypes, to_device, weights_of)
 
 
@@ -275,7 +278,7 @@ def test_levels_of_retinanet():
 def test_mmdetections_anchors_have_their_exact_sides_and_strides():
     """On maps of 100 x 168, 50 x 84, ..., 7 x 11 of an image of 800 x 1344: torchvision's own would lie 114 pixels apart on the last, not 128."""
     sides = [(s * 1.0, s * 2 ** (1 / 3)) for s in (32, 64, 128, 256, 512)]
-    made = ExactAnchors(sides, STRIDES["retina"])
+    made = zoo.ExactAnchors(sides, STRIDES["retina"])
     images = torchvision.models.detection.image_list.ImageList(torch.zeros(2, 3, 800, 1344), [(800, 1344)] * 2)
     maps = [torch.zeros(2, 1, *size) for size in ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))]
     a, b = made(images, maps)
@@ -289,9 +292,7 @@ def test_mmdetections_anchors_have_their_exact_sides_and_strides():
 # ------------------------------------------------------------------ detectors
 
 def arguments(*flags):
-    args = parse_args(["--data", "shapes", *flags])
-    prototype_kd.fill_defaults(args, "faster")
-    return args
+    return resolve(parse_args(["--data", "shapes", *flags]))
 
 
 def some_batch(count=2, seed=0, boxes=3):
@@ -475,7 +476,7 @@ def test_student_loads_strictly_into_the_plain_torchvision_model(tmp_path):
     retina.load_state_dict(build("retinanet_resnet50_fpn_v2", 91).state_dict())
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if ZOO[n] is None])
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvisions_weights_load_with_their_labels(name, monkeypatch, tmp_path):
     """Random numbers under the names of torchvision's COCO files. Version 1 was trained with a BatchNorm whose eps is 0; labels are COCO's ids."""
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91)
@@ -486,7 +487,7 @@ def test_torchvisions_weights_load_with_their_labels(name, monkeypatch, tmp_path
             state = {re.sub(pattern, new, k): v for k, v in state.items()}
         assert not set(state) <= set(model.state_dict())
     torch.save(state, tmp_path / "w.pth")
-    monkeypatch.setattr(prototype_kd, "fetch", lambda url, sha: tmp_path / "w.pth")
+    monkeypatch.setattr(zoo, "fetch", lambda url, sha: tmp_path / "w.pth")
     ours = load_detector(name)
     assert len(ours.arch["classes"]) == len(ours.arch["columns"]) == 80 and ours.arch["columns"][-1] == 90 and ours.arch["outputs"] == 91
     norms = {m.eps for m in ours.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d)}
@@ -571,7 +572,7 @@ def test_cascade_teacher_loads_detects_and_answers_proposals(tmp_path):
 
 def test_deformable_convolution_without_offsets_is_a_convolution():
     conv = torch.nn.Conv2d(8, 8, 3, 2, 1, groups=4, bias=False)
-    deformable = prototype_kd.DeformConv(conv)
+    deformable = zoo.DeformConv(conv)
     deformable.weight.data.copy_(conv.weight.data)
     torch.nn.init.zeros_(deformable.conv_offset.weight), torch.nn.init.zeros_(deformable.conv_offset.bias)
     x = torch.randn(1, 8, 9, 9)
@@ -581,7 +582,7 @@ def test_deformable_convolution_without_offsets_is_a_convolution():
 def test_aligned_pool_is_the_mean_of_whole_cells():
     """One bin of a box that lies on the grid is the mean of its cells: no half pixel to the side."""
     m = torch.randn(1, 2, 16, 16)
-    out = prototype_kd.AlignedPool()({"0": m, "1": m, "2": m, "3": m}, [torch.tensor([[0.0, 0, 56, 56]])], [(64, 64)])
+    out = zoo.AlignedPool()({"0": m, "1": m, "2": m, "3": m}, [torch.tensor([[0.0, 0, 56, 56]])], [(64, 64)])
     assert torch.allclose(out[0, :, 0, 0], m[0, :, :2, :2].mean((1, 2)), atol=1e-6) and torch.allclose(out[0, :, 3, 4], m[0, :, 6:8, 8:10].mean((1, 2)), atol=1e-6)
 
 
@@ -594,23 +595,99 @@ def test_presets_differ_where_they_should_and_a_flag_beats_its_preset():
     paper, released = arguments("--student", "faster_tiny8"), arguments("--preset", "released", "--resp-tau", "3")
     assert (paper.alpha_global, paper.alpha_feat, paper.alpha_resp, paper.k, paper.lam) == (1, 1, 5, 10, 10) and not paper.bg_weight
     assert released.alpha_global == 0 and released.sigma == "maxcos" and released.resp_tau == 3 and released.adapt == "conv3x3"
-    full = parse_args([])
-    prototype_kd.fill_defaults(full, "retina")
-    assert (full.refresh, full.epochs, full.lr, full.student, full.batch_size) == (1, 24, 0.01, "retina_r50", 2)
+    full = resolve(parse_args(["--teacher", "retina_r101"]))
+    assert (full.refresh, full.epochs, full.lr, full.init, full.student, full.batch_size) == (1, 24, 0.01, "retina_r50", None, 2)
     assert set(PRESETS["paper"]) == set(PRESETS["released"])
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--k", "0"], "--k 0: must be at least 1"), (["--refresh", "0"], "--refresh 0.0: must be positive"), (["--lam", "nan"], "--lam nan"),
-    (["--density-filter", "1"], "below 1"), (["--proto-method", "kmeans"], "add --proto-space"), (["--proto-method", "random", "--proto-space", "student"], "looks at no features"),
+    (["--k", "0"], "--k: 0: must be at least 1"), (["--refresh", "0"], "--refresh: 0: must be positive"), (["--lam", "nan"], "--lam: nan"),
+    (["--resp-tau", "inf"], "--resp-tau: inf: must be positive"), (["--alpha-feat", "-1"], "--alpha-feat: -1: must be at least 0"),
+    (["--seed", str(2**64)], "--seed"), (["--data-seed", "-1"], "--data-seed: -1: must be at least 0"),
+    (["--density-filter", "1"], "below 1"), (["--proto-method", "kmeans"], "add --proto-space"),
+    (["--proto-method", "random", "--proto-space", "student"], "--proto-space: belongs to --proto-method pgm"),
     (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "b"], "belongs to --predict"),
-    (["--voc-train", "2007"], "expected year_list"), (["--schedule", "1x", "--epochs", "3"], "one of them"), (["--student", "faster_r50", "--init", "x.pt"], "says already"),
+    (["--voc-train", "2007"], "expected year_list"), (["--schedule", "1x", "--epochs", "3"], "one of them"),
+    (["--student", "faster_r50", "--init", "x.pt"], "--student: belongs to --init imagenet or --init none, here it is x.pt"),
     (["--table"], "belongs to --data shapes"), (["--data", "shapes", "--dataset", "voc"], "is read as COCO"), (["--proj", "joint"], "needs --proj-lambda"),
     (["--kd-relation", "rkd", "--all-class-prototypes"], "belongs to")])
 def test_bad_flags_give_one_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags)
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--voc-val", "2007_val"], "--voc-val: belongs to --dataset voc"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes"),
+    (["--proto-method", "ambiguous", "--lam", "1"], "--lam: belongs to --proto-method pgm, here it is ambiguous"),
+    (["--sigma", "none", "--sigma-clamp"], "--sigma-clamp: belongs to --sigma l2"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
+    (["--alpha-feat", "0", "--adapt", "conv1x1"], "--adapt: belongs to --alpha-feat above 0"), (["--preset", "released", "--kd-relation", "rkd"], "above 0, here it is 0"),
+    (["--alpha-resp", "0", "--resp-tau", "2"], "--resp-tau: belongs to --alpha-resp above 0"), (["--teacher", "none", "--k", "5"], "--k: belongs to a --teacher"),
+    (["--teacher", "none", "--control", "x"], "--control: belongs to a --teacher"), (["--teacher", "none", "--no-teacher-check"], "belongs to a --teacher"),
+    (["--teacher", "x", "--alpha-global", "0", "--alpha-feat", "0", "--alpha-resp", "0"], "--teacher none says so"),
+    (["--data", "d", "--train-json", "a", "--train-images", "b"], "--train-json and --data: one of them"),
+    (["--dataset", "voc", "--val-json", "a", "--val-images", "b"], "--val-json and --dataset: one of them"),
+    (["--train-json", "a", "--train-images", "b", "--teacher", "x", "--control", "c"], "which --val-json names"),
+    (["--eval", "a", "--resume"], "it cannot go with --eval")])
+def test_flags_without_effect_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags)
+    assert words in capsys.readouterr().err.splitlines()[-1].replace("--data and --train-json", "--train-json and --data")
+
+
+def test_flags_without_effect_beside_eval_are_said_in_a_line(capsys):
+    parse_args(["--eval", "a", "--k", "5", "--lr", "1", "--dataset", "voc", "--voc-val", "2007_val"])
+    assert capsys.readouterr().err == "note: with --eval there is no effect of --k, --lr\n"
+
+
+ROWS = ["--teacher retina_r101", "--alpha-global 0 --alpha-resp 0 --sigma none", "--alpha-global 0 --alpha-resp 0 --sigma none --kd-local defeat --bg-weight 4",
+        "V --alpha-global 0 --alpha-feat 0", "V --alpha-feat 0 --alpha-resp 0 --kd-relation rkd", "V --alpha-global 0 --alpha-feat 0 --sigma none", "V --lam 50",
+        "V --k 1", "V --refresh 0.5", "V --proto-method kmeans --proto-space student", "V --proto-method dbscan --proto-space teacher", "V --proto-method ambiguous",
+        "--teacher cascade_x101", "--teacher maskrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn", "--preset released",
+        "--dataset voc --teacher none --student faster_r101 --schedule 1x", "--data shapes --teacher none --control none --no-table"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_of_the_tables_parse_and_resolving_twice_changes_nothing(row, tmp_path):
+    """The flags of README's tables. What --resume and the control begin with is a resolved set of flags."""
+    torch.save(weights_of(new_detector("faster_tiny8", NAMES, "none")), tmp_path / "d.pt")
+    args = resolve(parse_args(row.replace("V", f"--dataset voc --schedule 1x --teacher {tmp_path}/d.pt --init {tmp_path}/d.pt --control x").split()))
+    assert resolve(args) == args and args.epochs == (12 if args.schedule else 16 if args.data == "shapes" else 24)
+    if "--dataset voc" in row or row.startswith("V"):
+        assert args.data == "data"
+
+
+def test_defaults_that_depend_on_other_flags(tmp_path):
+    torch.save(weights_of(new_detector("retina_tiny8", NAMES, "none")), tmp_path / "d.pt")
+    args = resolve(parse_args([]))
+    assert (args.teacher, args.init, args.student, args.lr, args.image_size, args.control) == ("faster_r101", "faster_r50", None, 0.02, "800", "run")
+    args = resolve(parse_args(["--teacher", "none", "--student", "retina_r18"]))
+    assert (args.teacher, args.init, args.student, args.lr, args.control, args.alpha_feat) == ("none", "imagenet", "retina_r18", 0.01, "none", 0)
+    own = ["--train-json", "a", "--train-images", "b", "--teacher", str(tmp_path / "d.pt")]
+    args = resolve(parse_args(own))
+    assert (args.init, args.student, args.control) == ("imagenet", "retina_r50", "none")  # nothing to compare on
+    assert resolve(parse_args([*own, "--val-json", "a", "--val-images", "b"])).control == "run"
+    for flags, words in ((own[:4], "needs a --teacher"), (["--student", "faster_r50", "--teacher", str(tmp_path / "d.pt")], "they must be of one kind"),
+                         (["--init", "cascade_x101"], "can be a teacher only"), (["--student", "yolo_r50"], "expected faster_ or retina_")):
+        with pytest.raises(UserError, match=words):
+            resolve(parse_args(flags))
+
+
+def test_a_backbone_in_caffes_style_is_refused(golden, tmp_path):
+    """Same keys and shapes, other pixels and strides: meta tells, of mmdetection 2 and 3."""
+    keys = json.loads((golden / "mmdet_keys/faster_rcnn_r50.json").read_text())
+    state = {k: torch.zeros(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in keys.items()}
+    for meta in (dict(config="backbone=dict(type='ResNet', style='caffe')"), dict(cfg="style = 'caffe'")):
+        torch.save(dict(state_dict=state, meta=meta), tmp_path / "c.pth")
+        with pytest.raises(UserError, match="its config has style='caffe'.*use one in pytorch's style"):
+            load_detector(str(tmp_path / "c.pth"))
+
+
+def test_checkpoints_of_the_other_scripts_are_named(tmp_path):
+    for arch, script in ((dict(p6="on_input"), "crosskd.py"), (dict(quality=1), "hierkd.py"), (dict(queries=3), "dkdetr.py"), (dict(pair=1), "simple21k.py")):
+        torch.save(dict(arch=arch, model={}), tmp_path / "o.pt")
+        with pytest.raises(UserError, match=f"is a checkpoint of {script}"):
+            load_detector(str(tmp_path / "o.pt"))
 
 
 # ------------------------------------------------------------------ mmdetection's detectors, written down a second time
@@ -688,8 +765,11 @@ def test_faster_rcnn_of_mmdetection_stage_by_stage(golden, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["args.json", "last.pt"])
-def test_a_run_of_another_script_is_not_resumed(name, tmp_path, capsys):
-    (tmp_path / name).write_text(json.dumps(dict(args=dict(seed=1)))) if name == "args.json" else torch.save(dict(args=dict(seed=1)), tmp_path / name)
-    with pytest.raises(SystemExit):
+def test_a_run_of_another_script_is_not_resumed(name, tmp_path):
+    args = dict(seed=1, teacher="gfl_r101")
+    if name == "args.json":
+        (tmp_path / name).write_text(json.dumps(dict(args=args)))
+    else:
+        torch.save(dict(script="crosskd.py", arch=dict(kind="gfl"), args=args, model={}, optimizer={}, rng=[], it=1), tmp_path / name)
+    with pytest.raises(UserError, match="a run of another script" if name == "args.json" else "is a checkpoint of crosskd.py, not of prototype_kd.py"):
         parse_args(["--resume", "--out", str(tmp_path)])
-    assert "a run of another script" in capsys.readouterr().err.splitlines()[-1]

@@ -1,8 +1,10 @@
 """The embedded dataset: its files are what the published formats promise, and its world is what the experiments need."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -14,8 +16,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.shapes import (ALL_CLASSES, BASE, CATEGORY_ID, CLASSES, FREQUENCY, IMAGE_ONLY, LVIS_ID, NOVEL, PALETTE, VERSION, ShapesError, cut_at_border,
-                           draw_photo, make_shapes, rle)
+from common import shapes
+from common.run import UserError
+from common.shapes import (ALL_CLASSES, BASE, CATEGORY_ID, CLASSES, FREQUENCY, IMAGE_ONLY, LVIS_ID, NOVEL,
+                           PALETTE, VERSION, cut_at_border, draw_photo, make_shapes, rle)
 
 COCO_SPLITS = ("train2017", "val2017")
 
@@ -104,8 +108,42 @@ def test_two_processes_at_once_end_with_one_complete_dataset(small, tmp_path):
 
 def test_folder_with_files_missing_is_refused_with_its_name(tmp_path):
     (tmp_path / f"shapes-{VERSION}").mkdir()
-    with pytest.raises(ShapesError, match=f"shapes-{VERSION} holds an incomplete dataset"):
+    with pytest.raises(UserError, match=f"shapes-{VERSION} holds an incomplete dataset"):
         make_shapes(tmp_path)
+
+
+def test_the_environment_names_the_folder_and_data_is_the_default(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "draw_split", refuse(errno.EROFS))
+    monkeypatch.setenv("DETECTION_CACHE", str(small.parent))
+    assert make_shapes(train=48, val=24) == small
+    monkeypatch.delenv("DETECTION_CACHE")
+    with pytest.raises(UserError, match=f"data/{small.name}: .* cannot be written"):
+        make_shapes(train=48, val=24)
+
+
+def refuse(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+    return fail
+
+
+@pytest.mark.parametrize("place, number", [("draw_split", errno.EROFS), ("draw_split", errno.EACCES),
+                                           ("write_voc", errno.ENOSPC), ("draw_imagenet", errno.EDQUOT)])
+def test_read_only_folder_and_full_disk_end_in_one_line_with_the_way_out(tmp_path, monkeypatch, place, number):
+    monkeypatch.setattr(shapes, place, refuse(number))
+    with pytest.raises(UserError) as e:
+        make_shapes(tmp_path, train=6, val=6)
+    text = str(e.value)
+    assert "\n" not in text and text.startswith(str(tmp_path))
+    assert os.strerror(number) in text and "DETECTION_CACHE=" in text
+    assert not list(tmp_path.iterdir())                                   # no draft left behind
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="cannot be written there .*DETECTION_CACHE"):
+        make_shapes(tmp_path / "data", train=6, val=6)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the world

@@ -12,12 +12,14 @@ from torch import nn
 from torchvision.ops import nms
 
 import simple21k
-from common.datasets import DataError, collate, collate_labelled
+from common.datasets import collate, objects365, records_of
+from common.imagenet import Stream, collate_labelled
 from common.run import UserError
+from common.zoo import always_shift
 from conftest import SHARED
-from simple21k import (Detector, Learner, Vocabulary, class_nms, class_scores, draw_mix, fill_defaults, freeze_idle, level_of, load_init, make_split, mix_images,
-                       mixed_cross_entropy, normalise, objects365, parameter_groups, parse_args, plain, pool, product_score_loss, read_overlap, sample_rois,
-                       to_device, weights_of, wordnet_ids)
+from simple21k import (Detector, Learner, Vocabulary, class_nms, class_scores, draw_mix, freeze_idle, level_of, load_init,
+                       make_split, mix_images, mixed_cross_entropy, normalise, of_stage, parameter_groups, parse_args, plain,
+                       pool, product_score_loss, read_overlap, resolve, sample_rois, to_device, weights_of, wordnet_ids)
 
 SPLITS = SHARED / "data" / "splits"
 
@@ -27,10 +29,20 @@ def arch_of(name="tiny8", det=3, cls=5, pair=None, stage=2, gap=False, masks=Fal
                 cls_names=[f"c{k}" for k in range(cls)], pair=pair or [-1] * cls, setup="own", image_size=128, stage1_size=64, augment="weak", level="canonical")
 
 
-def flags(*more, backbone="tiny8"):
-    args = parse_args(["--backbone", backbone, "--data", "nowhere", *more])
-    fill_defaults(args, backbone)
-    return args
+def flags(*more, backbone="tiny8", stage=2):
+    """The flags of a stage, resolved."""
+    args = parse_args(["--backbone", backbone, "--data", "nowhere", *map(str, more)])
+    return resolve(of_stage(args, args.stage or stage, "nowhere"))
+
+
+def write_boxes(path, categories, boxes=True):
+    """A COCO json of one image with a box of each category; and the image."""
+    Image.new("RGB", (64, 64)).save(path.parent / "a.jpg")
+    content = dict(images=[dict(id=1, file_name="a.jpg", width=64, height=64)], categories=categories)
+    content["annotations"] = [dict(id=k, image_id=1, category_id=c["id"], bbox=[1, 1, 20, 20], area=400, iscrowd=0)
+                              for k, c in enumerate(categories) if boxes is True or c["id"] in boxes]
+    path.write_text(json.dumps(content))
+    return ["--det-json", path, "--det-images", path.parent]
 
 
 def images(n, size=128, sizes=None, seed=0):
@@ -244,6 +256,30 @@ def test_swin_maps_have_the_published_shapes():
     assert simple21k.Body("swin_t", 0.3).stages[3][1][1].stochastic_depth.p == pytest.approx(0.3)
 
 
+def test_swin_shifts_its_windows_as_torchvision_does():
+    """Stage I at 224 px: C5 is one window, which Swin's classification does not shift and mmdetection does. On larger maps, as stage
+    II has them, both rules are one."""
+    torch.manual_seed(0)
+    body, other = simple21k.Body("swin_t").eval(), simple21k.Body("swin_t").eval()
+    for m in body.modules():
+        if hasattr(m, "relative_position_bias_table"):
+            nn.init.normal_(m.relative_position_bias_table)
+    other.load_state_dict(body.state_dict())
+    always_shift(other)
+    with torch.no_grad():
+        for side, cells in ((224, 7), (256, 8)):
+            ours, theirs = (net(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side))) for net in (body, other))
+            assert ours[3].shape[-1] == cells and all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3]))
+            assert torch.equal(ours[3], theirs[3]) == (cells > 7)
+            blocks = body.stages[3][1]
+            assert blocks[1].attn.shift_size == [3, 3]
+            if cells == 7:  # what is meant: the same as without a shift
+                blocks[1].attn.shift_size = [0, 0]
+                again = body(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side)))
+                blocks[1].attn.shift_size = [3, 3]
+                assert torch.equal(ours[3], again[3])
+
+
 def test_frozen_batchnorm_keeps_its_statistics_in_training():
     torch.manual_seed(0)
     body = simple21k.Body("r50")
@@ -262,8 +298,7 @@ def test_imagenet_weights_go_where_they_belong(monkeypatch):
     for name, build in (("r50", torchvision.models.resnet50), ("swin_t", torchvision.models.swin_t)):
         torch.manual_seed(1)
         net = build(weights=None).eval()
-        monkeypatch.setattr(simple21k, "fetch", lambda url, digest: url)
-        monkeypatch.setattr(simple21k, "load_checkpoint", lambda path: net.state_dict())
+        monkeypatch.setattr("common.zoo.imagenet_state", lambda name: (net.state_dict(), "url"))
         body = simple21k.Body(name).eval()
         simple21k.load_imagenet(body, name)
         x = torch.randn(1, 3, 64, 64)
@@ -279,7 +314,7 @@ def gradients(args, det, cls, terms=None, **arch):
     torch.manual_seed(0)
     model = Detector(arch_of(**arch))
     nn.init.normal_(model.box.weight, std=0.1), nn.init.normal_(model.cls.weight, std=0.1)
-    losses = Learner(model, args).train()(cls=cls, det=det)
+    losses = Learner(model, args).train()(dict(cls=cls, det=det))
     sum(v for k, v in losses.items() if terms is None or k in terms).backward()
     size = lambda part: sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None)
     return {name: size(part) for name, part in model.named_children()}, model, losses
@@ -333,7 +368,7 @@ def test_two_images_of_a_batch_normalise_by_all_rois():
     model = Detector(arch_of())
     learner, det, cls = Learner(model, args), det_batch(), cls_batch()
     torch.manual_seed(5)
-    losses = learner(cls=cls, det=det)
+    losses = learner(dict(cls=cls, det=det))
     torch.manual_seed(5)
     x = normalise(det)
     maps = model.features(torch.cat([x, normalise(cls)]))
@@ -356,6 +391,68 @@ def test_sampled_rois():
     assert sorted(label[fg].tolist()) == [-1, 7, 7] and (label[~fg] == -1).all() and torch.equal(gt[fg], boxes[owner[fg]])
     rois, fg, *_ = sample_rois([boxes.repeat(100, 1)], [boxes], [torch.tensor([0, 1])], 64)
     assert fg.sum() == 16 and len(rois) == 16  # a quarter at most
+
+
+def test_mixing_is_drawn_before_the_step():
+    """Where it was drawn when the loop did it: the random numbers of a step are those of earlier versions."""
+    torch.manual_seed(0)
+    args, batch = flags("--augment", "strong", "--stage1-size", "64", "--stage1-level", "random", stage=1), cls_batch(6, 64)
+    model = Detector(arch_of(stage=1))
+    learner = Learner(model, args)
+    torch.manual_seed(3)
+    loss = learner(dict(cls=batch))["cls"]
+    torch.manual_seed(3)
+    mix = draw_mix(64)
+    logits = model.whole_image(mix_images(normalise(batch), mix), batch["image_sizes"], "random")
+    assert torch.equal(loss, mixed_cross_entropy(logits, batch["labels"], batch["labels"].roll(1), mix[0], 0.1))
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that say which they are."""
+    canvas, repeats = 32, None
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, key):
+        return dict(image=torch.zeros(3, 8, 8, dtype=torch.uint8), size=(8, 8), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(),
+                    image_id=key, original_size=(8, 8), label=key[0], bad=["damaged"] if key[0] == 3 else [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_follow_two_endless_streams_from_any_step(workers, capsys):
+    args = flags("--batch-size", "2", "--cls-ratio", "3", "--accumulate", "2", "--workers", workers, "--seed", "5")
+    pairs = simple21k.Pairs(Numbers(13), Numbers(7), args, 1, 2, False)
+    assert len(pairs) == 4  # two steps of two micro-batches: 16 of 13 images
+    expected = zip(Stream(13, 2, 1, 2, 5), Stream(7, 6, 1, 2, 6))
+    expected = [(det, [i for i, _ in cls]) for (det, cls), _ in zip(expected, range(12))]
+    key = lambda batch: (batch["det"]["image_ids"], batch["cls"]["labels"].tolist())
+    found = []
+    for epoch in range(3):
+        pairs.set_epoch(epoch)
+        found += map(key, pairs)
+    assert found == expected
+    pairs.set_epoch(1, 2)
+    assert list(map(key, pairs)) == expected[6:8]
+    assert pairs.broken == {"damaged"} and capsys.readouterr().err.count("damaged") == 1  # told once
+    alone = simple21k.Pairs(Numbers(13), None, args, 1, 2, False)
+    assert [list(b) for b in alone] == [["det"]] * 4
+
+
+def test_every_layer_is_counted_once(capsys):
+    """describe_model: a step's work is that of body, FPN, RPN and of the RoI head on every proposal."""
+    from common.run import describe_model
+    for arch in (arch_of(stage=1), arch_of(stage=1, gap=True), arch_of(masks=True), arch_of(cls=0)):
+        model = Detector(arch)
+        describe_model("net", model, torch.zeros(1, 3, 128, 128))
+        line = capsys.readouterr().out
+        assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in line and "GFLOPs at 128 x 128" in line
+        if arch["masks"]:
+            out = model(torch.zeros(1, 3, 128, 128))
+            assert [len(x) for x in out] == [5, 5, 100, 100, 100, 100, 100]
 
 
 # ------------------------------------------------------------------ NMS
@@ -413,7 +510,7 @@ def test_idle_parts_of_the_fpn_do_not_decay_in_stage_one():
     """Whole images of 224 px reach P4 alone. What gets no gradient must not decay: 300 epochs would leave e^-9 of P2, P3, P5."""
     def after(freeze):
         torch.manual_seed(0)
-        args, model = flags("--stage1-size", "64"), Detector(arch_of(stage=1))
+        args, model = flags("--stage1-size", "64", stage=1), Detector(arch_of(stage=1))
         start = {n: p.detach().clone() for n, p in model.named_parameters()}
         if freeze:
             freeze_idle(model, args)
@@ -421,7 +518,7 @@ def test_idle_parts_of_the_fpn_do_not_decay_in_stage_one():
         optimizer, learner = torch.optim.AdamW(groups, 0.1), Learner(model, args)
         for _ in range(3):
             # without the remedy every level would be computed, as torchvision's FPN does it, and idle parts get zero gradients
-            loss = sum(learner(cls=cls_batch(4, 64)).values()) + (0 if freeze else 0 * sum(p.sum() for p in model.parameters()))
+            loss = sum(learner(dict(cls=cls_batch(4, 64))).values()) + (0 if freeze else 0 * sum(p.sum() for p in model.parameters()))
             loss.backward()
             optimizer.step(), optimizer.zero_grad()
         return {n: (p.norm() / start[n].norm()).item() for n, p in model.named_parameters() if p.ndim > 1 and n.startswith("fpn")}
@@ -434,9 +531,9 @@ def test_idle_parts_of_the_fpn_do_not_decay_in_stage_one():
 @pytest.mark.parametrize("level", ["random", "all"])
 def test_other_levels_train_the_whole_fpn(level):
     torch.manual_seed(0)
-    args, model = flags("--stage1-level", level), Detector(arch_of(stage=1))
+    args, model = flags("--stage1-level", level, stage=1), Detector(arch_of(stage=1))
     freeze_idle(model, args)
-    losses = Learner(model, args)(cls=cls_batch(24, 64))
+    losses = Learner(model, args)(dict(cls=cls_batch(24, 64)))
     losses["cls"].backward()
     assert all(p.grad is not None for p in model.parameters()) and all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.startswith("fpn"))
     assert losses["cls"].item() == pytest.approx(math.log(5), abs=0.3)
@@ -510,13 +607,13 @@ def test_wordnet_senses(tmp_path):
     (tmp_path / "index.noun").write_text(INDEX)
     ids = wordnet_ids(tmp_path / "index.noun", ["bank.n.01", "bank.n.03", "bass.n.02", "hot_dog.n.01", "stop_sign.n.01", "bank.n.04"])
     assert ids == {"bank.n.01": "n09213565", "bank.n.03": "n09213434", "bass.n.02": "n04990770", "hot_dog.n.01": "n07697537"}
-    with pytest.raises(DataError, match="synset bank: expected lemma.n.number"):
+    with pytest.raises(UserError, match="synset bank: expected lemma.n.number"):
         wordnet_ids(tmp_path / "index.noun", ["bank"])
-    with pytest.raises(DataError, match="is no text file"):
+    with pytest.raises(UserError, match="--wordnet .* is a folder"):
         wordnet_ids(tmp_path, ["bank.n.01"])
     for content, text in (("", "holds none of the synsets"), ("bank n x 1\n", "is not WordNet's index.noun")):
         (tmp_path / "index.noun").write_text(content)
-        with pytest.raises(DataError, match=text):
+        with pytest.raises(UserError, match=text):
             wordnet_ids(tmp_path / "index.noun", ["bank.n.01"])
 
 
@@ -548,12 +645,12 @@ def test_setup_one_on_the_real_lists(lists, tmp_path):
     wnids = [m["wnid"] for m in mapped]
     assert set(wnids) <= set(expected)
     (tmp_path / "overlap.json").write_text(json.dumps(mapped))
-    (tmp_path / "det.json").write_text(json.dumps(dict(images=[], annotations=[], categories=categories)))
+    boxes = write_boxes(tmp_path / "det.json", categories)
     for w in [*wnids, "n99999999"]:  # the last is no class of LVIS
         (tmp_path / "in21k" / w).mkdir(parents=True)
         (tmp_path / "in21k" / w / "a.jpg").touch()
-    args = flags("--setup", "s1", "--overlap", str(tmp_path / "overlap.json"), "--det-json", str(tmp_path / "det.json"), "--cls-dir", str(tmp_path / "in21k"))
-    words, index, raw = simple21k.make_vocabulary(args, 2)
+    args = flags("--setup", "s1", "--overlap", str(tmp_path / "overlap.json"), *boxes, "--cls-dir", str(tmp_path / "in21k"))
+    words, index, _ = simple21k.make_vocabulary(args)
     by_name = {c["name"]: c for c in categories}
     base = [m["name"] for m in mapped if by_name[m["name"]]["frequency"] != "r"]
     assert words["cls"] == sorted(wnids) and sorted(words["det"]) == sorted(base) and sum(p >= 0 for p in words["pair"]) == len(base) and len(index) == 982
@@ -575,7 +672,7 @@ def test_overlap_files(tmp_path):
     assert read_overlap(path) == {"cat": "n1"}
     for content, text in (("[3]", "expected a json object"), ('{"cat": ["n1"]}', "expected a json object"), ('{"cat": "n1", "tabby": "n1"}', "two detection classes are n1")):
         path.write_text(content)
-        with pytest.raises(DataError, match=text):
+        with pytest.raises(UserError, match=text):
             read_overlap(path)
     assert plain("Aerosol_Can ") == "aerosol can"
 
@@ -594,37 +691,40 @@ def test_a_class_is_known_by_all_its_names():
 
 def test_own_classes_meet_by_name(tmp_path):
     """The whole name first, then its parts; a detection class has one partner by its parts."""
-    (tmp_path / "det.json").write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=k, name=n) for k, n in enumerate(("cat", "tench", "red panda"))])))
+    boxes = write_boxes(tmp_path / "det.json", [dict(id=k, name=n) for k, n in enumerate(("cat", "tench", "red panda"))])
     names = ["scan, cat", "Cat", "tench, Tinca tinca", "lesser panda, red_panda", "panda, red panda"]
     for k, n in enumerate(names):
         (tmp_path / "in" / f"n{k}").mkdir(parents=True)
         (tmp_path / "in" / f"n{k}" / "a.jpg").touch()
     (tmp_path / "names.txt").write_text("".join(f"n{k}\t{n}\n" for k, n in enumerate(names)))
-    args = flags("--setup", "own", "--det-json", str(tmp_path / "det.json"), "--cls-dir", str(tmp_path / "in"), "--names", str(tmp_path / "names.txt"))
-    assert simple21k.make_vocabulary(args, 2)[0]["pair"] == [-1, 0, 1, 2, -1]
+    args = flags("--setup", "own", *boxes, "--cls-dir", tmp_path / "in", "--names", tmp_path / "names.txt")
+    assert simple21k.make_vocabulary(args)[0]["pair"] == [-1, 0, 1, 2, -1]
+    (tmp_path / "names.txt").write_text("n0\ta\x07b\n")
+    with pytest.raises(UserError, match="the name of n0 is empty, no text, or holds control characters"):
+        simple21k.make_vocabulary(args)
 
 
 def test_paths_that_are_not_there_are_not_asked_for(tmp_path):
     """imagenet/val is used where it is; what somebody names must exist; other people's classes are not measured on ImageNet's."""
-    paths = lambda *given: (lambda a: [simple21k.fill_paths(a), simple21k.fill_paths(a), a][2])(flags("--setup", "own", *given, "--data", str(tmp_path)))
+    paths = lambda *given: resolve(flags("--setup", "own", *given, "--data", tmp_path))  # twice: it finds nothing to do
     assert paths().cls_val is None
     (tmp_path / "imagenet/val").mkdir(parents=True)
     assert paths().cls_val == str(tmp_path / "imagenet/val") and paths("--cls-dir", str(tmp_path)).cls_val is None
-    assert paths("--det-json", "a.json").val_json is None
-    with pytest.raises(DataError, match="--cls-val nowhere: is missing"):
-        paths("--cls-val", "nowhere")
+    own = paths("--det-json", "a.json", "--det-images", "a")
+    assert own.val_json is None and own.val_boxes is None and (own.train_json, own.train_images) == ("a.json", "a")
+    with pytest.raises(UserError, match="--cls-val nowhere: is missing"):
+        simple21k.make_val(paths("--cls-val", "nowhere"), arch_of(stage=1))
 
 
 def test_detection_classes_of_one_name_and_no_random_classifier_in_the_scores(tmp_path):
-    coco = dict(images=[], annotations=[], categories=[dict(id=1, name="a"), dict(id=2, name="a")])
-    args = flags("--setup", "own", "--cls-ratio", "0", "--det-json", str(tmp_path / "det.json"))
-    (tmp_path / "det.json").write_text(json.dumps(coco))
-    with pytest.raises(DataError, match="two categories have the name a"):
-        simple21k.make_vocabulary(args, 2)
-    coco["categories"].pop()
-    (tmp_path / "det.json").write_text(json.dumps(coco))
-    assert simple21k.make_vocabulary(args, 2, arch_of(stage=1))[0]["cls"] == arch_of()["cls"]
-    assert simple21k.make_vocabulary(args, 2, arch_of(stage=1, gap=True))[0]["cls"] == []
+    twins = [dict(id=1, name="a"), dict(id=2, name="a"), dict(id=3, name="b")]
+    args = flags("--setup", "own", "--cls-ratio", "0", *write_boxes(tmp_path / "det.json", twins))
+    with pytest.raises(UserError, match="categories 1 and 2 have the same name 'a', and both have boxes"):
+        simple21k.make_vocabulary(args)
+    write_boxes(tmp_path / "det.json", twins, [2, 3])  # an export's parent without boxes
+    words, _, records = simple21k.make_vocabulary(args, before=arch_of(stage=1))
+    assert words["cls"] == arch_of()["cls"] and words["det"] == ["a", "b"] and "category 1, which has no box" in records.report()
+    assert simple21k.make_vocabulary(args, before=arch_of(stage=1, gap=True))[0]["cls"] == []
 
 
 def test_a_copy_of_the_benchmark_takes_no_part_in_training_either(tmp_path):
@@ -633,19 +733,23 @@ def test_a_copy_of_the_benchmark_takes_no_part_in_training_either(tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / name)
     (tmp_path / "split.json").write_text(json.dumps(dict(images=[dict(id=1, file_name="n1/a.jpg", width=40, height=40, category_id=1)], annotations=[], categories=[dict(id=1, name="n1")])))
     args = flags("--setup", "s3", "--cls-dir", str(tmp_path / "in"), "--val-json", str(tmp_path / "split.json"), "--val-images", str(tmp_path / "copy"))
-    index = simple21k.labelled_images(args, {})
+    index = simple21k.labelled_index(args, {})
     assert len(index) == 2 and index.dropped == 1
 
 
 def test_objects365_as_it_is_published(tmp_path):
     (tmp_path / "patch8").mkdir()
     (tmp_path / "patch8" / "a.jpg").touch()
-    raw = dict(images=[dict(id=1, file_name="images/v1/patch8/a.jpg"), dict(id=2, file_name="images/v2/patch16/gone.jpg")], categories=[dict(id=1, name="Person ")],
-               annotations=[dict(image_id=1, category_id=1, bbox=[0, 0, 5, 5]), dict(image_id=1, category_id=1, bbox=[0, 0, 5, 5]), dict(image_id=2, category_id=1, bbox=[0, 0, 5, 5])])
-    clean = objects365(raw, tmp_path)
+    image = lambda k, name: dict(id=k, file_name=name, width=50, height=50)
+    box = lambda k, c=1: dict(image_id=k, category_id=c, bbox=[0, 0, 5, 5])
+    raw = dict(images=[image(1, "images/v1/patch8/a.jpg"), image(2, "images/v2/patch16/gone.jpg")],
+               categories=[dict(id=1, name="Person ")], annotations=[box(1), box(1), box(2)])
+    clean = objects365(records_of(raw, "o365.json"), tmp_path)
+    assert list(clean.names) == ["patch8/a.jpg"] and len(clean.xywh) == 1 and clean.classes == ["Person"]
     raw["categories"] += [dict(id=2, name=" Person"), dict(id=3, name="Sneakers")]
-    assert [c["name"] for c in objects365(raw, tmp_path)["categories"]] == ["Person 1", "Person 2", "Sneakers"]
-    assert [i["file_name"] for i in clean["images"]] == ["patch8/a.jpg"] and len(clean["annotations"]) == 1 and clean["categories"][0]["name"] == "Person"
+    assert objects365(records_of(raw, "o365.json"), tmp_path).classes == ["Person", "Sneakers"]
+    with pytest.raises(UserError, match="categories 1 and 2 have the same name"):
+        records_of(raw | dict(annotations=[box(1), box(1, 2)]), "o365.json")
 
 
 def test_benchmark_split(tmp_path):
@@ -670,20 +774,81 @@ def test_extra_objects_are_those_of_classes_outside_both_vocabularies(lists, tmp
     Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
     raw = dict(categories=categories, images=[dict(id=1, file_name="a.jpg", width=64, height=64)],
                annotations=[dict(id=c["id"], image_id=1, category_id=c["id"], bbox=[1, 1, 20 + c["id"] / 100, 20], area=400) for c in categories])
-    args = flags("--setup", "s1", "--extra-as-fg", "--det-json", str(tmp_path / "x.json"), "--det-images", str(tmp_path), "--no-masks")
-    data = simple21k.detection_data(args, dict(det=base, cls_names=sorted(mapped)), raw)
-    widths = {round((b[2] - b[0] - 20) * 100) for b in data.hidden[1]}
+    args = flags("--setup", "s1", "--extra-as-fg", "--det-json", tmp_path / "x.json", "--det-images", tmp_path, "--no-masks")
+    data = simple21k.detection_data(args, dict(det=base, cls_names=sorted(mapped)), records_of(raw, tmp_path / "x.json"))
+    widths = {round((b[2] - 20) * 100) for b in data.records.xywh[data.hidden]}
     assert len(mapped) == 982 and widths == {c["id"] for c in categories if c["name"] not in mapped} and len(data.items[0][4]) == len(base)
 
 
 @pytest.mark.parametrize("given,text", [
-    (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "a"], "belongs to --predict"),
-    (["--classes", "a"], "belongs to --predict"), (["--stage", "2"], "needs --init"), (["--stage", "1", "--init", "x.pt"], "stage I starts from"),
-    (["--setup", "lvis"], "fine-tunes --init"), (["--init", "none"], "say of which stage"), (["--reinit-cls", "--cls-ratio", "0"], "would never learn"), (["--extra-as-fg"], "belongs to --setup s1"),
-    (["--setup", "lvis", "--stage", "1", "--init", "none"], "stage I belongs to the other setups"), (["--make-split", __file__], "somebody's work"), (["--data", "shapes", "--setup", "s1"], "has its own"), (["--table"], "belongs to --data shapes"),
-    (["--val-json", "a", "--val-boxes", "b"], "one of them"), (["--fuse", "1.5"], "between 0 and 1"), (["--image-size", "100"], "multiple of 32"),
-    (["--jitter", "2,1"], "expected two scales"), (["--jitter", "1.2.3,2"], "expected two scales"), (["--cls-jitter", "x"], "--cls-jitter x: expected two scales"), (["--lr", "0"], "must be positive"), (["--batch-size", "0"], "at least 1"), (["--cls-ratio", "-1"], "0 or more")])
+    (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"),
+    (["--weights", "a"], "belongs to --predict"), (["--classes", "a"], "belongs to --predict"),
+    (["--stage", "2"], "needs --init"), (["--stage", "1", "--init", "x.pt"], "stage I starts from"),
+    (["--setup", "lvis"], "fine-tunes --init"), (["--init", "none"], "say of which stage"),
+    (["--reinit-cls", "--cls-ratio", "0"], "would never learn"), (["--extra-as-fg"], "belongs to --setup s1"),
+    (["--setup", "lvis", "--stage", "1", "--init", "none"], "stage I belongs to the other setups"),
+    (["--make-split", __file__], "somebody's work"), (["--data", "shapes", "--setup", "s1"], "has its own"),
+    (["--table"], "belongs to --data shapes"), (["--val-json", "a", "--val-boxes", "b"], "one of them"),
+    (["--fuse", "1.5"], "at least 0 and at most 1"), (["--image-size", "100"], "multiple of 32"),
+    (["--jitter", "2,1"], "--jitter: 2,1: expected two scales"), (["--jitter", "1.2.3,2"], "expected two scales"),
+    (["--cls-jitter", "x"], "--cls-jitter: x: expected two scales"), (["--lr", "0"], "must be positive"),
+    (["--batch-size", "0"], "at least 1"), (["--cls-ratio", "-1"], "at least 0"),
+    # values that only look like numbers
+    (["--lr", "nan"], "must be positive"), (["--cls-weight", "inf"], "at least 0"), (["--fuse", "nan"], "at most 1"),
+    (["--drop-path", "1"], "below 1"), (["--crop", "0"], "above 0"), (["--image-size", "0"], "at least 32"),
+    (["--seed", "-1"], "at least 0"), (["--max-dets", "1.5"], "expected a whole number"),
+    # flags without effect
+    (["--stage", "2", "--init", "none", "--stage1-epochs", "3"], "--stage1-epochs: belongs to --stage 1, here it is 2"),
+    (["--init", "x.pt", "--crop", "0.5"], "--crop: belongs to stage I"),
+    (["--stage", "1", "--epochs", "3"], "--epochs: belongs to --stage 2, here it is 1"),
+    (["--stage1-head", "gap", "--stage1-level", "all"], "--stage1-level: belongs to --stage1-head roi, here it is gap"),
+    (["--wordnet", "a"], "--wordnet: belongs to --setup s1"), (["--setup", "s1", "--names", "a"], "--names: belongs to"),
+    (["--setup", "s1", "--wordnet", "a", "--overlap", "b"], "one of them"),
+    (["--setup", "lvis", "--init", "x", "--cls-dir", "a"], "--cls-dir: belongs to"),
+    (["--setup", "lvis", "--init", "x", "--keep-empty"], "--keep-empty: belongs to"),
+    (["--cls-ratio", "0", "--cls-weight", "1"], "--cls-weight: has no effect with --cls-ratio 0"),
+    (["--data-seed", "1"], "--data-seed: belongs to --data shapes"), (["--eval", "x", "--resume"], "cannot go with --eval"),
+    (["--det-json", "a"], "--train-json needs --train-images")])
 def test_flags_that_make_no_sense(given, text, capsys):
     with pytest.raises(SystemExit):
         parse_args(given)
     assert text in capsys.readouterr().err
+
+
+def test_flags_without_effect_beside_eval_are_said(capsys):
+    args = parse_args(["--eval", "x", "--epochs", "3", "--fuse", "0.5", "--image-size", "64"])
+    assert capsys.readouterr().err == "note: with --eval there is no effect of --epochs\n" and args.fuse == 0.5
+    parse_args(["--predict", "a.jpg", "--weights", "x", "--names", "n", "--score", "0.5"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("given,text", [
+    (dict(backbone="vgg"), "choose among r50"), (dict(drop_path=0.1), "--drop-path: belongs to swin_t"),
+    (dict(bn="sync"), "--bn: belongs to r50"), (dict(stage=1, init="imagenet"), "no ImageNet weights for tiny8"),
+    (dict(backbone="r50", init="none", bn="frozen"), "--init none needs --bn sync"),
+    (dict(backbone="r50", stage=1, init=None, checkpoint=True), "would count each batch twice")])
+def test_flags_that_do_not_fit_the_backbone(given, text):
+    args = parse_args(["--backbone", "tiny8"])
+    args = argparse.Namespace(**vars(args) | dict(stage=2, init="none") | given)
+    before = dict(vars(args))
+    with pytest.raises(UserError, match=text):
+        resolve(args)
+    assert vars(args) == before  # flags are only read
+
+
+def test_defaults_of_backbones_and_setups():
+    """Which were the script's before its flags were resolved in one place."""
+    s2 = flags(backbone="r50", stage=1)
+    assert (s2.setup, s2.stage1_epochs, s2.stage1_batch, s2.stage1_lr, s2.augment, s2.stage1_size, s2.crop) == ("s2", 100, 32, 0.1, "weak", 224, 0.08)
+    assert (s2.epochs, s2.batch_size, s2.lr, s2.image_size, s2.cls_size, s2.jitter, s2.cls_jitter) == (36, 2, 3e-4, 1024, 1024, (0.1, 2.0), (0.1, 2.0))
+    assert (s2.cls_weight, s2.cls_ratio, s2.masks, s2.rfs, s2.bn, s2.head) == (0.1, 3, False, 0.0, "frozen", "2fc")
+    s3 = flags("--setup", "s3", backbone="swin_b")
+    assert (s3.stage1_epochs, s3.stage1_batch, s3.stage1_lr, s3.augment, s3.epochs, s3.bn) == (100, 128, 2.5e-4, "strong", 12, None)
+    s1 = flags("--setup", "s1", backbone="swin_t")
+    assert (s1.stage1_epochs, s1.stage1_lr, s1.masks, s1.epochs) == (300, 1e-3, True, 36)
+    lvis = flags("--setup", "lvis", "--init", "none", backbone="r50")
+    assert (lvis.epochs, lvis.lr, lvis.rfs, lvis.cls_ratio, lvis.bn, lvis.masks) == (24, 1e-4, 0.001, 0, "sync", False)
+    tiny = flags()
+    assert (tiny.stage1_epochs, tiny.stage1_batch, tiny.stage1_size, tiny.augment, tiny.crop) == (15, 64, 96, "plain", 0.5)
+    assert (tiny.epochs, tiny.batch_size, tiny.lr, tiny.image_size, tiny.cls_size) == (3, 4, 4e-3, 256, 128)
+    assert (tiny.jitter, tiny.cls_jitter, tiny.cls_weight) == ((0.7, 1.6), (0.2, 1.0), 1.0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -17,21 +18,25 @@ from common.shapes import ALL_CLASSES, CLASSES, IMAGE_ONLY, WNID, make_shapes
 from conftest import ROOT, SHARED, launch
 
 run = lambda *flags, **how: launch("simple21k", flags, **how)
-SMALL = ["--backbone", "tiny8", "--image-size", "64", "--stage1-size", "32", "--stage1-batch", "8", "--batch-size", "2", "--jitter", "0.5,1.2", "--workers", "0", "--log-every", "1"]
+QUICK = ["--backbone", "tiny8", "--workers", "0", "--log-every", "1"]
+FIRST, SECOND = ["--stage1-size", "32", "--stage1-batch", "8"], ["--image-size", "64", "--batch-size", "2", "--jitter", "0.5,1.2"]
+Small = namedtuple("Small", "root flags first second data")  # flags: of both stages, of the first, of the second, of the data alone
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """60 drawn photographs with boxes, 26 classes of 2 images, and the flags that find them."""
     root = make_shapes(tmp_path_factory.mktemp("shapes"), train=60, val=30)
-    return root, ["--setup", "own", "--data", root, "--val-json", root / "annotations/instances_valall2017.json", "--val-images", root / "valall2017", *SMALL]
+    data = ["--setup", "own", "--data", root]
+    flags = [*data, "--val-json", root / "annotations/instances_valall2017.json", "--val-images", root / "valall2017", *QUICK]
+    return Small(root, [*flags, *FIRST, *SECOND], [*flags, *FIRST], [*flags, *SECOND], data)
 
 
 @pytest.fixture(scope="module")
 def stage1(small, tmp_path_factory):
     """A stage I of three steps."""
     out = tmp_path_factory.mktemp("stage1") / "run"
-    run(*small[1], "--stage", "1", "--max-iters", "3", "--out", out)
+    run(*small.first, "--stage", "1", "--max-iters", "3", "--out", out)
     return out / "best.pt"
 
 
@@ -51,7 +56,7 @@ def same(a, b):
 # ------------------------------------------------------------------ the whole path
 
 def test_both_stages_then_eval_and_predict(small, tmp_path):
-    root, flags = small
+    root, flags = small[:2]
     out = tmp_path / "run"
     r = run(*flags, "--max-iters", "3", "--out", out)
     assert "loaded body, cls, fpn, head | new box, det, fg, rpn | left out nothing" in r.stdout and "20 in both" in r.stdout
@@ -64,7 +69,10 @@ def test_both_stages_then_eval_and_predict(small, tmp_path):
     assert json.loads((out / "stage1" / "results.json").read_text())["images"] == 52
     run(*flags, "--eval", out / "stage2" / "last.pt", "--out", tmp_path / "eval")
     again = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert all(again[k] == results[k] for k in results if k not in ("seconds", "line"))
+    of = ("checkpoint", "epoch", "it")
+    assert all(again[k] == results[k] for k in results if k not in ("seconds", *of))
+    assert [results[k] for k in of] == ["best.pt", 1, 3] and [again[k] for k in of] == [str(out / "stage2" / "last.pt"), None, None]
+    assert "stage II tiny8: " in r.stdout and "GFLOPs at 64 x 64" in r.stdout and "cat: Eqs. 2, 4" in r.stdout
     run(*flags, "--eval", out / "stage1" / "best.pt", "--out", tmp_path / "eval1")
     assert json.loads((tmp_path / "eval1" / "results.json").read_text())["images"] == 52
     photo = next((root / "valall2017").iterdir())
@@ -77,17 +85,16 @@ def test_both_stages_then_eval_and_predict(small, tmp_path):
 
 
 def test_vocabularies_of_the_embedded_dataset(small):
-    root, flags = small
+    root, flags = small[:2]
     args = simple21k.parse_args([str(f) for f in flags])
-    simple21k.fill_paths(args), simple21k.fill_defaults(args, "tiny8")
-    words, _, _ = simple21k.make_vocabulary(args, 2)
+    words, _, _ = simple21k.make_vocabulary(simple21k.resolve(simple21k.of_stage(args, 2, "x", init="none")))
     assert words["cls_names"] == ALL_CLASSES and set(words["det"]) == set(CLASSES)
     assert [n for n, p in zip(words["cls_names"], words["pair"]) if p < 0] == IMAGE_ONLY
     assert all(words["det"][p] == n for n, p in zip(words["cls_names"], words["pair"]) if p >= 0)
 
 
 def test_table_of_the_embedded_dataset(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(simple21k, "make_shapes", lambda **_: small[0])
+    monkeypatch.setattr("common.shapes.make_shapes", lambda **_: small[0])
     flags = ["--data", "shapes", "--table", "--max-iters", "2", "--stage1-batch", "4", "--batch-size", "1", "--backbone", "tiny8", "--workers", "0", "--out", tmp_path / "t"]
     r = run(*flags)
     lines = r.stdout[r.stdout.index("\nshapes"):].splitlines()
@@ -112,7 +119,7 @@ def test_variants_of_stage_one_lead_into_stage_two(small, more, tmp_path):
                                   ["--masks", "--amp", "bf16", "--checkpoint"]])
 def test_variants_of_stage_two(small, stage1, more, tmp_path):
     init = [] if "--init" in more else ["--init", stage1]
-    run(*small[1], "--stage", "2", *init, *more, "--max-iters", "2", "--out", tmp_path / "run")
+    run(*small.second, "--stage", "2", *init, *more, "--max-iters", "2", "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert ("mask_AP" in results) == ("--masks" in more) and results["AP"] >= 0
     if "--masks" in more:
@@ -121,7 +128,7 @@ def test_variants_of_stage_two(small, stage1, more, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(small, stage1, tmp_path):
     for name, more in (("plain", []), ("again", ["--checkpoint"])):
-        run(*small[1], "--stage", "2", "--init", stage1, *more, "--max-iters", "2", "--out", tmp_path / name)
+        run(*small.second, "--stage", "2", "--init", stage1, *more, "--max-iters", "2", "--out", tmp_path / name)
     assert same(weights(tmp_path / "plain/last.pt"), weights(tmp_path / "again/last.pt"))
 
 
@@ -135,7 +142,8 @@ def test_swin_trains_in_both_stages(small, tmp_path):
 
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_a_resumed_run_equals_an_uninterrupted_one(small, stage1, stage, tmp_path):
-    flags = [*small[1], "--stage", stage, *(["--init", stage1] if stage == "2" else []), "--augment", "strong"]
+    flags = [*small.first, "--augment", "strong"] if stage == "1" else [*small.second, "--init", stage1]
+    flags += ["--stage", stage]
     run(*flags, "--max-iters", "5", "--out", tmp_path / "whole")
     run(*flags, "--max-iters", "2", "--out", tmp_path / "parts")
     run("--resume", "--out", tmp_path / "parts", "--max-iters", "5")
@@ -144,7 +152,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small, stage1, stage, tmp_pat
 
 
 def test_a_killed_run_continues_bit_by_bit(small, stage1, tmp_path):
-    flags = [str(f) for f in (*small[1], "--stage", "2", "--init", stage1, "--save-every", "3")]
+    flags = [str(f) for f in (*small.second, "--stage", "2", "--init", stage1, "--save-every", "3")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "simple21k.py", *flags, "--max-iters", "4000", "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -162,7 +170,7 @@ def test_a_killed_run_continues_bit_by_bit(small, stage1, tmp_path):
 
 
 def test_two_processes_of_stage_one_equal_one(small, tmp_path):
-    flags = [*small[1], "--stage", "1", "--max-iters", "3"]
+    flags = [*small.first, "--stage", "1", "--max-iters", "3"]
     run(*flags, "--stage1-batch", "4", "--out", tmp_path / "two", procs=2)
     run(*flags, "--stage1-batch", "8", "--out", tmp_path / "one")
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
@@ -191,7 +199,7 @@ def main():  # a function: now and then the interpreter aborts at its end if a D
 
     def gradient(learner, det, cls):  # the RPN's anchors are drawn by lot: its losses are left out, but take part, or DDP would wait for them
         model.zero_grad()
-        sum(0 * v if k.startswith("rpn") else v for k, v in learner(det=det, cls=cls).items()).backward()
+        sum(0 * v if k.startswith("rpn") else v for k, v in learner(dict(det=det, cls=cls)).items()).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters()}
 
     two, one = gradient(wrapped, *mine), gradient(learner, *every)
@@ -199,7 +207,7 @@ def main():  # a function: now and then the interpreter aborts at its end if a D
     assert sum(g.abs().max() > 1e-6 for g in one.values()) > 40 and worst < 1e-4, worst
     optimizer = torch.optim.SGD(parameter_groups(model, 0.0), 0.01)
     for _ in range(2):
-        sum(wrapped(det=mine[0], cls=mine[1]).values()).backward()
+        sum(wrapped(dict(det=mine[0], cls=mine[1])).values()).backward()
         optimizer.step(), optimizer.zero_grad()
     total = torch.stack([p.detach().double().sum() for p in model.parameters()])
     both = [torch.zeros_like(total) for _ in range(world)]
@@ -231,7 +239,8 @@ def photos():
     return data
 
 
-REAL = ["--image-size", "64", "--stage1-size", "32", "--stage1-batch", "4", "--batch-size", "1", "--workers", "0", "--log-every", "1", "--max-iters", "2"]
+REAL2 = ["--image-size", "64", "--batch-size", "1", "--workers", "0", "--log-every", "1", "--max-iters", "2"]
+REAL = ["--stage1-size", "32", "--stage1-batch", "4", *REAL2]
 
 
 def test_setup_two_on_photographs_with_two_processes_and_resnet50(photos, tmp_path):
@@ -295,7 +304,7 @@ def stage_names(photos, tmp_path):
 
 def test_fine_tuning_on_lvis_from_both_stages(photos, stage_names, small, stage1, tmp_path):
     """Table 5: 1,203 classes, repeat factors, boxes; a new detection classifier, no image classifier."""
-    r = run("--setup", "lvis", "--init", stage1, *stage_names[1], *REAL, "--rfs", "0.2", "--out", tmp_path / "run")
+    r = run("--setup", "lvis", "--init", stage1, *stage_names[1], *REAL2, "--rfs", "0.2", "--out", tmp_path / "run")
     assert "new box, det, fg, rpn | left out cls" in r.stdout
     model = weights(tmp_path / "run/last.pt")
     assert model["det.weight"].shape[0] == 1203 and "cls.weight" not in model
@@ -306,28 +315,53 @@ def test_fine_tuning_on_lvis_from_both_stages(photos, stage_names, small, stage1
 # ------------------------------------------------------------------ bad input
 
 def test_wrong_input_is_told_in_one_line(small, stage1, tmp_path):
-    root, flags = small
+    root, _, first, second, data = small
     out = ["--out", tmp_path / "x"]
     line = lambda *more, **how: run(*more, *out, fail=True, **how).stderr.strip().splitlines()[-1]
-    assert "coco/annotations/instances_train2017.json: is missing" in line("--setup", "s2", "--data", tmp_path, "--stage", "2", "--init", "none", "--backbone", "tiny8")
-    assert "--cls-dir" in line("--setup", "s2", "--data", tmp_path, "--backbone", "tiny8", "--stage", "1") and not (tmp_path / "x").exists()
-    assert "choose among r50" in line(*flags, "--stage", "1", "--backbone", "vgg")
-    assert "no such file" in line(*flags, "--stage", "2", "--init", tmp_path / "none.pt")
+    missing = line("--setup", "s2", "--data", tmp_path, "--stage", "2", "--init", "none", "--backbone", "tiny8")
+    assert "coco/annotations/instances_train2017.json: is missing" in missing and "--data shapes" in missing
+    missing = line("--setup", "s2", "--data", tmp_path, "--backbone", "tiny8", "--stage", "1")
+    assert "--cls-dir" in missing and "--data shapes" in missing and not (tmp_path / "x").exists()
+    assert "choose among r50" in line(*first, "--stage", "1", "--backbone", "vgg")
+    assert "no such checkpoint" in line(*second, "--stage", "2", "--init", tmp_path / "none.pt")
     torch.save(dict(model={}), tmp_path / "other.pt")
-    assert "is no checkpoint of this script" in line(*flags, "--stage", "2", "--init", tmp_path / "other.pt")
+    assert "is no checkpoint of this script" in line(*second, "--stage", "2", "--init", tmp_path / "other.pt")
     assert "is a classifier of stage I" in line("--predict", next((root / "val2017").iterdir()), "--weights", stage1)
     (tmp_path / "list.txt").write_text("n90000001\nn12345678\n")
-    assert "has no class n12345678" in line(*flags, "--stage", "1", "--cls-list", tmp_path / "list.txt")
+    assert "has no class n12345678" in line(*first, "--stage", "1", "--cls-list", tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("n90000001\n")
-    assert "holds one class, n90000001" in line(*flags, "--stage", "1", "--cls-list", tmp_path / "list.txt")
-    assert "has no ImageNet weights" in line(*flags, "--stage", "1", "--init", "imagenet").replace("there are no ImageNet weights", "has no ImageNet weights")
-    assert "needs --wordnet" in line("--setup", "s1", *flags[4:], "--det-json", root / "annotations/lvis_v1_train.json", "--det-images", root, "--cls-dir",
-                                     root / "imagenet/train", "--stage", "1").replace("--wordnet: is missing", "needs --wordnet")
-    assert "class n90000001" in line(*flags[:4], *SMALL, "--eval", odd_classes(stage1, tmp_path), "--val-boxes", root / "imagenet/val_boxes", "--val-images", root / "imagenet/val")
+    assert "holds one class, n90000001" in line(*first, "--stage", "1", "--cls-list", tmp_path / "list.txt")
+    assert "there are no ImageNet weights" in line(*first, "--stage", "1", "--init", "imagenet")
+    assert "--wordnet: is missing" in line("--setup", "s1", *first[4:], "--det-json", root / "annotations/lvis_v1_train.json", "--det-images", root,
+                                           "--cls-dir", root / "imagenet/train", "--stage", "1")
+    odd = odd_classes(stage1, tmp_path)
+    assert "class n90000001" in line(*data, *QUICK, "--eval", odd, "--val-boxes", root / "imagenet/val_boxes", "--val-images", root / "imagenet/val")
+    assert "its accuracy needs --cls-val" in line("--data", tmp_path, "--eval", stage1)
+
+
+@pytest.mark.parametrize("change,text", [
+    (lambda c: c["arch"].pop("gap"), "is no checkpoint of this script"), (lambda c: c["arch"].update(pair=[7]), "is no checkpoint of this script"),
+    (lambda c: c["arch"].update(name="tiny9999999"), "is no checkpoint of this script"), (lambda c: c.update(model=[1]), "is no checkpoint of this script"),
+    (lambda c: c["model"]["cls.bias"].fill_(float("nan")), "cls.bias is not finite"), (lambda c: c["model"].pop("cls.bias"), "1 missing (first cls.bias)"),
+    (lambda c: c.update(script="hierkd.py"), "is a checkpoint of hierkd.py, not of simple21k.py"),
+    (lambda c: (c.pop("script"), c["arch"].pop("pair"), c["arch"].update(columns=[0])), "is a checkpoint of prototype_kd.py, not of simple21k.py")])
+def test_damaged_and_other_scripts_checkpoints_are_refused(small, stage1, change, text, tmp_path):
+    content = torch.load(stage1, weights_only=True)
+    content.pop("checksum"), content.pop("format")  # as if somebody had changed the file by hand
+    change(content)
+    torch.save(content, tmp_path / "x.pt")
+    for flags in (["--eval", tmp_path / "x.pt", "--data", small.root, "--setup", "own"], [*small.second, "--stage", "2", "--init", tmp_path / "x.pt"]):
+        if "missing" not in text or "--eval" in flags:
+            r = run(*flags, "--out", tmp_path / "out", fail=True)
+            assert text in r.stderr and len(r.stderr.strip().splitlines()[-1:]) == 1 and "Traceback" not in r.stderr
+    content = bytearray(Path(stage1).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert "flipped.pt" in run("--eval", tmp_path / "flipped.pt", "--data", small.root, "--setup", "own", "--out", tmp_path / "out", fail=True).stderr
 
 
 def test_what_stage_two_lacks_is_told_before_stage_one(small, tmp_path):
-    root, flags = small
+    root, flags = small[:2]
     def line(*more):
         (message,) = run(*flags, *more, "--max-iters", "1", "--out", tmp_path / "x", fail=True).stderr.strip().splitlines()[-1:]
         assert not (tmp_path / "x").exists()
@@ -354,32 +388,33 @@ def odd_classes(stage1, tmp_path):
 
 
 def test_other_classes_than_the_checkpoint_and_no_common_class(small, stage1, tmp_path):
-    root, flags = small
+    root, flags = small[:2]
     tree = shutil.copytree(root / "imagenet/train", tmp_path / "train")
     (tree / WNID["fish"]).rename(tree / "n99999999")
     more = ["--cls-dir", tree, "--stage", "2", "--init", stage1, "--max-iters", "1"]
-    assert "does not know class n99999999 of --cls-dir" in run(*flags, *more, "--out", tmp_path / "a", fail=True).stderr
+    assert "does not know class n99999999 of --cls-dir" in run(*small.second, *more, "--out", tmp_path / "a", fail=True).stderr
     names = tmp_path / "names.txt"
     names.write_text("".join(f"{w}\tthing {k}\n" for k, w in enumerate(WNID.values())))
-    r = run(*flags, "--stage", "2", "--init", stage1, "--names", names, "--max-iters", "1", "--out", tmp_path / "b")
+    r = run(*small.second, "--stage", "2", "--init", stage1, "--names", names, "--max-iters", "1", "--out", tmp_path / "b")
     assert "warning: no class is in both vocabularies" in r.stdout
     assert torch.load(tmp_path / "b/last.pt", weights_only=True)["arch"]["cls_names"][0] == "thing 0"
 
 
 def test_empty_classes_and_unreadable_images_are_told(small, tmp_path):
-    root, flags = small
+    root, flags = small[:2]
     tree = shutil.copytree(root / "imagenet/train", tmp_path / "train")
     (tree / "n00000001").mkdir()
     for folder in list(tree.iterdir()):
         if folder.name.startswith("n9"):
             sorted(folder.iterdir())[0].write_bytes(b"no jpeg")
-    r = run(*flags, "--cls-dir", tree, "--stage", "1", "--max-iters", "4", "--out", tmp_path / "run")
+    r = run(*small.first, "--cls-dir", tree, "--stage", "1", "--max-iters", "4", "--out", tmp_path / "run")
     assert "no image of n00000001: 1 classes left out" in r.stdout and "replaced by another image of its class" in r.stderr and "unreadable images" in r.stdout
 
 
 def test_without_a_validation_set_the_last_classifier_is_the_best(small, tmp_path):
     """Setups 1 and 3 have none for stage I, and stage II starts from best.pt."""
-    run(*small[1], "--stage", "1", "--cls-val", "none", "--stage1-epochs", "3", "--out", tmp_path / "run")
+    r = run(*small.first, "--stage", "1", "--cls-val", "none", "--stage1-epochs", "3", "--out", tmp_path / "run")
+    assert r.stdout.count("no validation set: ") == 2 and not (tmp_path / "run/results.json").exists()
     assert sum('"lr"' not in line for line in (tmp_path / "run/log.jsonl").read_text().splitlines()) == 3  # three evaluations that measured nothing
     assert same(weights(tmp_path / "run/best.pt"), weights(tmp_path / "run/last.pt"))
 
@@ -400,12 +435,204 @@ def test_split_of_a_benchmark_and_training_without_its_images(small, tmp_path):
     assert "seed 0" in r.stdout and any(i["file_name"].startswith(f"{first.name}.tar/") for i in split["images"])
     split["annotations"] = [dict(id=i["id"], image_id=i["id"], category_id=i["category_id"], bbox=[10, 10, 40, 40]) for i in split["images"]]
     (tmp_path / "split.json").write_text(json.dumps(split))
-    r = run(*small[1][:4], *SMALL, "--cls-dir", tree, "--val-json", tmp_path / "split.json", "--val-images", tree, "--max-iters", "1", "--out", tmp_path / "run")
+    r = run(*small.data, *QUICK, *FIRST, *SECOND, "--cls-dir", tree, "--val-json", tmp_path / "split.json", "--val-images", tree, "--max-iters", "1",
+            "--out", tmp_path / "run")
     assert r.stdout.count(f"{len(split['images'])} images of the benchmark left out") == 2
     results = json.loads((tmp_path / "run/stage2/results.json").read_text())
     assert results["images"] == len(split["images"]) and results["whole"] == 0 and "AP50_federated" in results
+    assert results["checkpoint"] == "last.pt" and "results are of last.pt" in r.stdout  # a benchmark chooses nothing
+    found = json.loads((tmp_path / "run/stage2/detections.json").read_text())
+    assert all(d["category_id"] in {c["id"] for c in split["categories"]} and d["score"] > 0.05 and d["checkpoint"] == "last.pt" for d in found)
     split["images"] = [i for i in split["images"] if ".tar/" in i["file_name"]]  # a page of samples has nothing to show then
     split["annotations"] = [a for a in split["annotations"] if a["image_id"] in {i["id"] for i in split["images"]}]
     (tmp_path / "split.json").write_text(json.dumps(split))
-    run(*small[1][:4], *SMALL, "--eval", tmp_path / "run/stage2/last.pt", "--val-json", tmp_path / "split.json", "--val-images", tree, "--out", tmp_path / "tars")
+    run(*small.data, *QUICK, "--eval", tmp_path / "run/stage2/last.pt", "--val-json", tmp_path / "split.json", "--val-images", tree, "--out", tmp_path / "tars")
     assert json.loads((tmp_path / "tars/results.json").read_text())["images"] == len(split["images"]) > 0 and not (tmp_path / "tars/samples.jpg").exists()
+
+
+# ------------------------------------------------------------------ own data, stopped runs
+
+def rewrite(path, change):
+    """A changed copy of a json beside it."""
+    content = json.loads(path.read_text())
+    change(content)
+    target = path.with_name(f"changed_{path.name}")
+    target.write_text(json.dumps(content))
+    return target
+
+
+def keep_classes(names):
+    def change(content):
+        content["categories"] = [c for c in content["categories"] if c["name"] in names]
+        ids = {c["id"] for c in content["categories"]}
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] in ids]
+    return change
+
+
+@pytest.fixture
+def own(small, stage1, tmp_path):
+    """Flags of stage II on own files, without a validation set, and the folder of a copy of these files."""
+    root = tmp_path / "own"
+    (root / "annotations").mkdir(parents=True)
+    for path in (small.root / "annotations").glob("*_*2017.json"):
+        shutil.copy(path, root / "annotations")
+    flags = ["--train-json", root / "annotations/instances_train2017.json", "--train-images", small.root / "train2017", "--cls-dir", small.root / "imagenet/train",
+             *QUICK, *SECOND, "--stage", "2", "--init", stage1, "--max-iters", "2", "--out", tmp_path / "run"]
+    return root, flags
+
+
+def test_own_data_without_a_validation_set(own, tmp_path):
+    r = run(*own[1])
+    assert r.stdout.count("no validation set: ") == 2 and "best.pt is the last" in r.stdout
+    assert same(weights(tmp_path / "run/best.pt"), weights(tmp_path / "run/last.pt")) and not (tmp_path / "run/results.json").exists()
+
+
+def test_validation_may_list_other_classes_than_training(own, small, tmp_path):
+    """By name: a part of training's, one that it does not know; ids of its own, annotation ids from 0."""
+    def change(content):
+        keep_classes(["circle", "red star", "fish"])(content)
+        renamed = {c["id"]: 70 + k for k, c in enumerate(content["categories"])}
+        content["categories"] = [dict(c, id=renamed[c["id"]]) for c in content["categories"]] + [dict(id=99, name="unicorn")]
+        content["annotations"] = [dict(a, id=k, category_id=renamed[a["category_id"]]) for k, a in enumerate(content["annotations"])]
+    path = rewrite(own[0] / "annotations/instances_valall2017.json", change)
+    r = run(*own[1], "--val-json", path, "--val-images", small.root / "valall2017")
+    assert "1 of its 4 classes are not known to the model and are not scored, first unicorn" in r.stdout
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert set(results["classes"]) == {"circle", "red star", "fish"} and "15 images, 3 of 4 classes" in r.stdout.replace("\n    ", " ")
+    assert {d["category_id"] for d in json.loads((tmp_path / "run/detections.json").read_text())} <= {70, 71, 72}
+
+
+def test_images_without_boxes_are_negatives_when_asked(own):
+    empty = lambda content: content.update(annotations=[a for a in content["annotations"] if a["image_id"] != content["images"][0]["id"]])
+    path = rewrite(own[0] / "annotations/instances_train2017.json", empty)
+    flags = [f if f != own[0] / "annotations/instances_train2017.json" else path for f in own[1]]
+    for more in ([], ["--keep-empty"]):
+        args = simple21k.parse_args([str(f) for f in [*flags, *more]])
+        data = simple21k.make_data(simple21k.resolve(simple21k.of_stage(args, 2, "x")), quiet=True)[1]
+        everything = len(data.records)
+        assert len(data) == everything if more else len(data) < everything
+    run(*flags, "--keep-empty")
+
+
+def test_lvis_files_that_its_evaluation_cannot_read_are_refused_before_training(photos, stage_names, stage1, tmp_path):
+    lacking = lambda content: content["images"][3].pop("neg_category_ids")
+    (tmp_path / "val.json").write_text((photos / "lvis_mini/annotations/coco_mini_as_lvis_v1_val.json").read_text())
+    path = rewrite(tmp_path / "val.json", lacking)
+    flags = [path if str(f).endswith("v1_val.json") else f for f in stage_names[1]]
+    r = run("--setup", "lvis", "--init", stage1, *flags, *REAL2, "--out", tmp_path / "run", fail=True)
+    assert "has no list neg_category_ids" in r.stderr and not (tmp_path / "run").exists()
+
+
+PERFECT = {
+    "as it is": lambda c: None,
+    "annotation ids restart": lambda c: [a.update(id=k % 3) for k, a in enumerate(c["annotations"])],
+    "boxes from another corner": lambda c: [a.update(bbox=[a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3], -a["bbox"][2], -a["bbox"][3]])
+                                            for a in c["annotations"][::3]],
+    "no crowd flags": lambda c: [a.update(iscrowd=None, area=None) for a in c["annotations"] if not a["iscrowd"]],
+    "ids as text": lambda c: ([i.update(id=f"i{i['id']}") for i in c["images"]], [a.update(image_id=f"i{a['image_id']}") for a in c["annotations"]]),
+    "an empty twin": lambda c: c["categories"].append(dict(c["categories"][0], id=999)),
+}
+
+
+@pytest.mark.parametrize("kind", PERFECT)
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_truth_scored_as_detections_is_perfect(own, small, kind, masks, tmp_path, monkeypatch):
+    """Through the script's own evaluation, whatever the ids and the awkward boxes of the file."""
+    path = rewrite(own[0] / "annotations/instances_valall2017.json", PERFECT[kind])
+    args = simple21k.parse_args([str(f) for f in [*own[1], "--val-json", path, "--val-images", small.root / "valall2017", *["--masks"] * masks]])
+    args = simple21k.resolve(simple21k.of_stage(args, 2, "x"))
+    arch = simple21k.make_data(args, quiet=True)[0]
+    val = simple21k.make_val(args, arch, quiet=True)
+    model = simple21k.Detector(arch)
+
+    def detect(model, batch, device, args, vocabulary, most):
+        index = [i for i in range(len(val)) if val.items[i][0] == batch["image_ids"][0]][0]
+        _, _, height, width, boxes, labels = val.items[index]
+        columns = [vocabulary.names.index(val.classes[k]) for k in labels.tolist()]
+        outlines = [val.records.segmentation(k) for k in val.rows(int(val.kept[index])).tolist()] if masks else []
+        from pycocotools import mask as rle
+        codes = [o if isinstance(o, dict) else rle.merge(rle.frPyObjects(o, height, width)) for o in outlines]
+        codes = [dict(c, counts=c["counts"].decode()) for c in codes] if masks else None
+        return dict(boxes=torch.from_numpy(boxes), scores=torch.ones(len(boxes)), labels=torch.tensor(columns, dtype=torch.long), masks=codes)
+    monkeypatch.setattr(simple21k, "detect", detect)
+    metrics, results = simple21k.evaluate(model, val, 0, 1, torch.device("cpu"), args)
+    assert [metrics[k] for k in ("AP", "AP50", "score")] == pytest.approx([100, 100, 100]) and len(results) > 30
+    if masks:
+        assert metrics["mask_AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_of_both_stages_stops_on_a_signal_and_continues_bit_by_bit(small, number, tmp_path):
+    """In stage I; --resume then does the rest of both."""
+    flags = [str(f) for f in (*small.flags, "--max-iters", "6")]
+    run(*flags, "--out", tmp_path / "whole")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "simple21k.py", *flags[:-1], "4000", "--stage1-epochs", "2000", "--out", str(tmp_path / "parts")]
+    # the number of epochs is part of the schedule: the run that is stopped has the same, and stops in its first steps
+    command = [sys.executable, "-c", STOPPING, str(number.value), *flags, "--out", str(tmp_path / "parts")]
+    r = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert r.returncode == 128 + number and "Traceback" not in r.stderr
+    line = r.stderr.strip().splitlines()[-1]
+    assert f"stopped by {number.name} at step 3" in line and "continue: python" in line and line.endswith("--resume")
+    assert torch.load(tmp_path / "parts/stage1/last.pt", weights_only=True)["it"] == 3 and not (tmp_path / "parts/stage2").exists()
+    r = run("--resume", "--out", tmp_path / "parts")
+    for stage in ("stage1", "stage2"):
+        assert same(weights(tmp_path / "whole" / stage / "last.pt"), weights(tmp_path / "parts" / stage / "last.pt"))
+        assert trace(tmp_path / "whole" / stage) == trace(tmp_path / "parts" / stage)
+
+
+STOPPING = """
+import os, sys
+number = int(sys.argv.pop(1))
+sys.argv[0] = "simple21k.py"
+sys.path.insert(0, os.getcwd())
+import simple21k
+step = simple21k.Run.step
+
+def stop(run, *rest):  # while the third step is noted
+    if run.it == 2:
+        os.kill(os.getpid(), number)
+    step(run, *rest)
+
+simple21k.Run.step = stop
+simple21k.main()
+"""
+
+
+def test_a_resumed_run_follows_its_data_and_refuses_other_flags(small, stage1, tmp_path):
+    """Paths that were the setup's are looked up under --data, which may have moved; what the run is stays."""
+    out = ["--out", tmp_path / "run"]
+    moved = tmp_path / "moved"
+    moved.symlink_to(small.root)
+    flags = [*small.data, *QUICK, *SECOND, "--stage", "2", "--init", stage1]
+    run(*flags, "--max-iters", "1", *out)
+    run("--resume", *out, "--data", moved, "--max-iters", "2")
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert saved["args"]["train_json"] == str(moved / "annotations/instances_train2017.json") and saved["it"] == 2
+    r = run("--resume", *out, "--val-boxes", small.root / "imagenet/val_boxes", "--val-images", small.root / "imagenet/val", "--max-iters", "3")
+    assert "results are of last.pt" in r.stdout and json.loads((tmp_path / "run/results.json").read_text())["checkpoint"] == "last.pt"
+    assert "which --resume keeps" in run("--resume", *out, "--head", "4conv1fc", fail=True).stderr
+    (tmp_path / "list.txt").write_text("n90000001\nn90000011\n")
+    torch.save(saved | dict(args=saved["args"] | dict(cls_list=str(tmp_path / "list.txt")), checksum=None) | dict(format=1), tmp_path / "run/last.pt")
+    assert "is damaged" in run("--resume", *out, fail=True).stderr
+    del saved["checksum"], saved["format"]
+    saved["args"]["cls_list"] = str(tmp_path / "list.txt")
+    torch.save(saved, tmp_path / "run/last.pt")
+    assert "was trained on other classes than the data have now" in run("--resume", *out, fail=True).stderr
+
+
+def test_only_one_process_predicts_and_pictures_of_two_runs_do_not_mix(small, tmp_path):
+    arch = dict(name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=True, det=["a", "b"], cls=["n1", "n2"], cls_names=["a", "c"], pair=[0, -1],
+                setup="own", image_size=64, stage1_size=32, augment="plain", level="canonical")
+    torch.manual_seed(0)
+    torch.save(simple21k.weights_of(simple21k.Detector(arch)), tmp_path / "w.pt")
+    photos = sorted((small.root / "val2017").iterdir())[:3]
+    flags = ["--weights", tmp_path / "w.pt", "--score", "0.001", "--max-dets", "3", "--out", tmp_path / "p"]
+    (tmp_path / "broken.jpg").write_bytes(b"no jpeg")
+    r = run("--predict", photos[0], tmp_path / "broken.jpg", photos[1], *flags)
+    assert "left out: " in r.stderr and "broken.jpg" in r.stderr
+    answer = json.loads((tmp_path / "p/predictions.json").read_text())
+    assert list(answer) == [str(photos[0]), str(photos[1])] and all("counts" in b["mask"] for boxes in answer.values() for b in boxes) and answer[str(photos[0])]
+    run("--predict", photos[2], *flags, "--no-masks", "--classes", "c")
+    (boxes,) = json.loads((tmp_path / "p/predictions.json").read_text()).values()
+    assert {b["label"] for b in boxes} == {"c"} and "mask" not in boxes[0] and len(list((tmp_path / "p").glob("*.jpg"))) == 1

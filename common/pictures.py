@@ -1,0 +1,413 @@
+"""Pictures of a run: boxes, curves, sample pages, result files; the loop over images to predict.
+
+    for picture in Pictures(args.predict, args.out, args.score):    # files and folders
+        boxes, scores, labels = detect(picture.pixels)              # (3, H, W) uint8, upright
+        picture.save(boxes, scores, labels, classes)                # notes and draws them
+                                                                    # at the end predictions.json
+"""
+import io
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.utils
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from .run import UserError, write_whole
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4",
+           "#008080", "#9a6324", "#800000", "#808000", "#000075")
+
+
+def upright(path):
+    """RGB PIL image, turned as its EXIF says. UserError where it cannot be decoded."""
+    from .datasets import read_image  # here: a run that only draws curves needs no datasets
+    return read_image(path)
+
+
+def to_tensor(image):
+    """RGB PIL image -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def font_path():
+    import matplotlib  # comes with lvis; here for its font
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+
+
+def write_bytes(path, content):
+    """A file appears whole or not at all, as write_whole's. No fsync: it can be made again."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: not written ({e.strerror or e})") from None
+
+
+def write_jpeg(path, image, quality, comment=""):
+    """PIL image -> file."""
+    content = io.BytesIO()
+    if max(image.size) > 65500:  # the format's limit
+        image = image.copy()
+        image.thumbnail((65500, 65500))
+    image.save(content, "jpeg", quality=quality, comment=comment.encode())
+    write_bytes(path, content.getvalue())
+
+
+# ------------------------------------------------------------------ curves
+
+def plot_curves(log_path, out_path):
+    """Every loss term and AP of a log.jsonl over the iterations."""
+    from matplotlib.figure import Figure  # comes with lvis; needed here only
+
+    rows = []
+    for line in Path(log_path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a kill cut it in half
+            continue
+    train = [r for r in rows if "loss" in r]
+    val = [r for r in rows if "loss" not in r and "refresh" not in r]
+    scores = [n for n in (val[-1] if val else ())
+              if n in ("AP", "AP50", "top1", "gt_known") or n.endswith("_AP50")
+              or n.startswith("AR1000_")]
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
+    for name in loss_terms(train):
+        left.plot([r["it"] for r in train], [r.get(name, math.nan) for r in train],
+                  label=name, lw=1)
+    left.set(xlabel="iteration", ylabel="loss", yscale="log")
+    for name in scores:
+        right.plot([r["it"] for r in val], [r.get(name, math.nan) for r in val], "o-", label=name)
+    right.set(xlabel="iteration", ylabel="percent")
+    for axis in (left, right):
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=90)
+    write_bytes(out_path, content.getvalue())
+
+
+def loss_terms(rows):
+    """["loss", its terms] of a log's steps. A row is it, epoch, loss, terms, watched numbers, lr,
+    ... in this order; the terms add up to the loss, which tells where they end."""
+    if not rows:
+        return []
+    names = list(rows[-1])
+    names = names[names.index("loss") + 1:]
+    if "lr" in names:
+        names = names[:names.index("lr")]
+    alike = [r for r in rows if set(names) <= set(r)]
+    for count in range(1, len(names)):
+        if all(adds_up(r, names[:count]) for r in alike):
+            return ["loss", *names[:count]]
+    return ["loss", *names]
+
+
+def adds_up(row, names):
+    rounding = 1e-6 * (len(names) + 1)  # rows have six digits
+    return abs(row["loss"] - sum(row[n] for n in names)) <= rounding
+
+
+# ------------------------------------------------------------------ boxes, a page of samples
+
+def draw_boxes(image, boxes, labels, classes, scores=None):
+    """uint8 (3, H, W) with boxes (N, 4) xyxy pixels and names drawn; scores (N,) in percent."""
+    if len(boxes) == 0:
+        return image
+    names = [classes[k] for k in labels.tolist()]
+    if scores is not None:
+        names = [f"{name} {100 * score:.0f}" for name, score in zip(names, scores.tolist())]
+    colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
+    short = min(image.shape[1:])
+    return torchvision.utils.draw_bounding_boxes(
+        image, boxes.cpu(), names, colours, width=max(1, short // 200), font=font_path(),
+        font_size=max(9, short // 35))
+
+
+def save_samples(dataset, results, path, title="", count=6, size=400):
+    """A page of validation images: ground truth on the left, results above 0.3 on the right.
+
+    dataset: items, a sequence of (image_id, name, height, width, boxes (M, 4) xyxy, labels (M,)),
+    folder, classes, category_ids, None for a class that the file lacks. results: COCO result dicts.
+    title: stands above the images and in the file's comment. No readable image: no page.
+    """
+    label_of = {c: k for k, c in enumerate(dataset.category_ids) if c is not None}
+    items = [dataset.items[k] for k in range(min(count, len(dataset.items)))]
+    found = {item[0]: [] for item in items}
+    for r in results:
+        if r["image_id"] in found and r["score"] > 0.3 and r["category_id"] in label_of:
+            found[r["image_id"]].append(r)
+    pictures = []
+    for image_id, name, height, width, boxes, labels in items:
+        try:
+            image = upright(Path(dataset.folder) / name)
+        except UserError:  # the page is a help, not a result
+            continue
+        scale = size / max(height, width)  # of the annotation's pixels; a file may have others
+        fitted = (max(1, int(width * scale)), max(1, int(height * scale)))
+        image = to_tensor(image.resize(fitted, Image.Resampling.BILINEAR))
+        mine = found[image_id]
+        theirs = torch.tensor([r["bbox"] for r in mine], dtype=torch.float32).reshape(-1, 4)
+        theirs[:, 2:] += theirs[:, :2]
+        truth = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        pair = (
+            draw_boxes(image, truth * scale, torch.as_tensor(labels), dataset.classes),
+            draw_boxes(image, theirs * scale,
+                       torch.tensor([label_of[r["category_id"]] for r in mine]),
+                       dataset.classes, torch.tensor([r["score"] for r in mine])))
+        for x in pair:
+            border = (0, size - x.shape[2], 0, size - x.shape[1])
+            pictures.append(torch.nn.functional.pad(x, border))
+    if not pictures:
+        return
+    grid = torchvision.utils.make_grid(torch.stack(pictures), nrow=4)
+    strip = 24 if title else 0
+    page = Image.new("RGB", (grid.shape[2], grid.shape[1] + strip), "white")
+    page.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, strip))
+    if title:
+        ImageDraw.Draw(page).text((6, 3), title, "black", ImageFont.truetype(font_path(), 14))
+    write_jpeg(path, page, 85, title)
+
+
+# ------------------------------------------------------------------ result files
+
+def write_results(out, metrics, detections, dataset, of, epoch, it):
+    """detections.json and samples.jpg (if there are detections and a dataset), then results.json.
+
+    Each says of which checkpoint, epoch and step it is: `of`, `epoch`, `it`, the last two None
+    where nobody knows. Detections of a class that the file has no id for (None) are not written.
+    """
+    out = Path(out)
+    which = dict(checkpoint=utf8(of), epoch=epoch)
+    title = utf8(of)
+    if epoch is not None:
+        title += f", epoch {epoch}"
+    if it is not None:
+        title += f", step {it}"
+    if detections is not None and dataset is not None:
+        texts = []
+        for k in range(0, len(detections), 10000):  # in parts: no second copy of 500,000 dicts
+            part = [r | which for r in detections[k:k + 10000] if r["category_id"] is not None]
+            if part:
+                texts.append(json.dumps(part)[1:-1])
+        write_whole(out / "detections.json", "[" + ",\n".join(texts) + "]")
+        save_samples(dataset, detections, out / "samples.jpg", title)
+    head = dict(which, it=it)
+    numbers = {k: v for k, v in metrics.items() if k != "line" and k not in head}
+    content = head | plain(numbers)
+    write_whole(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def utf8(path):
+    """A path as text of a UTF-8 file, also where the bytes of its name are no UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def plain(values):
+    """A dict as JSON can hold it, without the entries that it cannot: NaN, inf, tensors, ..."""
+    kept = {}
+    for name, value in values.items():
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, dict):
+            value = plain(value)
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            continue
+        if isinstance(name, (str, int, float)):
+            kept[name] = value
+    return kept
+
+
+# ------------------------------------------------------------------ --predict
+
+OURS = re.compile(r"\d{4,}_.*_(boxes|heat_.*)\.jpg", re.DOTALL)  # names of the pictures we write
+MARK = ".predict-unfinished"  # in a folder whose predictions.json is still to come
+
+
+class Pictures:
+    """The images of --predict, one Picture after the other, and at the end predictions.json.
+
+    names: files and folders. Images that cannot be read are left out with a line. `out` holds the
+    files of one run only: those of an earlier one go before the first picture, nothing else does.
+    """
+
+    def __init__(self, names, out, score):
+        self.names = " ".join(map(str, names))
+        self.out = Path(out)
+        self.score = score
+        self.answer = {}
+        self.paths = find_images(names, self.out)
+        if not self.paths:
+            raise UserError(f"--predict {self.names}: no image there")
+        self.earlier = earlier_files(self.out, self.paths)
+
+    def __iter__(self):
+        first = True
+        for number, path in enumerate(tqdm(self.paths, desc="predict")):
+            try:
+                pixels = to_tensor(upright(path))
+            except UserError as e:  # the others are still wanted
+                tqdm.write(f"left out: {e}", file=sys.stderr)
+                continue
+            if first:
+                self.clear()
+                first = False
+            yield Picture(self, number, path, pixels)
+        if first:
+            raise UserError(f"--predict {self.names}: no image can be read")
+        content = json.dumps(self.answer, indent=1, ensure_ascii=False)
+        write_whole(self.out / "predictions.json", content)
+        (self.out / MARK).unlink(missing_ok=True)
+        boxes = sum(map(len, self.answer.values()))
+        print(f"{boxes} boxes in {len(self.answer)} images -> {self.out}", flush=True)
+
+    def clear(self):
+        """From here on the folder is this run's. By the mark the next run knows what to remove,
+        should this one not come to its end."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(self.out / MARK, "")
+        for path in self.earlier:  # predictions.json first: it must not name what is gone
+            path.unlink(missing_ok=True)
+
+
+class Picture:
+    """An image to predict: pixels (3, H, W) uint8 RGB upright, path, number, stem (for names)."""
+
+    def __init__(self, pictures, number, path, pixels):
+        self.pictures = pictures
+        self.number = number
+        self.path = path
+        self.pixels = pixels
+        self.stem = part_of_name(path.stem, 55)
+        self.written = set()
+
+    def save(self, boxes, scores, labels, classes, masks=None, extra=None):
+        """Note the boxes above the wanted score, and draw them on the image.
+
+        boxes (N, 4) xyxy pixels of the image, scores (N,), labels (N,) of `classes`; masks: N RLE
+        dicts; extra: N dicts of what else is to be noted of a box.
+        """
+        keep = (scores > self.pictures.score).nonzero()[:, 0].cpu()
+        boxes = boxes.detach().float().cpu()
+        scores = scores.detach().float().cpu()
+        labels = labels.cpu()
+        noted = []
+        for i in keep.tolist():
+            entry = dict(box=[round(v, 1) for v in boxes[i].tolist()],
+                         score=round(scores[i].item(), 4), label=classes[labels[i].item()])
+            if masks:
+                entry["mask"] = masks[i]
+            if extra:
+                entry.update(extra[i])
+            noted.append(entry)
+        self.pictures.answer[utf8(self.path)] = noted
+        drawn = draw_boxes(self.pixels, boxes[keep], labels[keep], classes, scores[keep])
+        self.write("boxes", drawn)
+
+    def write(self, name, image):
+        """A further picture of this image, (3, H, W) tensor or (H, W, 3) array in 0 ... 255.
+        The next run into this folder removes it if its name begins with heat_."""
+        if torch.is_tensor(image):
+            image = image.detach().cpu().permute(1, 2, 0).numpy()
+        image = Image.fromarray(np.ascontiguousarray(image.clip(0, 255).astype(np.uint8)))
+        name = part_of_name(name, 30)
+        unique = name
+        while unique in self.written:  # names that differ only in what a file name cannot hold
+            unique = f"{name}_{len(self.written)}"
+        self.written.add(unique)
+        file = f"{self.number:04d}_{self.stem}_{unique}.jpg"
+        write_jpeg(self.pictures.out / file, image, 90)
+
+
+def part_of_name(text, most):
+    """Text as part of a file name: letters, digits, - . _; in UTF-8 at most 2 * most bytes."""
+    text = re.sub(r"[^\w.-]", "_", text)[:most]
+    return text.encode()[:2 * most].decode("utf-8", "ignore")
+
+
+def find_images(names, out):
+    """Paths of the images that files and folders name, each once. A named file is one whatever it
+    is called; in a folder hidden files are none, nor are our own pictures in `out`."""
+    found = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            paths = images_below(path, out)
+        elif path.exists():
+            paths = [path]
+        else:
+            raise UserError(f"--predict {name}: no such file or folder")
+        for p in paths:
+            found.setdefault(os.path.abspath(p), p)
+    return list(found.values())
+
+
+def images_below(top, out):
+    found, seen = [], set()
+    for folder, folders, files in os.walk(top, onerror=tell, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for file in files:
+            ours = OURS.fullmatch(file) and real == os.path.realpath(out)
+            if file.lower().endswith(SUFFIXES) and not file.startswith(".") and not ours:
+                found.append(Path(folder, file))
+    return sorted(found)
+
+
+def tell(error):
+    print(f"left out: {error.filename}: {error.strerror}", file=sys.stderr)
+
+
+def earlier_files(out, paths):
+    """What an earlier --predict left in `out`. UserError where files have the names that we write
+    and are not known to be ours, or are wanted as input."""
+    if not out.is_dir():
+        return []
+    answer = out / "predictions.json"
+    files = sorted(p for p in out.iterdir() if OURS.fullmatch(p.name))
+    unknown = None
+    if answer.exists():
+        files.insert(0, answer)
+        if not is_answer(answer):
+            unknown = answer
+    elif files and not (out / MARK).exists():
+        unknown = files[0]
+    if unknown:
+        raise UserError(f"--out {out}: holds {unknown.name}, which is not known to be of an "
+                        "earlier --predict; choose another folder, or remove it")
+    given = {os.path.abspath(p) for p in paths}
+    for path in files:
+        if os.path.abspath(path) in given:
+            raise UserError(f"--predict {path}: is of an earlier run into --out {out}, whose files "
+                            "would be removed; choose another --out")
+    return files
+
+
+def is_answer(path):
+    """Whether a file is a predictions.json of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+        return False
+    entries = [e for v in content.values() for e in v]
+    return all(isinstance(e, dict) and {"box", "score", "label"} <= set(e) for e in entries)

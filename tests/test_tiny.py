@@ -1,0 +1,227 @@
+"""common/tiny.py: the tiny backbone; the tiny CLIP, its data, loss and cache, two runs at once."""
+import ast
+import fcntl
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common import run, tiny
+from common.clip import FrozenCLIP, load_clip
+from common.run import UserError
+from common.shapes import make_shapes
+from common.tiny import (TINY, WIDTHS, NarrowResNet, TinyTower, coloured, contrastive, draw_batch,
+                         read_objects, tiny_clip, tiny_model, tiny_width)
+
+SMALL = dict(steps=2, objects=6, scenes=2)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), train=24, val=12)
+
+
+# ------------------------------------------------------------------ the tiny backbone
+
+def test_names_of_tiny_backbones():
+    assert [tiny_width(f"tiny{w}") for w in WIDTHS] == [8, 16, 24, 32, 48, 64]
+    others = ("r50", "tiny", "tiny0", "tiny12", "tiny128", "tiny 16", "tiny16x", "Tiny16",
+              "tiny-16", "tiny16\n", "tiny٨")
+    assert [tiny_width(name) for name in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_narrow_resnet_has_strides_and_channels_of_a_resnet(width):
+    net = NarrowResNet(width)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(torch.zeros(1, 3, 64, 96)))))
+    shapes = []
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = layer(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(width * 2**i, 16 >> i, 24 >> i) for i in range(4)]
+    assert net.inplanes == 8 * width
+    norms = [m for m in net.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))]
+    assert all(isinstance(m, nn.GroupNorm) and m.num_channels // m.num_groups == 8 for m in norms)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 12  # 1 + 4 * 2, and three shortcuts
+
+
+def test_narrow_resnet_depends_on_the_seed_alone():
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(NarrowResNet(8).state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+def test_the_backbone_needs_no_open_clip():
+    """A script without CLIP is copied without it."""
+    code = ast.parse(open(tiny.__file__, encoding="utf-8").read())
+    names = []
+    for node in code.body:
+        if isinstance(node, ast.Import):
+            names += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    assert "torchvision" in names and "run" in names and not {"open_clip", "clip"} & set(names)
+
+
+# ------------------------------------------------------------------ the tiny CLIP's networks
+
+@pytest.mark.parametrize("dim, size, width", [(64, 48, 16), (32, 32, 8)])
+def test_tower_maps_crops_to_rows(dim, size, width):
+    tower = TinyTower(dim, size, width).eval()
+    assert tower(torch.zeros(2, 3, size, size)).shape == (2, dim) and tower.image_size == size
+
+
+def test_tiny_clip_has_three_and_a_half_million_parameters():
+    model = tiny_model(**TINY)
+    assert 3.4e6 < sum(p.numel() for p in model.parameters()) < 3.6e6
+    assert model.context_length == 32 and model.visual.image_size == 48
+
+
+def test_contrastive_loss_by_hand():
+    eye = torch.eye(8)
+    one = torch.ones(8, 1)
+    assert contrastive(one, one, eye, 1.0).item() == pytest.approx(math.log(8), abs=1e-5)
+    far = math.log(1 + 7 * math.exp(-10))
+    assert contrastive(eye, eye, eye, 10.0).item() == pytest.approx(far, abs=1e-6)
+    same = torch.ones(2, 2)  # two pairs that mean the same: the entropy of the target alone is left
+    two = torch.ones(2, 1)
+    assert contrastive(two, two, same, 5.0).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+# ------------------------------------------------------------------ what it learns from
+
+def test_objects_and_captions_by_hand(tmp_path):
+    """Colours of captions: of a circle that is alone in its image, or nobody's."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val").mkdir()
+    for name, (w, h), grey in (("a.png", (10, 6), 9), ("b.png", (4, 8), 200)):
+        Image.fromarray(np.full((h, w, 3), grey, np.uint8)).save(tmp_path / "val" / name)
+    image = lambda i, name, w, h: dict(id=i, file_name=name, width=w, height=h)
+    box = lambda i, c, crowd=0: dict(image_id=i, category_id=c, bbox=[1, 2, 3, 4], iscrowd=crowd)
+    instances = dict(images=[image(7, "a.png", 10, 6), image(3, "b.png", 4, 8)],
+                     categories=[dict(id=1, name="circle"), dict(id=5, name="red star")],
+                     annotations=[box(7, 1), box(3, 1), box(3, 1), box(3, 5), box(7, 5, crowd=1)])
+    captions = dict(annotations=[dict(image_id=7, caption="A Blue circle, größer."),
+                                 dict(image_id=3, caption="a green circle and a red circle")])
+    for kind, content in (("instances", instances), ("captions", captions)):
+        text = json.dumps(content, ensure_ascii=False)
+        (tmp_path / f"annotations/{kind}_val.json").write_text(text, encoding="utf-8")
+    data = read_objects(tmp_path, "val")
+    assert data["images"].shape == (2, 3, 8, 10) and data["images"][0, 0, 5, 9] == 9
+    assert data["images"][0, :, 6:].max() == 0 and data["images"][1, 0, 7, 3] == 200
+    assert data["sizes"].tolist() == [[10, 6], [4, 8]] and data["owner"].tolist() == [0, 1, 1, 1]
+    assert data["boxes"].tolist() == [[1, 2, 4, 6]] * 4
+    circle = ("circle", None)
+    assert data["words"] == [("circle", "blue"), circle, circle, ("star", "red")]
+    assert data["names"] == ["circle", "circle", "circle", "red star"]
+    assert data["content"] == [{"circle", "red star"}] * 2
+    assert data["captions"][0] == ["A Blue circle, größer."]
+    assert coloured("red star") and not coloured("circle")
+
+
+def test_a_batch_pairs_each_crop_with_a_text_that_is_true_of_it(root):
+    data = read_objects(root, "train2017")
+    shown = []
+
+    def pixels_of(boxes, owner):
+        shown.append((boxes, owner))
+        return torch.arange(len(boxes) * 3 * 4.0).view(-1, 3, 2, 2)
+
+    even = torch.ones(len(data["names"]))
+    rng = torch.Generator().manual_seed(0)
+    pixels, texts, same = draw_batch(data, pixels_of, even, 40, 5, rng)
+    boxes, owner = shown[0]
+    assert len(boxes) == len(owner) == len(texts) == len(pixels) == 45 and same.shape == (45, 45)
+    assert same.diagonal().eq(1).all() and set(same.unique().tolist()) <= {0, 1}
+    assert torch.equal(boxes[40:, 2:], data["sizes"][owner[40:]] - 1.0)  # whole images
+    for text, image in zip(texts[40:], owner[40:].tolist()):
+        assert text in data["captions"][image]
+    assert all(t.startswith("a photo of a ") for t in texts[:40])
+    for i in range(40):
+        for j in range(40):
+            named_alike = texts[i].split()[-1] == texts[j].split()[-1]
+            assert not same[i, j] or named_alike
+    again = draw_batch(data, pixels_of, even, 40, 5, torch.Generator().manual_seed(0))
+    assert again[1] == texts and torch.equal(again[2], same)
+
+
+# ------------------------------------------------------------------ training and caching it
+
+def test_tiny_clip_is_reproducible_cached_and_leaves_the_random_stream_alone(
+        root, tmp_path, capsys):
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    a = tiny_clip(root, tmp_path / "a", **SMALL)
+    assert torch.equal(torch.rand(2), want)
+    b = tiny_clip(root, tmp_path / "b", **SMALL)
+    x, y = (torch.load(p, weights_only=True) for p in (a, b))
+    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
+    assert capsys.readouterr().out.count("zero-shot accuracy") == 2
+    assert tiny_clip(root, tmp_path / "a", **SMALL) == a and not capsys.readouterr().out
+    assert tiny_clip(root, tmp_path / "a", seed=1, **SMALL) != a
+    assert run.LOCKS == {}
+    clip = load_clip(a)
+    assert isinstance(clip, FrozenCLIP) and clip.name == f"tiny-{x['id']}"
+    assert clip.class_embeddings(["red star", "circle"]).shape == (2, 64)
+
+
+def test_the_file_of_the_embedded_dataset_keeps_its_name(tmp_path):
+    """What a laptop has trained before is found again: the name is a hash of the recipe."""
+    (tmp_path / "tiny-clip-cd3c4507902a.pt").touch()
+    found = tiny_clip("anywhere/shapes-1", tmp_path)
+    assert found == str(tmp_path / "tiny-clip-cd3c4507902a.pt")
+
+
+HOLD = """import fcntl, pathlib, sys, time
+guard, made = map(pathlib.Path, sys.argv[1:])
+guard.mkdir()
+file = open(guard / ".lock", "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write('{"pid": 77, "host": "laptop"}')
+file.flush()
+print("held", flush=True)
+time.sleep(1.5)
+made.touch()
+"""
+
+
+def test_a_second_run_waits_for_the_first_to_train(root, tmp_path, capsys):
+    name = tiny_clip(root, tmp_path / "name", **SMALL).rsplit("/", 1)[1]
+    capsys.readouterr()
+    (tmp_path / "clip").mkdir()
+    made = tmp_path / "clip" / name
+    other = subprocess.Popen([sys.executable, "-c", HOLD, made.with_name(f".{name}.making"), made],
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert tiny_clip(root, tmp_path / "clip", **SMALL) == str(made)
+    assert other.wait() == 0
+    said = capsys.readouterr().out
+    assert "waiting for process 77 on laptop" in said and "accuracy" not in said
+    assert made.stat().st_size == 0 and run.LOCKS == {}  # nothing was trained here
+
+
+def test_a_training_that_fails_lets_the_next_one_in(tmp_path):
+    with pytest.raises(OSError):
+        tiny_clip(tmp_path / "no shapes", tmp_path, **SMALL)
+    assert run.LOCKS == {}
+    guard = next(tmp_path.glob(".tiny-clip-*.making"))
+    with open(guard / ".lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "clip").write_text("a file")
+    with pytest.raises(UserError, match="clip: cannot be made") as e:
+        tiny_clip(tmp_path, tmp_path / "clip", **SMALL)
+    assert "\n" not in str(e.value)

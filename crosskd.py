@@ -832,7 +832,7 @@ def make_pair(args, data, rank, world, device):
     student.arch["image_size"] = default_size(args, kind)  # --eval and --predict see the images as training did
     if teacher:
         check_pair(teacher, teacher_classes, student, data.classes)
-        teacher.to(device)
+        teacher.to(device).requires_grad_(False)
     return student.to(device), teacher
 
 

@@ -92,6 +92,11 @@ def fp32(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def device_type(x):
+    """What torch.autocast is told: it does not know the meta device, on which describe_model counts FLOPs."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def msda_grid(value, level_sizes, at, weight):
     """Multi-scale deformable attention (Zhu et al. 2021, Eq. 3) by grid_sample.
 
@@ -159,7 +164,7 @@ class DeformableAttention(nn.Module):
             at = reference[:, :, None, :, None] + offsets / offsets.new_tensor([(w, h) for h, w in level_sizes])[:, None]
         else:
             at = reference[:, :, None, :, None, :2] + offsets / self.points * reference[:, :, None, :, None, 2:] * 0.5
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(device_type(query), enabled=False):
             arguments = values.to(at.dtype), level_sizes, at, weight.to(at.dtype)
             out = checkpoint(core, *arguments, use_reentrant=False, preserve_rng_state=False) if save_memory else core(*arguments)
         return self.output_proj(out)
@@ -394,7 +399,7 @@ class DKDETR(nn.Module):
 
         # Two-stage: the best N coarse boxes start the decoder.
         usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padded
-        with torch.autocast(memory.device.type, enabled=False):  # ranks are the identity of KD queries: bf16 scores would tie
+        with torch.autocast(device_type(memory), enabled=False):  # ranks are the identity of KD queries: bf16 scores would tie
             z = self.memory_norm(self.memory_trans(memory.masked_fill(~usable[..., None], 0)))
             objectness = self.objectness(z)[..., 0]
             anchor_logits = (anchors / (1 - anchors)).log().masked_fill(~usable[..., None], math.inf)
@@ -449,7 +454,7 @@ class DKDETR(nn.Module):
             x = layer(x, state["where"], reference[:, :, None] * state["ratio"], state["values"][index], state["level_sizes"], self.core,
                       seen[index] if seen else None)
             h = fp32(x)
-            with torch.autocast(h.device.type, enabled=False):
+            with torch.autocast(device_type(h), enabled=False):
                 features.append(project(h))
                 if update:
                     boxes.append((refine(h) + inverse_sigmoid(reference)).sigmoid())
@@ -1339,6 +1344,8 @@ def parse_args(argv=None):
         p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected LOW <= HIGH")
     if args.dim is not None and args.dim % 32:
         p.error(f"--dim {args.dim}: must be a multiple of 32")
+    if args.eval and args.dataset and args.out == "runs/dkdetr-eval":  # one checkpoint on several datasets
+        return argparse.Namespace(**vars(args) | dict(out=f"{args.out}-{args.dataset}"))
     if args.eval or args.predict:
         return args
     if args.dataset in ("objects365", "voc") or args.dataset == "coco" and not args.train_json:

@@ -18,7 +18,7 @@ every distilled student this script trains the same student for as long WITHOUT 
     torchrun --nproc_per_node 8 prototype_kd.py --teacher fasterrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn --out runs/tv   # torchvision's weights
     torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --student faster_r101 --out runs/voc_teacher                     # VOC: a teacher,
     torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --student faster_r50 --out runs/voc_student                      # a student,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher runs/voc_teacher/best.pt --init runs/voc_student/best.pt --out runs/voc   # and both
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher runs/voc_teacher/last.pt --init runs/voc_student/last.pt --out runs/voc   # and both
     python prototype_kd.py --eval fasterrcnn_resnet50_fpn_v2              # metrics of any of these, or of runs/x/best.pt
     python prototype_kd.py --predict photo.jpg dir/ --weights runs/x/best.pt
 Not run by us: COCO and VOC at full size. On shapes (three seeds, README): +1.1 AP over the student continued without distillation; class scores alone
@@ -882,8 +882,10 @@ def make_pair(args, data, rank, world, device):
     """(student, teacher or None) of the flags, on the device."""
     teacher = None
     if args.teacher != "none":
-        kind = kind_of_name(args.student or arch_of(args.init, "--init")["name"])
-        spec = args.teacher or shapes_detector(f"{kind}_tiny32", args, rank, world, device)
+        spec = args.teacher
+        if spec is None:
+            kind = kind_of_name(args.student or arch_of(args.init, "--init")["name"])
+            spec = shapes_detector(f"{kind}_tiny32", args, rank, world, device)
         teacher = load_detector(spec, "--teacher").requires_grad_(False).to(device)
         check_classes(teacher, data.classes, f"--teacher {spec}")
     start = args.init or shapes_detector(args.student, args, rank, world, device)
@@ -1060,13 +1062,14 @@ def continued(args, rank, world, device):
         theirs = dict(state["args"], total_batch=state["total_batch"])
         ours = dict(vars(args), total_batch=args.batch_size * args.accumulate * world)
         wrong = [k for k in (*SAME, "total_batch") if theirs.get(k) != ours[k]]
-        if wrong or theirs["teacher"] != "none":
+        follows = args.control == "run" and args.resume  # --resume changed these flags, for the control, too
+        if theirs["teacher"] != "none" or wrong and not follows:
             text = f"--control {folder}: is no continuation without distillation of this run"
             for k in wrong[:1]:
                 text += (f": its {k.replace('_', '-')} is {theirs.get(k)}, here {ours[k]}; give another "
                          "folder, or --control none")
             raise UserError(text)
-        finished = state.get("finished", False)
+        finished = state.get("finished", False) and not wrong
     if finished:
         return folder
     if args.control != "run":
@@ -1206,9 +1209,9 @@ def shapes_table(args, rank, world, device):
         rows.append((f"student {word}", out / word, time.time() - since))
         since = time.time()
     if rank == 0:
-        print("\nshapes, 300 validation images     AP  AP50  AP75   seconds")
-        for name, folder, seconds in rows:
-            m = read_json(folder / "results.json")
+        results = [read_json(folder / "results.json") for _, folder, _ in rows]
+        print(f"\nshapes, {results[-1]['images']} validation images     AP  AP50  AP75   seconds")
+        for (name, _, seconds), m in zip(rows, results):
             print(f"{name:31s} {m['AP']:5.1f} {m['AP50']:5.1f} {m['AP75']:5.1f} {seconds:9.0f}")
 
 

@@ -72,7 +72,7 @@ from common.datasets import (CocoDataset, collate, eval_loader, objects365, read
 from common.evaluation import (class_mean, class_table, coco_evaluate, encode_mask, import_lvis, localise, lvis_evaluate,
                                sparse_ap, to_coco_results)
 from common.imagenet import (ImageIndex, LabelledImages, LocalisationImages, Stream, check_localisation, collate_labelled,
-                             jitter_image, read_ilsvrc, unprintable)
+                             hidden, jitter_image, read_ilsvrc, unprintable)
 from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model, gather, given_flags,
                         holds_run, load_checkpoint, load_strict, number, open_run, parse, parser, reduce_mean, run_flags,
                         saved_flags, seed_all, started, warmup_multistep, wrap_ddp, write_whole)
@@ -167,7 +167,7 @@ class Detector(nn.Module):
 
     def __init__(self, arch, drop_path=0.0):
         super().__init__()
-        self.arch, tiny = arch, arch["name"].startswith("tiny")
+        self.arch, self.watch, tiny = arch, {}, arch["name"].startswith("tiny")
         c, k = len(arch["det"]), len(arch["cls"])
         dim, hidden, scale = (32, 256, 4) if tiny else (256, 1024, 1)  # the embedded dataset's images are of 100 pixels
         self.canonical, self.body = 224 / scale, Body(arch["name"], drop_path)
@@ -363,11 +363,11 @@ CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 class Learner(nn.Module):
     """One training step: forward(dict(det=batch, cls=batch)) -> {name: weighed loss}. Both kinds of images go through one
     forward, so each parameter has a gradient in every step of every process, and DDP never waits for one that took no part.
-    watch: numbers of the step that are no losses."""
+    model.watch: numbers of the step that are no losses."""
 
     def __init__(self, model, args):
         super().__init__()
-        self.model, self.args, self.watch = model, args, {}
+        self.model, self.args = model, args
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
 
     def autocast(self, x):
@@ -385,7 +385,7 @@ class Learner(nn.Module):
         logits = self.model.whole_image(images, batch["image_sizes"], self.args.stage1_level, self.args.amp == "bf16")
         if self.args.stage1_level == "all" and not self.model.arch["gap"]:
             label = label.repeat(4)
-        self.watch = dict(top1=100 * (logits.argmax(1) == label).float().mean())
+        self.model.watch = dict(top1=100 * (logits.argmax(1) == label).float().mean())
         other = label.view(-1, len(images)).roll(1, 1).flatten() if mix else None
         return dict(cls=mixed_cross_entropy(logits, label, other, mix[0] if mix else 1.0, 0.1 if self.args.augment == "strong" else 0.0))
 
@@ -416,7 +416,7 @@ class Learner(nn.Module):
             if args.fg_grad_on_cls:
                 loss = loss + F.softplus(-model.fg(whole_h)).mean()  # log S_fg of Eq. 4 with its gradient
             losses["cls"] = args.cls_weight * loss
-            self.watch = dict(top1=100 * (logits.argmax(1) == cls["labels"]).float().mean())
+            self.model.watch = dict(top1=100 * (logits.argmax(1) == cls["labels"]).float().mean())
         return losses
 
     def rpn_and_rois(self, x, maps, det):
@@ -585,8 +585,10 @@ def detect(model, batch, device, args, vocabulary, most=None, best=False):
 
 # ================================================================== checkpoints
 
-ARCH = dict(name=str, stage=int, head=str, gap=bool, masks=bool, det=list, cls=list, cls_names=list, pair=list, setup=str,
-            image_size=int, stage1_size=int, augment=str, level=str)
+ARCH = dict(name=str, stage=int, head=str, gap=bool, masks=bool, det=list, cls=list, cls_names=list,
+            pair=list, setup=str, image_size=int, stage1_size=int, augment=str, level=str)
+CHOICES = dict(stage=(1, 2), head=("2fc", "4conv1fc"), setup=("s1", "s2", "s3", "lvis", "own"),
+               augment=("plain", "weak", "strong"), level=("canonical", "random", "all"))
 
 
 def plain_of(model):
@@ -611,13 +613,15 @@ def read_model_file(path, flag):
 
 
 def is_arch(arch):
-    """Whether a Detector can be built from it."""
-    if not isinstance(arch, dict) or not all(isinstance(arch.get(k), kind) for k, kind in ARCH.items()):
+    """Whether a Detector can be built from it, and used."""
+    if not isinstance(arch, dict) or not all(type(arch.get(k)) is kind for k, kind in ARCH.items()):
         return False
-    same = len(arch["cls"]) == len(arch["cls_names"]) == len(arch["pair"])
-    paired = all(isinstance(p, int) and -1 <= p < len(arch["det"]) for p in arch["pair"])
+    chosen = all(arch[k] in values for k, values in CHOICES.items()) and is_backbone(arch["name"])
+    sized = all(32 <= arch[k] <= 2**15 and arch[k] % 32 == 0 for k in ("image_size", "stage1_size"))
     named = all(isinstance(n, str) for k in ("det", "cls", "cls_names") for n in arch[k])
-    return same and paired and named and is_backbone(arch["name"]) and arch["stage"] in (1, 2)
+    same = len(arch["cls"]) == len(arch["cls_names"]) == len(arch["pair"])
+    paired = all(type(p) is int and -1 <= p < len(arch["det"]) for p in arch["pair"])
+    return chosen and sized and named and same and paired
 
 
 def is_backbone(name):
@@ -651,11 +655,12 @@ def load_imagenet(body, name):
 
 
 def load_init(model, args, rank):
-    """Stage I (or an earlier detector) into a new one: all parts that both have; prints which. g^ goes by wnid, so a part of
-    the classes may go on.
+    """Stage I (or an earlier detector) into a new one: all parts that both have; prints which. g^ goes
+    by wnid, so a part of the classes may go on.
 
-    A backbone that does not fit is an error: a detector that silently starts from noise is the commonest cause of bad numbers.
-    g is new where its classes are others."""
+    A backbone that does not fit is an error: a detector that silently starts from noise is the
+    commonest cause of bad numbers. g is new where its classes are others.
+    """
     arch, state = read_model_file(args.init, "--init")
     ours, new, where, every = model.arch, model.state_dict(), f"--init {args.init}", set(state)
     for key in ("name",) if arch["gap"] else ("name", "head"):
@@ -669,8 +674,9 @@ def load_init(model, args, rank):
         missing = [w for w in ours["cls"] if w not in row]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{where}: does not know class {missing[0]}{more} of --cls-dir; train stage I on them, "
-                            "leave them out with --cls-list, or start the classifier anew with --reinit-cls")
+            raise UserError(f"{where}: does not know class {missing[0]}{more} of --cls-dir; train stage I on "
+                            "them, leave them out with --cls-list, or start the classifier anew with "
+                            "--reinit-cls")
         rows = torch.tensor([row[w] for w in ours["cls"]])
         if any(len(v) != len(row) for k, v in state.items() if k.startswith("cls.")):
             raise UserError(f"{where}: its classifier has not the size of its list of {len(row)} classes")
@@ -694,7 +700,8 @@ def resuming(args):
 
 
 def arch_before(args):
-    """arch of the checkpoint that stage II starts from, or, resumed, of its last.pt; None for imagenet and none."""
+    """arch of the checkpoint that stage II starts from, or, resumed, of its last.pt; None for imagenet
+    and none."""
     if args.stage != 2 or args.init in (None, "imagenet", "none"):
         return None
     if resuming(args):
@@ -714,9 +721,9 @@ def read_lines(path, flag):
 
 
 def wordnet_ids(path, synsets):
-    """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma bass; a line ends in the
-    offsets of its senses, in order, and a wnid is n + offset. Offsets are those of version 3.0 only. Synsets that WordNet has
-    not are left out."""
+    """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma bass; a
+    line ends in the offsets of its senses, in order, and a wnid is n + offset. Offsets are those of
+    version 3.0 only. Synsets that WordNet has not are left out."""
     strange = [s for s in synsets if not re.fullmatch(r".+\.[a-z]\.\d+", s.lower())]
     if strange:
         raise UserError(f"synset {strange[0]}: expected lemma.n.number, as bass.n.03")
@@ -736,7 +743,8 @@ def wordnet_ids(path, synsets):
         if int(sense) <= len(offsets.get(lemma, ())):
             answer[s] = f"n{offsets[lemma][int(sense) - 1]}"
     if not answer:
-        raise UserError(f"--wordnet {path}: holds none of the synsets; it should be WordNet 3.0's dict/index.noun")
+        raise UserError(f"--wordnet {path}: holds none of the synsets; it should be WordNet 3.0's "
+                        "dict/index.noun")
     return answer
 
 
@@ -786,12 +794,13 @@ def read_class_list(args):
 
 def need(path, flag, where):
     if path is None or not Path(path).exists():
-        raise UserError(f"{flag}{f' {path}' if path else ''}: is missing; {where} (--data shapes needs nothing)")
+        named = f"{flag} {path}" if path else flag
+        raise UserError(f"{named}: is missing; {where} (--data shapes needs nothing)")
 
 
 def wnids_of(args, categories):
-    """{detection class name: wnid}: by --overlap, or in setup s1 by WordNet, from the synsets that LVIS's categories have;
-    else {}."""
+    """{detection class name: wnid}: by --overlap, or in setup s1 by WordNet, from the synsets that
+    LVIS's categories have; else {}."""
     if args.overlap:
         answer = read_overlap(args.overlap)
         strange = sorted(set(answer) - {c["name"] for c in categories})
@@ -833,8 +842,8 @@ def is_localisation(path):
 
 
 def benchmark_images(args):
-    """File names of a localisation set that lies in the training folder (setup s3: or is a copy from it): they take no part in
-    training, Sec. 4.1."""
+    """File names of a localisation set that lies in the training folder (setup s3: or is a copy from
+    it): they take no part in training, Sec. 4.1."""
     if not args.val_json or not Path(args.val_json).exists() or not args.val_images:
         return []
     if args.setup != "s3" and Path(args.val_images).resolve() != Path(args.cls_dir).resolve():
@@ -846,31 +855,34 @@ def benchmark_images(args):
 
 
 def labelled_index(args, partners, quiet=False):
-    """ImageIndex of --cls-dir: all its classes, those of --cls-list, in setup s1 those that are LVIS's; without the benchmark's
-    images."""
+    """ImageIndex of --cls-dir: all its classes, those of --cls-list, in setup s1 those that are LVIS's;
+    without the benchmark's images."""
     wanted = read_class_list(args)
     if args.setup == "s3":
-        need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never published, "
-             "--make-split draws one")
-    need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as ImageNet's train")
+        need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never "
+             "published, --make-split draws one")
+    need(args.cls_dir, "--cls-dir", "a folder with a folder or .tar of images for each class, as "
+         "ImageNet's train")
     if args.setup == "s1" and Path(args.cls_dir).is_dir():
-        held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir()}
+        held = {e.name.removesuffix(".tar") for e in Path(args.cls_dir).iterdir() if not hidden(e.name)}
         wanted = sorted(set(partners) & held & set(wanted or held))
         if not wanted:
-            raise UserError(f"--cls-dir {args.cls_dir}: holds none of the {len(partners)} wnids of LVIS; there is nothing to "
-                            "evaluate")
+            raise UserError(f"--cls-dir {args.cls_dir}: holds none of the {len(partners)} wnids of LVIS; "
+                            "there is nothing to evaluate")
     index = open_index(args.cls_dir, wanted, quiet)
     index.drop(benchmark_images(args))
     if len(index.classes) < 2:
-        raise UserError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier needs two")
+        raise UserError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier "
+                        "needs two")
     return index
 
 
 def make_vocabulary(args, quiet=False, before=None):
-    """(dict(det, cls, cls_names, pair), ImageIndex or None, Records of the boxes or None): the two label spaces and what they
-    share.
+    """(dict(det, cls, cls_names, pair), ImageIndex or None, Records of the boxes or None): the two
+    label spaces and what they share.
 
-    before: the arch of --init; boxes alone (--cls-ratio 0) keep its classes, and without it there are none.
+    before: the arch of --init; boxes alone (--cls-ratio 0) keep its classes, and without it there are
+    none.
     """
     index, records, det, wnid_of, cls, names = None, None, [], {}, [], []
     if args.stage == 2 or args.setup == "s1":
@@ -880,33 +892,37 @@ def make_vocabulary(args, quiet=False, before=None):
         if args.setup == "s3":
             records = objects365(records, args.train_images)
         det = records.classes
-        if args.setup == "s1" and not all("synset" in c and "frequency" in c for c in records.categories):
-            raise UserError(f"{args.train_json}: categories lack synset or frequency; setup s1 reads LVIS v1's json")
+        if args.setup == "s1" and not all({"synset", "frequency"} <= set(c) for c in records.categories):
+            raise UserError(f"{args.train_json}: categories lack synset or frequency; setup s1 reads LVIS "
+                            "v1's json")
         wnid_of = wnids_of(args, records.categories)
     name_of = {w: n for n, w in wnid_of.items()}
     if args.setup != "lvis" and (args.stage == 1 or args.cls_ratio):
         index = labelled_index(args, name_of, quiet)
         cls, names = index.classes, class_names(args, index.classes)
-    elif args.setup != "lvis" and before and not before["gap"]:  # of '-reform' no g^ is left, and a new one would stay noise
+    elif args.setup != "lvis" and before and not before["gap"]:  # of '-reform' no g^ is left
         cls, names = list(before["cls"]), list(before["cls_names"])
     if args.setup == "s1":
         names = [name_of.get(w, w) for w in cls]
         det = [c["name"] for c in records.categories if c["name"] in set(names) and c["frequency"] != "r"]
         if not quiet:
-            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, {len(cls) - len(det)} novel "
-                  "(of fall 2011's: 997, 720, 277)", flush=True)
+            print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, "
+                  f"{len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)", flush=True)
         if not det:
-            raise UserError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or frequent; there "
-                            "are no base classes")
+            raise UserError(f"--cls-dir {args.cls_dir}: none of its {len(cls)} classes of LVIS is common or "
+                            "frequent; there are no base classes")
     lost = sorted(set(wnid_of.values()) - set(cls)) if args.overlap and cls else []
     if lost and not quiet:
         more = f" and {len(lost) - 1} more are" if len(lost) > 1 else " is"
-        print(f"--overlap {args.overlap}: {lost[0]}{more} not among the {len(cls):,} classes with images", flush=True)
-    return dict(det=det, cls=cls, cls_names=names, pair=pair_classes(args, det, cls, names, name_of)), index, records
+        print(f"--overlap {args.overlap}: {lost[0]}{more} not among the {len(cls):,} classes with images",
+              flush=True)
+    pair = pair_classes(args, det, cls, names, name_of)
+    return dict(det=det, cls=cls, cls_names=names, pair=pair), index, records
 
 
 def pair_classes(args, det, cls, names, name_of):
-    """For each classification class its detection class or -1. name_of: {wnid: detection class} where these are told."""
+    """For each classification class its detection class or -1. name_of: {wnid: detection class} where
+    these are told."""
     column = {n: k for k, n in enumerate(det)}
     if name_of:
         return [column.get(name_of.get(w), -1) for w in cls]
@@ -923,12 +939,12 @@ def pair_classes(args, det, cls, names, name_of):
 
 
 def make_split(args):
-    """--make-split, Sec. 4.1: 5 images of each class, 20 % of classes with fewer than 25, none of those with fewer than 5; COCO's
-    format without boxes."""
+    """--make-split, Sec. 4.1: 5 images of each class, 20 % of classes with fewer than 25, none of those
+    with fewer than 5; COCO's format without boxes."""
     if not Path(args.make_split).parent.is_dir():
         raise UserError(f"--make-split {args.make_split}: its folder does not exist")
-    index, generator = ImageIndex(args.cls_dir, read_class_list(args)), torch.Generator().manual_seed(args.seed)
-    images, kept = [], []
+    index = ImageIndex(args.cls_dir, read_class_list(args))
+    generator, images, kept = torch.Generator().manual_seed(args.seed), [], []
     for k, wnid in enumerate(index.classes):
         first, count = int(index.first[k]), int(index.first[k + 1] - index.first[k])
         if count >= 5:
@@ -939,8 +955,8 @@ def make_split(args):
                     width, height = index.read(first + i).size
                 except UserError:  # the next one then
                     continue
-                name = index.name(first + i)
-                images.append(dict(id=len(images) + 1, file_name=name, width=width, height=height, category_id=len(kept)))
+                images.append(dict(id=len(images) + 1, file_name=index.name(first + i), width=width,
+                                   height=height, category_id=len(kept)))
                 wanted -= 1
                 if not wanted:
                     break
@@ -953,20 +969,29 @@ def make_split(args):
 # ================================================================== data: images
 
 class ClassificationTransform:
-    """Stage I's augmentation of a PIL image -> (3, S, S) uint8: random crop and flip; weak: colours; strong: RandAugment and random erasing.
+    """Stage I's augmentation of a PIL image -> (3, S, S) uint8: random crop and flip; weak: colours;
+    strong: RandAugment and random erasing.
 
     Swin's RandAugment is magnitude 9 of 10 with noise; torchvision counts to 30 and has no noise: 27.
 
-    train False: short side S * 8/7, centre crop; plain: the whole image, its objects may stand at the border. The randomness of torchvision's transforms comes
-    from the sample's own seed."""
+    train False: short side S * 8/7, centre crop; plain: the whole image, its objects may stand at the
+    border. The randomness of torchvision's transforms comes from the sample's own seed.
+    """
 
     def __init__(self, size, augment, train, crop=0.08):
         self.size, self.erase = size, 0.25 if augment == "strong" and train else 0.0
-        bicubic = T.InterpolationMode.BICUBIC if augment == "strong" else T.InterpolationMode.BILINEAR
-        self.steps = (T.Compose([T.RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic), T.RandomHorizontalFlip(), *(
-            dict(plain=[], weak=[T.ColorJitter(0.4, 0.4, 0.4)], strong=[T.RandAugment(2, 27, interpolation=bicubic)])[augment]), T.PILToTensor()]) if train else
-            T.Compose([*([T.Resize((size, size))] if augment == "plain" else [T.Resize(round(size * 8 / 7), interpolation=bicubic), T.CenterCrop(size)]),
-                       T.PILToTensor()]))
+        mode = T.InterpolationMode.BICUBIC if augment == "strong" else T.InterpolationMode.BILINEAR
+        if train:
+            steps = [T.RandomResizedCrop(size, (crop, 1.0), interpolation=mode), T.RandomHorizontalFlip()]
+            if augment == "weak":
+                steps.append(T.ColorJitter(0.4, 0.4, 0.4))
+            if augment == "strong":
+                steps.append(T.RandAugment(2, 27, interpolation=mode))
+        elif augment == "plain":
+            steps = [T.Resize((size, size))]
+        else:
+            steps = [T.Resize(round(size * 8 / 7), interpolation=mode), T.CenterCrop(size)]
+        self.steps = T.Compose([*steps, T.PILToTensor()])
         self.eraser = T.RandomErasing(1.0, value="random")
 
     def __call__(self, image, rng):
@@ -974,13 +999,16 @@ class ClassificationTransform:
             torch.manual_seed(rng.getrandbits(62))
             image = self.steps(image)
             if rng.random() < self.erase:  # noise of the images' own mean and deviation
-                mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-                image = ((self.eraser((image / 255 - mean) / std) * std + mean) * 255).round().clamp(0, 255).byte()
+                mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+                std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+                image = (self.eraser((image / 255 - mean) / std) * std + mean) * 255
+                image = image.round().clamp(0, 255).byte()
         return image, (self.size, self.size)
 
 
 class DetectionTransform:
-    """Stage II's weak augmentation of a classification image: large-scale jitter and flip, as for detection images."""
+    """Stage II's weak augmentation of a classification image: large-scale jitter and flip, as for
+    detection images."""
 
     def __init__(self, canvas, jitter):
         self.canvas, self.jitter = canvas, jitter
@@ -990,7 +1018,8 @@ class DetectionTransform:
 
 
 class ClassImages(LabelledImages):
-    """Labelled images on a canvas. labels: the model's of each class of the index. both: classes with boxes, too."""
+    """Labelled images on a canvas. labels: the model's of each class of the index. both: classes with
+    boxes, too."""
 
     def __init__(self, index, transform, canvas, labels=(), both=0):
         super().__init__(index, transform)
@@ -1024,29 +1053,34 @@ class Benchmark(LocalisationImages):
             self.items.append((i["id"], i["file_name"], i["height"], i["width"], boxes, labels))
 
     def report(self):
-        return (f"{self.where}: {len(self.truth['annotations']):,} boxes, {len(self):,} images, {len(self.classes):,} classes; "
-                "they choose nothing: results are of last.pt")
+        boxes = len(self.truth["annotations"])
+        return (f"{self.where}: {boxes:,} boxes, {len(self):,} images, {len(self.classes):,} classes; they "
+                "choose nothing: results are of last.pt")
 
 
 def make_data(args, quiet=False, before=None):
-    """(arch of the model, detection images or None, classification images or None) to train on. before: see make_vocabulary."""
+    """(arch of the model, detection images or None, classification images or None) to train on. before:
+    see make_vocabulary."""
     words, index, records = make_vocabulary(args, quiet, before or arch_before(args))
     stage = args.stage
     if stage == 1:
         words |= dict(det=[], pair=[-1] * len(words["cls"]))
     arch = dict(words, name=args.backbone, kind=f"stage{stage}", stage=stage, head=args.head,
-                gap=stage == 1 and args.stage1_head == "gap", masks=stage == 2 and args.masks, setup=args.setup,
-                image_size=args.image_size, stage1_size=args.stage1_size, augment=args.augment, level=args.stage1_level)
+                gap=stage == 1 and args.stage1_head == "gap", masks=stage == 2 and args.masks,
+                setup=args.setup, image_size=args.image_size, stage1_size=args.stage1_size,
+                augment=args.augment, level=args.stage1_level)
     if resuming(args):
         theirs = read_model_file(Path(args.out) / "last.pt", "--resume")[0]
         if (theirs["cls"], theirs["det"]) != (arch["cls"], arch["det"]):
             raise UserError(f"--resume {args.out}: was trained on other classes than the data have now")
     both = sum(p >= 0 for p in arch["pair"])
     if stage == 2 and args.setup == "own" and arch["cls"] and not both and not quiet:
-        print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them", flush=True)
+        print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them",
+              flush=True)
     data = detection_data(args, arch, records) if stage == 2 else None
     if stage == 1:
-        images = ClassImages(index, ClassificationTransform(args.stage1_size, args.augment, True, args.crop), args.stage1_size)
+        transform = ClassificationTransform(args.stage1_size, args.augment, True, args.crop)
+        images = ClassImages(index, transform, args.stage1_size)
     else:
         transform = DetectionTransform(args.cls_size, args.cls_jitter)
         images = ClassImages(index, transform, args.cls_size, both=both) if args.cls_ratio else None
@@ -1054,14 +1088,15 @@ def make_data(args, quiet=False, before=None):
 
 
 def detection_data(args, arch, records):
-    """CocoDataset of the classes arch["det"] under large-scale jitter. Images without a box of these are left out: LVIS's may be
-    full of unlabelled ones."""
+    """CocoDataset of the classes arch["det"] under large-scale jitter. Images without a box of these
+    are left out: LVIS's may be full of unlabelled ones."""
     if args.masks:
         need_outlines(records)
     # not the novel classes: they have no boxes in this paper
     unused = set(records.classes) - set(arch["det"]) - set(arch["cls_names"])
-    data = CocoDataset(args.train_images, records, True, classes=arch["det"], canvas=args.image_size, jitter=args.jitter,
-                       masks=args.masks, hidden=unused if args.extra_as_fg else (), keep_empty=args.keep_empty)
+    data = CocoDataset(args.train_images, records, True, classes=arch["det"], canvas=args.image_size,
+                       jitter=args.jitter, masks=args.masks, hidden=unused if args.extra_as_fg else (),
+                       keep_empty=args.keep_empty)
     data.repeats = repeat_fractions(data, args.rfs) if args.rfs else None
     return data
 
@@ -1072,17 +1107,21 @@ def need_outlines(records):
 
 
 def make_val(args, arch, quiet=False):
-    """What the stage is evaluated on: ClassImages, CocoDataset (`lvis`: by LVIS's rules), Benchmark, or None."""
+    """What the stage is evaluated on: ClassImages, CocoDataset (`lvis`: by LVIS's rules), Benchmark, or
+    None."""
     if arch["stage"] == 1:
         return accuracy_data(args, arch, quiet)
     if args.val_boxes:
         need(args.val_images, "--val-images", "ImageNet's validation images")
-        need(args.val_boxes, "--val-boxes", "ILSVRC's XML boxes of the validation images, https://image-net.org")
-        return benchmark(args, arch, read_ilsvrc(args.val_images, args.val_boxes, quiet), args.val_boxes, quiet)
+        need(args.val_boxes, "--val-boxes", "ILSVRC's XML boxes of these, https://image-net.org")
+        content = read_ilsvrc(args.val_images, args.val_boxes, quiet)
+        return benchmark(args, arch, content, args.val_boxes, quiet)
     if args.val_json is None and args.train_json:
         return None
-    need(args.val_json, "--val-json", "boxes to evaluate on" if args.setup != "s3" else
-         "the benchmark was never published; --make-split draws one, in the format that the README describes")
+    what = "boxes to evaluate on"
+    if args.setup == "s3":
+        what = "the benchmark was never published; --make-split draws one, in the format that README.md tells"
+    need(args.val_json, "--val-json", what)
     need(args.val_images, "--val-images", "images to evaluate on")
     if is_localisation(args.val_json):
         return benchmark(args, arch, read_json(args.val_json), args.val_json, quiet)
@@ -1096,7 +1135,8 @@ def benchmark(args, arch, content, where, quiet):
     strange = sorted(set(data.names) - set(arch["cls"]))
     if strange:
         more = f" and {len(strange) - 1} more are" if len(strange) > 1 else " is"
-        raise UserError(f"{where}: class {strange[0]}{more} not among the classification classes of the model")
+        raise UserError(f"{where}: class {strange[0]}{more} not among the classification classes of the "
+                        "model")
     return data
 
 
@@ -1105,18 +1145,20 @@ def boxes_data(args, arch, quiet):
     records, masks = read_annotations(args.val_json, args.val_images), arch["masks"] and args.masks
     lists = [records.lvis_lists(i) for i in range(len(records))]
     if any("category_id" in x for x in lists):
-        raise UserError(f"{args.val_json}: some images have a category_id, the first has not; a localisation set has one for each")
+        raise UserError(f"{args.val_json}: some images have a category_id, the first has not; a localisation "
+                        "set has one for each")
     names = Counter(plain(n) for n in records.classes)
     twice = [n for n, count in names.items() if count > 1]
     if twice:
-        raise UserError(f"{args.val_json}: two classes are called {twice[0]}, but for capitals and underscores")
+        raise UserError(f"{args.val_json}: two classes are called {twice[0]}, but for capitals and "
+                        "underscores")
     known = Vocabulary(arch, "cpu").of(dict(categories=records.categories))
     if not known:
         raise UserError(f"{args.val_json}: none of its classes is known to the model, by name")
     unknown = [n for n in names if n not in known]
     if unknown and not quiet:
-        print(f"{args.val_json}: {len(unknown):,} of its {len(names):,} classes are not known to the model and are not "
-              f"scored, first {unknown[0]}", flush=True)
+        print(f"{args.val_json}: {len(unknown):,} of its {len(names):,} classes are not known to the model "
+              f"and are not scored, first {unknown[0]}", flush=True)
     lvis = any(lists) or any("frequency" in c for c in records.categories)
     if lvis:
         require_lvis(records)
@@ -1140,7 +1182,8 @@ def accuracy_data(args, arch, quiet):
     known = [w for w in arch["cls"] if w in held]
     if not known:  # ImageNet's archive is flat; its labels are in the XML
         if not quiet:
-            print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no accuracy", flush=True)
+            print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no accuracy",
+                  flush=True)
         return None
     index, label_of = ImageIndex(args.cls_val, known, quiet), {w: k for k, w in enumerate(arch["cls"])}
     transform = ClassificationTransform(arch["stage1_size"], arch["augment"], False)
@@ -1148,12 +1191,12 @@ def accuracy_data(args, arch, quiet):
 
 
 class Pairs:
-    """Training batches dict(det=batch, cls=batch), each kind from a stream of its own that runs on over the ends of its passes;
-    a kind that the run does without is not there.
+    """Training batches dict(det=batch, cls=batch), each kind from a stream of its own that runs on over
+    the ends of its passes; a kind that the run does without is not there.
 
-    An epoch is a pass over the detection images (stage I: over the others). set_epoch and len: as BatchPlan's. Each kind has
-    --workers loader processes, and generators of its own, that do not shift the model's random numbers. broken: lines on files
-    that could not be read, each told once.
+    An epoch is a pass over the detection images (stage I: over the others). set_epoch and len: as
+    BatchPlan's. Each kind has --workers loader processes, and generators of its own, that do not shift
+    the model's random numbers. broken: lines on files that could not be read, each told once.
     """
 
     def __init__(self, data, images, args, rank, world, pin):
@@ -1173,8 +1216,9 @@ class Pairs:
     def add(self, kind, dataset, stream, collate_fn):
         self.streams[kind] = stream
         self.loaders[kind] = DataLoader(
-            dataset, batch_sampler=stream, num_workers=self.workers, collate_fn=collate_fn, pin_memory=self.pin,
-            worker_init_fn=start_worker, persistent_workers=self.workers > 0, generator=torch.Generator())
+            dataset, batch_sampler=stream, num_workers=self.workers, collate_fn=collate_fn,
+            pin_memory=self.pin, worker_init_fn=start_worker, persistent_workers=self.workers > 0,
+            generator=torch.Generator())
 
     def set_epoch(self, epoch, start=0):
         for stream in self.streams.values():
@@ -1193,7 +1237,10 @@ class Pairs:
 
 
 def to_device(batch, device):
-    """The batch on the device, with what the host must know of it: number of objects and size of each image."""
+    """The batch, or each of a pair, on the device, with what the host must know of it: number of
+    objects and size of each image."""
+    if "images" not in batch:
+        return {kind: to_device(part, device) for kind, part in batch.items()}
     host = dict(image_sizes=[tuple(s) for s in batch["sizes"].tolist()])
     if "boxes" in batch:
         host["counts"] = (batch["labels"] >= 0).sum(1).tolist()
@@ -1205,9 +1252,11 @@ def to_device(batch, device):
 # ================================================================== train
 
 LEGEND = dict(
-    rpn_fg="RPN: object or not", rpn_box="RPN: boxes of objects", fg="Eqs. 1, 4: -log S_fg of objects, -log(1 - S_fg) of background",
-    cat="Eqs. 2, 4: -log S_c of objects", box="smooth L1 of the boxes, of any class", mask="cross-entropy of the masks, of any class",
-    cls="Eqs. 3, 4: -log S^_c of images, in stage II times --cls-weight", top1="percent of a step's images that g^ names right; no loss")
+    rpn_fg="RPN: object or not", rpn_box="RPN: boxes of objects",
+    fg="Eqs. 1, 4: -log S_fg of objects, -log(1 - S_fg) of background", cat="Eqs. 2, 4: -log S_c of objects",
+    box="smooth L1 of the boxes, of any class", mask="cross-entropy of the masks, of any class",
+    cls="Eqs. 3, 4: -log S^_c of images, in stage II times --cls-weight",
+    top1="percent of a step's images that g^ names right; no loss")
 
 
 class Recipe(NamedTuple):
@@ -1231,14 +1280,16 @@ def recipe_of(args):
 
 
 def freeze_idle(model, args):
-    """Stage I: what the whole-image RoI's level does not reach gets no gradient, and must not decay (or stop DDP): it does not learn."""
+    """Stage I: what the whole-image RoI's level does not reach gets no gradient, and must not decay (or
+    stop DDP): it does not learn."""
     used = set(range(4))
     if model.arch["gap"]:
         used = {3}
     elif args.stage1_level == "canonical":
         used = set(model.whole_levels([(args.stage1_size, args.stage1_size)]))
         for i in range(4):
-            model.fpn.inner_blocks[i].requires_grad_(i >= min(used)), model.fpn.layer_blocks[i].requires_grad_(i in used)
+            model.fpn.inner_blocks[i].requires_grad_(i >= min(used))
+            model.fpn.layer_blocks[i].requires_grad_(i in used)
     for i, norm in enumerate(model.body.norms or ()):
         norm.requires_grad_(i >= min(used))
 
@@ -1276,9 +1327,11 @@ def make_model(args, arch, rank):
 
 def parameter_groups(model, decay):
     """Weights decay; norms, biases and Swin's position biases do not."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    free = lambda n, p: p.ndim < 2 or "relative_position_bias_table" in n
-    return [dict(params=[p for n, p in named if not free(n, p)], weight_decay=decay), dict(params=[p for n, p in named if free(n, p)], weight_decay=0.0)]
+    weights, free = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (free if p.ndim < 2 or "relative_position_bias_table" in name else weights).append(p)
+    return [dict(params=weights, weight_decay=decay), dict(params=free, weight_decay=0.0)]
 
 
 def make_optimizer(model, recipe, lr):
@@ -1287,9 +1340,15 @@ def make_optimizer(model, recipe, lr):
     return torch.optim.SGD(groups, lr=lr, momentum=0.9) if recipe.sgd else torch.optim.AdamW(groups, lr=lr)
 
 
+def learnt(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def cosine(it, total, warmup, least=0.0):
     """Learning-rate factor of stage I: linear warm-up, then half a cosine to `least`."""
-    return (it + 1) / warmup if it < warmup else least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (it - warmup) / max(1, total - warmup)))
+    if it < warmup:
+        return (it + 1) / warmup
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (it - warmup) / max(1, total - warmup)))
 
 
 def rate_factor(args, it, steps):
@@ -1302,36 +1361,52 @@ def rate_factor(args, it, steps):
     return cosine(it, full, warmup, 0.01 if swin else 0.0)
 
 
+def prepare(student, args, rank, world, device):
+    """The Detector on its device, described, compiled. From here on each process draws random numbers
+    of its own."""
+    student.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    pixels = args.stage1_size if args.stage == 1 else args.image_size
+    example = torch.zeros(1, 3, pixels, pixels)
+    describe_model(f"stage {'I' * args.stage} {args.backbone}", student, example, rank=rank)
+    if world > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    if args.compile:
+        student.body.compile()
+    seed_all(args.seed + 1000 * rank)
+
+
+def reported(args, val, epochs):
+    """How a Run counts and what it reports. A localisation set is the benchmark itself: it must not
+    choose the weights."""
+    metric = "mask AP" if args.masks else "AP"
+    if args.stage == 1 or isinstance(val, Benchmark):
+        metric = "top-1"
+    return dict(epochs=epochs, metric=metric, report="last" if isinstance(val, Benchmark) else "best",
+                every=epochs if args.data == "shapes" else None)
+
+
 def train(args, rank, world, device):
-    """Train the stage args.stage; returns the last evaluation's metrics (rank 0) or None."""
+    """Train the stage args.stage; returns the last evaluation's metrics (rank 0) or None. student: the
+    Detector, which learns from labels alone; what learns is called so in all five scripts."""
     arch, data, images = make_data(args, rank > 0)
     val = make_val(args, arch, rank > 0)
-    detector = make_model(args, arch, rank).to(device)
+    student = make_model(args, arch, rank)
     open_run(args, rank, args.resume)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    detector.to(memory_format=layout)
-    side = args.image_size if data else args.stage1_size
-    describe_model(f"stage {'I' * args.stage} {args.backbone}", detector, torch.zeros(1, 3, side, side), rank=rank)
-    if world > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-    if args.compile:
-        detector.body.compile()
-    learner = Learner(detector, args).train()
-    model = wrap_ddp(learner, device, world)
+    prepare(student, args, rank, world, device)
+    model = wrap_ddp(Learner(student, args).train(), device, world)
     loader = plan = Pairs(data, images, args, rank, world, device.type == "cuda")
     recipe = recipe_of(args)
     total_batch = recipe.batch * world * args.accumulate
     lr = recipe.lr * total_batch / recipe.paper_batch
-    optimizer = make_optimizer(detector, recipe, lr)
-    seed_all(args.seed + 1000 * rank)  # each process draws RoIs, Mixup, stochastic depth of its own
-    run = Run(args, detector, optimizer, plain_of(detector), len(plan), total_batch, rank, world, device, recipe.epochs, legend=LEGEND,
-              metric="top-1" if isinstance(val, (ClassImages, Benchmark)) else "AP", report="last" if isinstance(val, Benchmark) else "best",
-              every=recipe.epochs if args.data == "shapes" else None)
-    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, recipe.paper_batch, *filter(None, (data, images)), val)
+    optimizer = make_optimizer(student, recipe, lr)
+    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
+              legend=LEGEND, **reported(args, val, recipe.epochs))
+    sets = [x for x in (data, images) if x]
+    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, recipe.paper_batch, *sets, val)
     while True:
         if run.due:
-            run.scored(*evaluate(detector, val, rank, world, device, args), val)
-            learner.train()
+            run.scored(*evaluate(student, val, rank, world, device, args), val)
+            student.train()
         if run.finished:
             break
         for batches in run.batches(loader, plan):
@@ -1341,14 +1416,14 @@ def train(args, rank, world, device):
             losses = {}
             for n, batch in enumerate(batches, 1):
                 model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
-                terms = model({k: to_device(v, device) for k, v in batch.items()})
+                terms = model(to_device(batch, device))
                 (sum(terms.values()) / len(batches)).backward()
                 losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
             if recipe.clip:
-                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
+                nn.utils.clip_grad_norm_(learnt(optimizer), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.step(losses, lr * factor, learner.watch)
+            run.step(losses, lr * factor, student.watch)
         run.end_epoch()
     if rank == 0 and "classes" in run.metrics:
         print(class_table(run.metrics))
@@ -1360,20 +1435,22 @@ def train(args, rank, world, device):
 def of_stage(args, stage, out, **more):
     """The flags of one stage, in a folder of its own."""
     out = Path(out)
-    more = dict(stage=stage, out=str(out), table=False, resume=args.resume and (out / "last.pt").exists()) | more
+    resume = args.resume and (out / "last.pt").exists()
+    more = dict(stage=stage, out=str(out), table=False, resume=resume) | more
     return argparse.Namespace(**vars(args) | more)
 
 
 def train_both(args, rank, world, device):
-    """Stage I and II one after the other in OUT/stage1 and OUT/stage2. Metrics of the second, on rank 0. What stage II needs is
-    looked at before stage I begins."""
+    """Stage I and II one after the other in OUT/stage1 and OUT/stage2. Metrics of the second, on rank
+    0. What stage II needs is looked at before stage I begins."""
     out = Path(args.out)
     first = resolve(of_stage(args, 1, out / "stage1", init=None))
     parts = dict(backbone=first.backbone, head=first.head)  # not from --init: that file is still to come
     second = resolve(of_stage(args, 2, out / "stage2", init=str(out / "stage1" / "best.pt"), **parts))
     if not args.resume:
         if rank == 0 and holds_run(second.out):
-            raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or delete it")
+            raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or "
+                            "delete it")
         before = make_data(first, quiet=True)[0]
         arch = make_data(second, True, before)[0]
         make_val(second, arch, quiet=True)
@@ -1384,8 +1461,8 @@ def train_both(args, rank, world, device):
 # ================================================================== evaluate, predict
 
 def evaluate(model, val, rank, world, device, args):
-    """(metrics, detections or None) on rank 0, (None, None) elsewhere or without a validation set. metrics: `score`, what best.pt
-    goes by, `line`, `images`, `seconds`, and what was measured."""
+    """(metrics, detections or None) on rank 0, (None, None) elsewhere or without a validation set.
+    metrics: `score`, what best.pt goes by, `line`, `images`, `seconds`, and what was measured."""
     if val is None:
         return None, None
     since = time.time()
@@ -1415,8 +1492,8 @@ def evaluate_accuracy(model, val, rank, world, device, args):
         logits = model.whole_image(normalise(batch), batch["image_sizes"], level, args.amp == "bf16")
         if len(logits) > len(batch["labels"]):
             logits = logits.unflatten(0, (4, -1)).log_softmax(-1).mean(0)
-        hit = logits.topk(min(5, logits.shape[1])).indices == label_of[batch["labels"]][:, None]
-        counts += torch.stack([hit[:, :1].any(1).sum(), hit.any(1).sum(), torch.tensor(len(hit), device=device)]).double().cpu()
+        hit = (logits.topk(min(5, logits.shape[1])).indices == label_of[batch["labels"]][:, None]).cpu()
+        counts += torch.tensor([hit[:, 0].sum(), hit.any(1).sum(), len(hit)])
     parts = gather([counts])
     if rank != 0:
         return None, None
@@ -1444,36 +1521,40 @@ def evaluate_boxes(model, val, rank, world, device, args):
     results = gather(results)
     if rank != 0:
         return None, None
-    line = f"{len(val)} images" + (f", {len(ids)} of {len(category)} classes" if len(ids) < len(category) else "")
-    metrics = dict(images=len(val), line=line)
+    metrics = dict(images=len(val), line=f"{len(val)} images")
+    if len(ids) < len(category):
+        metrics["line"] += f", {len(ids)} of {len(category)} classes"
     base, novel = ([n for n, b in zip(names, vocabulary.base) if b == side] for side in (True, False))
     for kind in ("bbox", "segm")[:1 + masks]:
         prefix = "mask_" * (kind == "segm")
         stats = lvis_evaluate(truth, results, kind, ids) if val.lvis else coco_evaluate(truth, results, kind)
-        numbers = {k: stats[k] for k in ("APr", "APc", "APf") if k in stats}
+        numbers = {}
         for name, group in (("AP", base + novel), ("base_AP", base), ("novel_AP", novel)):
-            numbers.update({name: class_mean(stats, group, "AP"), f"{name}50": class_mean(stats, group, "AP50")})
+            numbers[name] = class_mean(stats, group, "AP")
+            numbers[f"{name}50"] = class_mean(stats, group, "AP50")
+        numbers |= {k: stats[k] for k in ("APr", "APc", "APf") if k in stats}
         metrics.update({prefix + k: v for k, v in numbers.items()})
-        shown = [k for k in ("AP", "AP50", "base_AP", "base_AP50", "novel_AP", "novel_AP50", "APr", "APc", "APf") if k in numbers]
-        metrics["line"] += f" | {'masks' if prefix else 'boxes'} " + " ".join(f"{k} {numbers[k]:.1f}" for k in shown)
+        shown = " ".join(f"{k} {v:.1f}" for k, v in numbers.items())
+        metrics["line"] += f" | {'masks' if prefix else 'boxes'} {shown}"
         metrics["classes"] = {n: m for n, m in stats["classes"].items() if n in {*base, *novel}}
     metrics["score"] = metrics["mask_AP" if masks else "AP"]
     return metrics, results
 
 
 def evaluate_localisation(model, val, rank, world, device, args):
-    """Setups 2 and 3: localisation accuracy (Sec. 4.3) and AP50 over all classes (Sec. 4.4) by g^ alone, or by Eq. 5 for classes
-    that --overlap (own data: a name) maps. Per-class AP in results.json."""
+    """Setups 2 and 3: localisation accuracy (Sec. 4.3) and AP50 over all classes (Sec. 4.4) by g^
+    alone, or by Eq. 5 for classes that --overlap (own data: a name) maps. Per-class AP in results.json."""
     rows, found = [], []
-    vocabulary, column = Vocabulary(model.arch, device, only_cls=True), {w: k for k, w in enumerate(model.arch["cls"])}
+    vocabulary = Vocabulary(model.arch, device, only_cls=True)
+    column = {w: k for k, w in enumerate(model.arch["cls"])}
     loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         i = batch["image_ids"][0]
         if len(val.boxes[val.info[i]["id"]]) == 0:
             continue  # the benchmark's image is not annotated
         d = detect(model, batch, device, args, vocabulary, best=True)
-        rows.append(localise(d["best"], d["best_boxes"], d["labels"], d["boxes"], column[val.names[i]], batch["boxes"][0],
-                             batch["original_sizes"][0]))
+        rows.append(localise(d["best"], d["best_boxes"], d["labels"], d["boxes"], column[val.names[i]],
+                             batch["boxes"][0], batch["original_sizes"][0]))
         boxes = d["boxes"].cpu()
         xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], d["scores"].cpu()[:, None]], 1)
         found.append((i, xywh.numpy(), d["labels"].cpu().numpy()))
@@ -1482,7 +1563,8 @@ def evaluate_localisation(model, val, rank, world, device, args):
         return None, None
     metrics = {k: 100 * sum(r[k] for r in rows) / len(rows) for k in rows[0]} | dict(images=len(rows))
     id_of = dict(zip(val.classes, val.category_ids))
-    ids = np.array([id_of.get(w, -1) for w in model.arch["cls"]])  # classes without a validation image are nobody's false positives
+    # -1: classes without a validation image are nobody's false positives
+    ids = np.array([id_of.get(w, -1) for w in model.arch["cls"]])
     place = np.concatenate([np.full(len(x), i) for i, x, _ in found])
     box, label = np.concatenate([x for _, x, _ in found]), np.concatenate([k for *_, k in found])
     image = np.array([i["id"] for i in val.info])[place]
@@ -1491,12 +1573,15 @@ def evaluate_localisation(model, val, rank, world, device, args):
         metrics[name] = sum(per_class.values()) / len(per_class)
         metrics[name + "_classes"] = {n: per_class[c] for n, c in id_of.items() if c in per_class}
     metrics["score"] = metrics["top1"]
-    metrics["line"] = f"{len(rows)} images | localisation " + " ".join(f"{k} {metrics[k]:.1f}" for k in rows[0])
-    metrics["line"] += f" | AP50 {metrics['AP50']:.1f} federated {metrics['AP50_federated']:.1f}"
-    results = []
-    for k in np.flatnonzero(box[:, 4] > 0.05).tolist():  # 10 million boxes of score 1e-4 are of no use in a text file
-        i, wnid, (*xywh, score) = val.info[place[k]], model.arch["cls"][label[k]], box[k].tolist()
-        results.append(dict(image_id=i["id"], file_name=i["file_name"], category_id=id_of.get(wnid), bbox=xywh, score=score))
+    shown = " ".join(f"{k} {metrics[k]:.1f}" for k in rows[0])
+    metrics["line"] = (f"{len(rows)} images | localisation {shown} | AP50 {metrics['AP50']:.1f} "
+                       f"federated {metrics['AP50_federated']:.1f}")
+    results = []  # without 10 million boxes of score 1e-4, which are of no use in a text file
+    for k in np.flatnonzero(box[:, 4] > 0.05).tolist():
+        i, (*xywh, score) = val.info[place[k]], box[k].tolist()
+        category = id_of.get(model.arch["cls"][label[k]])
+        results.append(dict(image_id=i["id"], file_name=i["file_name"], category_id=category, bbox=xywh,
+                            score=score))
     return metrics, results
 
 
@@ -1507,26 +1592,41 @@ def evaluate_file(args, rank, world, device):
     args = resolve(args, model.arch)
     val = make_val(args, model.arch, rank > 0)
     if val is None:
-        raise UserError(f"--eval {args.eval}: is a classifier of stage I; its accuracy needs --cls-val, a folder with a folder of "
-                        "images for each class (--data shapes needs nothing)")
+        raise UserError(f"--eval {args.eval}: is a classifier of stage I; its accuracy needs --cls-val, a "
+                        "folder with a folder of images for each class (--data shapes needs nothing)")
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
         write_results(args.out, metrics, results, val, args.eval, None, None)
         print((class_table(metrics) + "\n" if "classes" in metrics else "") + metrics["line"])
 
 
+def wanted_classes(values):
+    """One value is split at commas, or is a file with one name a line; several values are one name each."""
+    names = values
+    if len(values) == 1 and Path(values[0]).is_file():
+        names = [line for line in read_lines(values[0], "--classes") if line.strip()]
+    elif len(values) == 1:
+        names = values[0].split(",")
+    names = [n.strip() for n in names]
+    if not names or not all(names):
+        raise UserError(f"--classes {' '.join(values)}: holds an empty name")
+    return names
+
+
 def predict(args, device):
-    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image into --out."""
+    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per
+    image into --out."""
     from common.pictures import Pictures
     model = load_model(args.weights, "--weights").to(device)
     if model.arch["stage"] == 1:
-        raise UserError(f"--weights {args.weights}: is a classifier of stage I, which finds no boxes; train stage II from it")
+        raise UserError(f"--weights {args.weights}: is a classifier of stage I, which finds no boxes; train "
+                        "stage II from it")
     args = resolve(args, model.arch)
     if args.names:
         model.arch["cls_names"] = class_names(args, model.arch["cls"])
     vocabulary = Vocabulary(model.arch, device)
     if args.classes:
-        vocabulary.choose(vocabulary.find([c.strip() for c in args.classes.split(",") if c.strip()]))
+        vocabulary.choose(vocabulary.find(wanted_classes(args.classes)))
     for picture in Pictures(args.predict, args.out, args.score):
         image, size = jitter_image(picture.pixels, args.image_size, 1.0, random.Random(0), 0.0)
         item = dict(image=image, size=size, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0,
@@ -1535,26 +1635,30 @@ def predict(args, device):
         picture.save(found["boxes"], found["scores"], found["labels"], vocabulary.names, found["masks"])
 
 
-# ================================================================== the embedded dataset: stage I, boxes only, both
+# ================================================================== the embedded dataset: three runs
 
 def shapes_table(args, rank, world, device):
-    """Both stages, and stage II with boxes only, in one table. Six classes of the embedded dataset have no boxes in training,
-    only image labels."""
+    """Both stages, and stage II with boxes only, in one table. Six classes of the embedded dataset have
+    no boxes in training, only image labels."""
     since, rows, out = time.time(), [], Path(args.out)
     init = str(out / "stage_I" / "best.pt")
-    runs = (("stage I", dict(stage=1, init=None)), ("boxes only", dict(stage=2, init=init, cls_ratio=0)), ("simple21k", dict(stage=2, init=init)))
-    for name, more in runs:
+    runs = {"stage I": dict(stage=1, init=None), "boxes only": dict(stage=2, init=init, cls_ratio=0),
+            "simple21k": dict(stage=2, init=init)}
+    for name, more in runs.items():
         flags = of_stage(args, out=out / name.replace(" ", "_"), **more)
         rows.append((name, train(resolve(flags), rank, world, device), time.time() - since))
         since = time.time()
     if rank == 0:
         print("\nshapes                base AP  AP50  novel AP  AP50  accuracy   seconds")
         for name, m, seconds in rows:
-            boxes = "" if name == "stage I" else f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f}"
-            cells = f"{boxes:30s}" + (f"{m['top1']:12.1f}" if name == "stage I" else " " * 12)
-            print(f"{name:20s} {cells} {seconds:9.0f}")
-        print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base scores, also of one that was not trained on:\n"
-              "compare the novel columns")
+            if name == "stage I":
+                cells = f"{m['top1']:42.1f}"
+            else:
+                cells = f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} "
+                cells += f"{m['novel_AP']:9.1f} {m['novel_AP50']:5.1f}"
+            print(f"{name:20s} {cells:42s} {seconds:9.0f}")
+        print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base\n"
+              "scores, also of one that was not trained on: compare the novel columns")
 
 
 # ================================================================== flags
@@ -1568,8 +1672,10 @@ python simple21k.py --data shapes                                      # everyth
 python simple21k.py --predict photo.jpg --weights runs/s2/stage2/best.pt
 """
 STAGE1 = "stage1_epochs stage1_batch stage1_lr stage1_size crop augment stage1_head stage1_level cls_val"
-STAGE2 = """image_size keep_empty masks bn reinit_cls cls_ratio cls_weight cls_size jitter cls_jitter fg_grad_on_cls extra_as_fg
-    fuse score_thresh max_dets nms_topk epochs batch_size lr weight_decay rfs"""
+STAGE2 = """image_size keep_empty masks bn reinit_cls cls_ratio cls_weight cls_size jitter cls_jitter
+    fg_grad_on_cls extra_as_fg fuse score_thresh max_dets nms_topk epochs batch_size lr weight_decay rfs"""
+LABELLED = ("s1", "s2", "s3", "own", None)  # setups with classification images
+COMPLETE = ("s2", "s3", "own", None)  # setups whose images without boxes are negatives: LVIS's need not be
 IMAGES2 = "cls_weight cls_size cls_jitter fg_grad_on_cls"  # of classification images in stage II
 PATHS = "train_json train_images cls_dir cls_val val_json val_images val_boxes".split()
 # flags, the flag that gives them an effect, its values
@@ -1578,9 +1684,9 @@ BELONGS = (
     (STAGE2, "stage", (2, None)),
     ("stage1_level", "stage1_head", ("roi",)),
     ("wordnet extra_as_fg", "setup", ("s1",)),
-    ("names", "setup", ("s2", "s3", "own", None)),
-    ("keep_empty", "setup", ("s2", "s3", "own", None)),  # LVIS is not labelled completely: no box is no negative
-    (f"{STAGE1} {IMAGES2} cls_dir cls_list overlap cls_ratio reinit_cls", "setup", ("s1", "s2", "s3", "own", None)),
+    ("names", "setup", ("s2", "s3", "own", None)),  # s1: LVIS's own
+    ("keep_empty", "setup", COMPLETE),
+    (f"{STAGE1} {IMAGES2} cls_dir cls_list overlap cls_ratio reinit_cls", "setup", LABELLED),
     ("data_seed table", "data", ("shapes",)))
 
 
@@ -1606,95 +1712,116 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     setups = "; ".join(f"{k}: {v}" for k, v in SETUPS.items())
     g.add_argument("--setup", choices=tuple(SETUPS), help=f"{setups} (default s2; shapes, --train-json: own)")
-    g.add_argument("--data", default="data", help="root of coco/, lvis/, objects365/, imagenet/, imagenet21k/; or 'shapes': the "
-                   "embedded dataset")
+    g.add_argument("--data", default="data", help="root of coco/, lvis/, objects365/, imagenet/, "
+                   "imagenet21k/; or 'shapes': the embedded dataset")
     g.add_argument("--data-seed", type=number(int, 0, 2**31), default=0, help="of the embedded dataset")
-    g.add_argument("--cls-dir", metavar="DIR", help="a folder or .tar of images for each class (default: the setup's)")
-    g.add_argument("--cls-list", metavar="FILE", help="keep only these classes of it: first word of each line")
-    g.add_argument("--cls-val", metavar="DIR", help="folder of the same kind for stage I's accuracy; none (default: the setup's, if "
-                   "it is there and --cls-dir not given)")
-    g.add_argument("--val-boxes", metavar="DIR", help="instead of --val-json: folder of ILSVRC XML. (--val-json may be a "
-                   "localisation set, too: images with category_id)")
-    g.add_argument("--names", metavar="FILE", help="names of the wnids: wnid, tab, name (default: classes.json in or beside "
-                   "--cls-dir, else the wnids)")
-    g.add_argument("--wordnet", metavar="FILE", help="WordNet 3.0's index.noun: which LVIS class is which wnid (setup s1)")
-    g.add_argument("--overlap", metavar="FILE", help="json {detection class: wnid} of classes that both vocabularies hold (default: "
-                   "s1 WordNet, own by name)")
-    g.add_argument("--make-split", metavar="FILE", help="write a localisation set of --cls-dir, 5 images of a class, to be "
-                   "annotated (Sec. 4.1), and stop")
+    g.add_argument("--cls-dir", metavar="DIR", help="a folder or .tar of images for each class "
+                   "(default: the setup's)")
+    g.add_argument("--cls-list", metavar="FILE", help="keep only these classes of it: first word of "
+                   "each line")
+    g.add_argument("--cls-val", metavar="DIR", help="folder of the same kind for stage I's accuracy; "
+                   "none (default: the setup's, if it is there and --cls-dir not given)")
+    g.add_argument("--val-boxes", metavar="DIR", help="instead of --val-json: folder of ILSVRC XML. "
+                   "(--val-json may be a localisation set, too: images with category_id)")
+    g.add_argument("--names", metavar="FILE", help="names of the wnids: wnid, tab, name (default: "
+                   "classes.json in or beside --cls-dir, else the wnids)")
+    g.add_argument("--wordnet", metavar="FILE", help="WordNet 3.0's index.noun: which LVIS class is "
+                   "which wnid (setup s1)")
+    g.add_argument("--overlap", metavar="FILE", help="json {detection class: wnid} of classes that "
+                   "both vocabularies hold (default: s1 WordNet, own by name)")
+    g.add_argument("--make-split", metavar="FILE", help="write a localisation set of --cls-dir, 5 "
+                   "images of a class, to be annotated (Sec. 4.1), and stop")
     g = p.add_argument_group("model")
-    g.add_argument("--backbone", help="r50, swin_t, swin_s, swin_b or tiny8 ... tiny64 (default r50, shapes tiny16; stage II: as "
-                   "--init)")
-    g.add_argument("--head", choices=("2fc", "4conv1fc"), help="shared RoI head (default 2fc; stage II: as --init)")
-    g.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, Mask R-CNN (default: setup s1)")
-    g.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running statistics, or the batch's, on GPUs that "
-                   "of all processes (default frozen; --init none: sync)")
-    g.add_argument("--drop-path", type=number(float, 0, 1, below=True), help="stochastic depth of Swin (default 0.2, 0.3, 0.5 for T, "
-                   "S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
+    g.add_argument("--backbone", help="r50, swin_t, swin_s, swin_b or tiny8 ... tiny64 (default r50, "
+                   "shapes tiny16; stage II: as --init)")
+    g.add_argument("--head", choices=CHOICES["head"], help="shared RoI head (default 2fc; stage "
+                   "II: as --init)")
+    g.add_argument("--masks", action=argparse.BooleanOptionalAction, help="class-agnostic mask head, "
+                   "Mask R-CNN (default: setup s1)")
+    g.add_argument("--bn", choices=("frozen", "sync"), help="BatchNorm in stage II: running "
+                   "statistics, or the batch's, on GPUs that of all processes (default frozen; --init "
+                   "none: sync)")
+    g.add_argument("--drop-path", type=number(float, 0, 1, below=True), help="stochastic depth of "
+                   "Swin (default 0.2, 0.3, 0.5 for T, S, B, s3 0.2; stage II 0.2, 0.2, 0.3)")
     g = p.add_argument_group("method")
-    g.add_argument("--stage", type=int, choices=(1, 2), help="1: the classifier; 2: the detector, from --init (default: both, in "
-                   "OUT/stage1 and OUT/stage2)")
-    g.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the row '-stage I'); stage I: "
-                   "imagenet or none (default none)")
-    g.add_argument("--reinit-cls", action="store_true", help="stage II: the classifier of stage I is not loaded")
-    g.add_argument("--stage1-head", choices=("roi", "gap"), default="roi", help="the detector's head on a whole-image RoI, or "
-                   "average pooling and one linear layer ('-reform')")
-    g.add_argument("--stage1-level", choices=("canonical", "random", "all"), default="canonical", help="FPN level of the whole-image "
-                   "RoI in stage I")
-    g.add_argument("--cls-ratio", type=number(int, 0, 2**15), default=3, help="classification images for each detection image; 0: "
-                   "boxes only")
-    g.add_argument("--cls-weight", type=number(), help="weight of the classification loss, searched in 0.01, 0.1, 1 (default 0.1; "
-                   "tiny 1)")
-    g.add_argument("--cls-size", type=side, help="stage II: canvas of the classification images (default: --image-size; tiny half "
-                   "of it)")
-    g.add_argument("--jitter", type=scales, help="large-scale jitter: smallest and largest scale (default 0.1,2.0; tiny 0.7,1.6)")
-    g.add_argument("--cls-jitter", type=scales, help="that of the classification images; 1,1: none (default: as --jitter; tiny "
-                   "0.2,1.0)")
-    g.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from classification images, too (not "
-                   "the paper: should hurt)")
-    g.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes outside the 997 train foreground and "
-                   "boxes")
-    g.add_argument("--fuse", type=number(float, 0, 1), default=2 / 3, help="Eq. 5: share of the detection classifier where both know "
-                   "a class; 0, 1: one of them alone")
+    g.add_argument("--stage", type=int, choices=CHOICES["stage"], help="1: the classifier; 2: the detector, "
+                   "from --init (default: both, in OUT/stage1 and OUT/stage2)")
+    g.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the "
+                   "row '-stage I'); stage I: imagenet or none (default none)")
+    g.add_argument("--reinit-cls", action="store_true", help="stage II: the classifier of stage I is "
+                   "not loaded")
+    g.add_argument("--stage1-head", choices=("roi", "gap"), default="roi",
+                   help="the detector's head on a whole-image RoI, or average pooling and one linear "
+                   "layer ('-reform')")
+    g.add_argument("--stage1-level", choices=CHOICES["level"], default="canonical",
+                   help="FPN level of the whole-image RoI in stage I")
+    g.add_argument("--cls-ratio", type=number(int, 0, 2**15), default=3, help="classification images "
+                   "for each detection image; 0: boxes only")
+    g.add_argument("--cls-weight", type=number(), help="weight of the classification loss, searched "
+                   "in 0.01, 0.1, 1 (default 0.1; tiny 1)")
+    g.add_argument("--cls-size", type=side, help="stage II: canvas of the classification images "
+                   "(default: --image-size; tiny half of it)")
+    g.add_argument("--jitter", type=scales, help="large-scale jitter: smallest and largest scale "
+                   "(default 0.1,2.0; tiny 0.7,1.6)")
+    g.add_argument("--cls-jitter", type=scales, help="that of the classification images; 1,1: none "
+                   "(default: as --jitter; tiny 0.2,1.0)")
+    g.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from "
+                   "classification images, too (not the paper: should hurt)")
+    g.add_argument("--extra-as-fg", action="store_true", help="setup s1: boxes of LVIS classes "
+                   "outside the 997 train foreground and boxes")
+    g.add_argument("--fuse", type=number(float, 0, 1), default=2 / 3, help="Eq. 5: share of the "
+                   "detection classifier where both know a class; 0, 1: one of them alone")
     g = p.add_argument_group("inference")
-    g.add_argument("--score-thresh", type=number(float, 0, 1), default=1e-4, help="boxes below this score are dropped")
+    g.add_argument("--score-thresh", type=number(float, 0, 1), default=1e-4,
+                   help="boxes below this score are dropped")
     g.add_argument("--max-dets", type=COUNT, help="boxes of an image (default 100; evaluation on LVIS 300)")
-    g.add_argument("--nms-topk", type=COUNT, default=5000, help="candidates that enter NMS; doubled until enough survive, so the "
-                   "result does not depend on it")
-    g.add_argument("--classes", help="--predict: only these names or wnids, comma-separated")
+    g.add_argument("--nms-topk", type=COUNT, default=5000, help="candidates that enter NMS; doubled "
+                   "until enough survive, so the result does not depend on it")
+    g.add_argument("--classes", action="append", metavar="NAMES", help="--predict: only these names or "
+                   "wnids: with commas between them, or the flag for each, or a file with one a line")
     g = p.add_argument_group("schedule")
-    g.add_argument("--stage1-epochs", type=COUNT, help="(default r50 100, Swin 300, with ImageNet-21K 100; tiny 15)")
-    g.add_argument("--stage1-batch", type=COUNT, help="images per process and step (default r50 32, Swin 128; tiny 64)")
-    g.add_argument("--stage1-lr", type=POSITIVE, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, AdamW, 1e-3, s3 2.5e-4) or 64 "
-                   "(tiny, AdamW, 1e-3), scaled linearly")
+    g.add_argument("--stage1-epochs", type=COUNT, help="(default r50 100, Swin 300, with ImageNet-21K "
+                   "100; tiny 15)")
+    g.add_argument("--stage1-batch", type=COUNT, help="images per process and step (default r50 32, "
+                   "Swin 128; tiny 64)")
+    g.add_argument("--stage1-lr", type=POSITIVE, help="for 256 images (r50, SGD, 0.1), 1,024 (Swin, "
+                   "AdamW, 1e-3, s3 2.5e-4) or 64 (tiny, AdamW, 1e-3), scaled linearly")
     g.add_argument("--stage1-size", type=side, help="pixels of a side (default 224; tiny 96)")
-    g.add_argument("--crop", type=number(float, 0, 1, above=True), help="stage I: smallest share of the image in a random crop "
-                   "(default 0.08; tiny 0.5)")
-    g.add_argument("--augment", choices=("plain", "weak", "strong"), help="stage I: plain: crop, flip; weak: and colours; strong: "
-                   "crop, flip, RandAugment, Mixup, CutMix, erasing, smoothing 0.1 (default weak; Swin strong; shapes plain)")
-    g.add_argument("--epochs", type=COUNT, help="stage II, of the detection images (default 36; s3 12; lvis 24; tiny 3)")
-    g.add_argument("--batch-size", type=COUNT, help="stage II: detection images per process and step (default 2; tiny 4)")
-    g.add_argument("--lr", type=POSITIVE, help="stage II, for 16 detection images; the paper searches 3e-4, 1e-3, 3e-3 (default "
-                   "3e-4; lvis 1e-4; tiny 4e-3)")
+    g.add_argument("--crop", type=number(float, 0, 1, above=True), help="stage I: smallest share of "
+                   "the image in a random crop (default 0.08; tiny 0.5)")
+    g.add_argument("--augment", choices=CHOICES["augment"], help="stage I: plain: crop, "
+                   "flip; weak: and colours; strong: crop, flip, RandAugment, Mixup, CutMix, erasing, "
+                   "smoothing 0.1 (default weak; Swin strong; shapes plain)")
+    g.add_argument("--epochs", type=COUNT, help="stage II, of the detection images (default 36; s3 "
+                   "12; lvis 24; tiny 3)")
+    g.add_argument("--batch-size", type=COUNT, help="stage II: detection images per process and step "
+                   "(default 2; tiny 4)")
+    g.add_argument("--lr", type=POSITIVE, help="stage II, for 16 detection images; the paper searches "
+                   "3e-4, 1e-3, 3e-3 (default 3e-4; lvis 1e-4; tiny 4e-3)")
     g.add_argument("--weight-decay", type=number(), default=0.05, help="stage II")
-    g.add_argument("--rfs", type=number(), help="repeat-factor sampling threshold; 0: off (default lvis 0.001, else 0)")
-    g.add_argument("--image-size", type=side, help="canvas of stage II and of evaluation: the long side (default 1024; tiny 256)")
-    g.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages are computed twice and "
-                   "not kept")
-    g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II on boxes only, in one "
-                   "table (default without --stage, --init, --max-iters)")
+    g.add_argument("--rfs", type=number(), help="repeat-factor sampling threshold; 0: off (default "
+                   "lvis 0.001, else 0)")
+    g.add_argument("--image-size", type=side, help="canvas of stage II and of evaluation: the long "
+                   "side (default 1024; tiny 256)")
+    g.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's "
+                   "stages are computed twice and not kept")
+    g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and "
+                   "stage II on boxes only, in one table (default without --stage, --init, "
+                   "--max-iters)")
     run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"})
     p.set_defaults(score=0.1)  # of thousands of classes none scores high
     seen = "masks fuse score_thresh max_dets nms_topk"
-    modes = dict(eval=f"setup cls_val val_json val_images val_boxes {seen}", predict=f"weights score names classes {seen}",
-                 make_split="cls_dir cls_list setup seed")
-    args = parse(p, argv, "simple21k", modes, "weights score classes", BELONGS, ("val_json val_boxes", "overlap wordnet"), saved_run)
+    modes = dict(eval=f"setup cls_val val_json val_images val_boxes {seen}",
+                 predict=f"weights score names classes {seen}", make_split="cls_dir cls_list setup seed")
+    args = parse(p, argv, "simple21k", modes, only="weights score classes", belongs=BELONGS,
+                 apart=("val_json val_boxes", "overlap wordnet"), saved=saved_run)
     refuse(p, args, given_flags(p, argv))
     return args
 
 
 def refuse(p, args, given):
-    """Stops with a line where flags contradict each other, or have no effect for a reason that no table tells."""
+    """Stops with a line where flags contradict each other, or have no effect for a reason that no table
+    tells."""
     if args.data == "shapes" and args.setup not in (None, "own"):
         p.error(f"--setup {args.setup}: --data shapes has its own")
     if args.make_split and Path(args.make_split).exists():
@@ -1712,7 +1839,8 @@ def refuse(p, args, given):
     if args.stage == 1 and args.init not in (None, "imagenet", "none"):
         p.error(f"--init {args.init}: stage I starts from imagenet or none")
     if args.reinit_cls and args.cls_ratio == 0:
-        p.error("--reinit-cls: with --cls-ratio 0 the new classifier would never learn, and be part of every score")
+        p.error("--reinit-cls: with --cls-ratio 0 the new classifier would never learn, and be part of every "
+                "score")
     idle = IMAGES2.split() if args.cls_ratio == 0 else []
     for flag in idle:
         if flag in given:
@@ -1725,47 +1853,52 @@ def refuse(p, args, given):
 
 
 def saved_run(args):
-    """Flags of the run in args.out, which --resume continues. A run of both stages has them in its folders. Paths that were the
-    setup's are left out, and those that are given now: --data may have moved."""
+    """Flags of the run in args.out, which --resume continues. A run of both stages has them in its
+    folders. Paths that were the setup's are left out, and those that are given now: --data may have
+    moved."""
     there = [Path(args.out) / folder / "last.pt" for folder in ("", "stage2", "stage1")]
     there = [path for path in there if path.exists()]
     if not there:
         return {}
     flags = saved_flags(there[0], "simple21k.py")
     if not {"setup", "stage1_level", *PATHS} <= set(flags):
-        raise UserError(f"--resume {there[0]}: was written by an earlier version of this project; take its weights by --init, or "
-                        "start anew")
+        raise UserError(f"--resume {there[0]}: was written by an earlier version of this project; take its "
+                        "weights by --init, or start anew")
     if there[0].parent != Path(args.out):
         flags.update(stage=None, init=None)
     usual = default_paths(argparse.Namespace(**flags | dict.fromkeys(PATHS)), flags["setup"])
     for name in PATHS:
         if getattr(args, name) or flags[name] == usual.get(name):
             del flags[name]
-    for one, other in (("val_json", "val_boxes"), ("val_boxes", "val_json")):  # the one that is given replaces the other
-        if getattr(args, one):
-            flags[other] = None
+    if args.val_json:  # the one that is given replaces the other
+        flags["val_boxes"] = None
+    if args.val_boxes:
+        flags["val_json"] = None
     return flags
 
 
 def default_paths(args, setup):
-    """{flag: where the setup's file lies} of the paths that are not given, but for what somebody's own data take the place of."""
+    """{flag: where the setup's file lies} of the paths that are not given, but for what somebody's own
+    data take the place of."""
     root = Path(args.data)
     val = "val"
     if args.data == "shapes":
         from common.shapes import make_shapes
         root, val = make_shapes(seed=args.data_seed, val=600, labelled=400), "valall"
-    lvis, coco, box, imagenet = root / "lvis", root / "coco", root / "objects365", root / "imagenet"
+    lvis, coco, box, imagenet = (root / name for name in ("lvis", "coco", "objects365", "imagenet"))
     paths = dict(
-        s1=dict(train_json=lvis / "annotations/lvis_v1_train.json", train_images=coco, cls_dir=root / "imagenet21k",
-                val_json=lvis / "annotations/lvis_v1_val.json", val_images=coco),
+        lvis=dict(train_json=lvis / "annotations/lvis_v1_train.json", train_images=coco,
+                  val_json=lvis / "annotations/lvis_v1_val.json", val_images=coco),
         s2=dict(train_json=coco / "annotations/instances_train2017.json", train_images=coco / "train2017",
-                cls_dir=imagenet / "train", cls_val=imagenet / "val", val_images=imagenet / "val", val_boxes=imagenet / "val_boxes"),
-        s3=dict(train_json=box / "annotations/zhiyuan_objv2_train.json", train_images=box / "train", cls_dir=root / "imagenet21k",
+                cls_dir=imagenet / "train", cls_val=imagenet / "val",
+                val_images=imagenet / "val", val_boxes=imagenet / "val_boxes"),
+        s3=dict(train_json=box / "annotations/zhiyuan_objv2_train.json", train_images=box / "train",
+                cls_dir=root / "imagenet21k",
                 val_json=root / "imagenet21k_benchmark.json", val_images=root / "imagenet21k"),
         own=dict(train_json=root / "annotations/instances_train2017.json", train_images=root / "train2017",
                  cls_dir=imagenet / "train", cls_val=imagenet / "val",
                  val_json=root / f"annotations/instances_{val}2017.json", val_images=root / f"{val}2017"))
-    paths["lvis"] = {k: v for k, v in paths["s1"].items() if k != "cls_dir"}
+    paths["s1"] = paths["lvis"] | dict(cls_dir=root / "imagenet21k")
     found, out = paths[setup], []
     if setup == "own" and args.train_json:  # somebody's own data: do not measure them on others'
         out += ["val_json", "val_images"]
@@ -1779,24 +1912,30 @@ def default_paths(args, setup):
 def defaults(args, backbone, setup):
     """{flag: value} of what depends on the backbone and the setup."""
     if backbone.startswith("tiny"):
-        first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain", crop=0.5)
-        second = dict(epochs=3, batch_size=4, lr=4e-3, image_size=256, jitter=(0.7, 1.6), cls_jitter=(0.2, 1.0), cls_weight=1.0)
+        first = dict(stage1_epochs=15, stage1_batch=64, stage1_lr=1e-3, stage1_size=96, augment="plain",
+                     crop=0.5)
+        second = dict(epochs=3, batch_size=4, lr=4e-3, image_size=256, jitter=(0.7, 1.6),
+                      cls_jitter=(0.2, 1.0), cls_weight=1.0)
     else:
-        first = dict(stage1_epochs=100, stage1_batch=32, stage1_lr=0.1, augment="weak", stage1_size=224, crop=0.08)
-        second = dict(epochs=dict(s3=12, lvis=24).get(setup, 36), batch_size=2, lr=1e-4 if setup == "lvis" else 3e-4,
-                      image_size=1024, jitter=(0.1, 2.0), cls_weight=0.1)
+        first = dict(stage1_epochs=100, stage1_batch=32, stage1_lr=0.1, stage1_size=224, augment="weak",
+                     crop=0.08)
+        second = dict(epochs=dict(s3=12, lvis=24).get(setup, 36), batch_size=2,
+                      lr=1e-4 if setup == "lvis" else 3e-4, image_size=1024, jitter=(0.1, 2.0),
+                      cls_weight=0.1)
     if backbone in SWIN:
         first.update(stage1_epochs=300, stage1_batch=128, stage1_lr=1e-3, augment="strong")
-        if setup == "s3":  # its recipe for ImageNet-21K is another: a quarter of the rate, a third of the epochs
+        if setup == "s3":  # its recipe for ImageNet-21K: a quarter of the rate, a third of the epochs
             first.update(stage1_epochs=100, stage1_lr=2.5e-4)
     norms = dict(bn="sync" if args.init == "none" else "frozen") if backbone == "r50" else {}
     return first | second | norms | dict(masks=setup == "s1", rfs=0.001 if setup == "lvis" else 0.0)
 
 
 def resolve(args, trained=None):
-    """The flags of a stage, args.stage, with every default that depends on another flag; after this they are only read.
+    """The flags of a stage, args.stage, with every default that depends on another flag; after this
+    they are only read.
 
-    trained: arch of the checkpoint of --eval or --predict, which see images as its training did."""
+    trained: arch of the checkpoint of --eval or --predict, which see images as its training did.
+    """
     shapes, before = args.data == "shapes", None
     backbone, head, setup = args.backbone, args.head, args.setup
     if not (trained or backbone and head):
@@ -1837,14 +1976,15 @@ def check_model(args):
     if args.bn is not None and args.backbone != "r50":
         raise UserError(f"--bn: belongs to r50; {args.backbone} has no BatchNorm")
     if args.init == "imagenet" and args.backbone.startswith("tiny"):
-        raise UserError(f"--init imagenet: there are no ImageNet weights for {args.backbone}; use --init none")
+        raise UserError(f"--init imagenet: there are no ImageNet weights for {args.backbone}; use --init "
+                        "none")
     learns = args.stage == 1 or args.bn == "sync"
     if args.stage == 2 and args.bn == "frozen" and args.init == "none":
-        raise UserError("--bn frozen: random weights cannot learn with the statistics of a BatchNorm that has seen nothing; "
-                        "--init none needs --bn sync")
+        raise UserError("--bn frozen: random weights cannot learn with the statistics of a BatchNorm that "
+                        "has seen nothing; --init none needs --bn sync")
     if args.checkpoint and args.backbone == "r50" and learns:
-        raise UserError("--checkpoint: computes each stage twice, and a BatchNorm that learns would count each batch twice; it is "
-                        "for Swin, and for --stage 2 with --bn frozen")
+        raise UserError("--checkpoint: computes each stage twice, and a BatchNorm that learns would count "
+                        "each batch twice; it is for Swin, and for --stage 2 with --bn frozen")
 
 
 # ================================================================== main
@@ -1863,8 +2003,11 @@ def main():
         else:
             share_cores(args, device)
         if world > 1 and (args.predict or args.make_split):
-            raise UserError(f"{'--predict' if args.predict else '--make-split'}: runs in one process; start it with python")
-        table = args.data == "shapes" and not (args.stage or args.init or args.max_iters) if args.table is None else args.table
+            flag = "--predict" if args.predict else "--make-split"
+            raise UserError(f"{flag}: runs in one process; start it with python")
+        table = args.table
+        if table is None:
+            table = args.data == "shapes" and not (args.stage or args.init or args.max_iters)
         if args.make_split:
             make_split(resolve(args))
         elif args.eval:

@@ -17,6 +17,7 @@ import json
 import math
 import mmap
 import os
+import posixpath
 import random
 import re
 import signal
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -47,6 +48,9 @@ RULES = 2  # version of the cleaning rules: caches of another version are made a
 
 # ------------------------------------------------------------------ where files are
 
+OTHER_WAYS = "(own files: --{0}-json and --{0}-images; --data shapes needs nothing)"
+
+
 def find_coco(root, split):
     """(image folder, instances json) of a COCO-layout root; split is "train" or "val"."""
     root = Path(root)
@@ -55,7 +59,7 @@ def find_coco(root, split):
     for path in (annotations, images):
         if not path.exists():
             raise UserError(f"--data {root}: {path} is missing; COCO 2017 is at "
-                            f"https://cocodataset.org/#download {other_ways(split)}")
+                            f"https://cocodataset.org/#download {OTHER_WAYS.format(split)}")
     return images, annotations
 
 
@@ -64,15 +68,11 @@ def find_lvis(root, split, images="data/coco"):
     annotations = Path(root) / "annotations" / f"lvis_v1_{split}.json"
     if not annotations.exists():
         raise UserError(f"--data {root}: {annotations} is missing; LVIS v1 is at "
-                        f"https://www.lvisdataset.org/dataset {other_ways(split)}")
+                        f"https://www.lvisdataset.org/dataset {OTHER_WAYS.format(split)}")
     if not Path(images).is_dir():
         raise UserError(f"--images {images}: no such folder; LVIS uses COCO's images, it should "
                         "hold train2017 and val2017")
     return Path(images), annotations
-
-
-def other_ways(split):
-    return f"(own files: --{split}-json and --{split}-images; --data shapes needs nothing)"
 
 
 def own_files(args, split):
@@ -102,12 +102,11 @@ def reading(path):
     """What goes wrong while a json file is read, in one line."""
     try:
         yield
-    except StopIteration as e:  # of the scanner in stream_json
-        raise UserError(f"{path}: not valid json (expected a value at byte {e.value}); "
-                        "download or export it again") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid json ({one_line(e)}); "
-                        "download or export it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8; save it as UTF-8") from None
+    except (ValueError, RecursionError, StopIteration) as e:  # StopIteration: of json's scanner
+        reason = f"expected a value at byte {e}" if isinstance(e, StopIteration) else one_line(e)
+        raise UserError(f"{path}: not valid json ({reason}); download or export it again") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
@@ -141,70 +140,57 @@ def stream_json(path, take):
                 text = str(content, "latin-1")
         if text[:2] in ("\xff\xfe", "\xfe\xff"):
             raise ValueError("it is UTF-16; save it as UTF-8")
-        return walk_json(text, 3 if text.startswith("\xef\xbb\xbf") else 0, take, path)
+        return walk_json(text, 3 if text.startswith("\xef\xbb\xbf") else 0, take)
 
 
-def walk_json(text, at, take, path):
+def walk_json(text, at, take):
     """stream_json, from place `at` of the text."""
     scan = json.JSONDecoder().scan_once  # (text, place) -> (value, its end)
     blank = re.compile(r"[ \t\n\r]*").match
     sign = re.compile(r"[ \t\n\r]*([,:\]}])[ \t\n\r]*").match
+    ascii_only, found = text.isascii(), set()
 
-    def after(at, signs):
-        found = sign(text, at)
-        if found is None or found[1] not in signs:
+    def expect(at, signs):
+        match = sign(text, at)
+        if match is None or match[1] not in signs:
             raise ValueError(f"expected {' or '.join(signs)} at byte {at}")
-        return found[1], found.end()
+        return match[1], match.end()
 
     def elements(at, function):
         at = blank(text, at + 1).end()
-        if text[at:at + 1] == "]":
-            return at + 1
-        mark = ","
-        while mark == ",":
+        mark = text[at:at + 1]
+        at += mark == "]"  # the list is empty
+        while mark != "]":
             start = at
             element, end = scan(text, at)
-            mark, at = after(end, ",]")
+            mark, at = expect(end, ",]")
             if not ascii_only and not text[start:end].isascii():
-                element = json.loads(utf8(text, start, end, path))
+                element = json.loads(text[start:end].encode("latin-1").decode("utf-8"))
             function(element, start, end)
         return at
 
-    ascii_only = text.isascii()
-    found = set()
     at = blank(text, at).end()
     if text[at:at + 1] != "{":
         scan(text, at)  # raises, or it is a list or a number: valid json, but not ours
         return found
     at = blank(text, at + 1).end()
-    ended = text[at:at + 1] == "}"
-    if ended:
+    mark = text[at:at + 1]
+    if mark == "}":
         at = blank(text, at + 1).end()
-    while not ended:
+    while mark != "}":
         key, at = scan(text, at)
-        if not isinstance(key, str):
-            raise ValueError(f"expected a key at byte {at}")
-        at = after(at, ":")[1]
-        if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
+        at = expect(at, ":")[1]
+        if not isinstance(key, str) or key in found:
+            raise ValueError(f"the key {key!r} is none, or stands there twice")
         if key in take and text[at:at + 1] == "[":
             found.add(key)
             at = elements(at, take[key])
         else:
             at = scan(text, at)[1]
-        mark, at = after(at, ",}")
-        ended = mark == "}"
+        mark, at = expect(at, ",}")
     if at < len(text):
         raise ValueError(f"it goes on after its end, at byte {at}: two files in one?")
     return found
-
-
-def utf8(text, start, end, path):
-    try:
-        return text[start:end].encode("latin-1").decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is not UTF-8 at byte {start + e.start}; "
-                        "save it as UTF-8") from None
 
 
 # ------------------------------------------------------------------ arrays, shared by processes
@@ -279,6 +265,7 @@ def cache_places(path):
 NUMBERS = {int, float}
 BOX_FIELDS = ("xywh", "label", "owner", "area", "crowd", "difficult", "outline", "spans")
 TEXT_FIELDS = ("ids", "names", "more")
+FOUR = "expected four finite numbers x, y, width, height"
 CUT = "boxes over the border of their image, cut there"
 OUTSIDE = "boxes outside their image, left out"
 NO_SIZE = "images without a size, taken from the picture"
@@ -326,13 +313,13 @@ def file_name_of(image, where):
         name = "/".join(image["coco_url"].split("/")[-2:])
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where} lacks id, width, height or file_name")
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", name):
-        raise UserError(f"{where} has file_name {name!r}, which leaves the image folder; "
-                        "names are relative to it")
     if any(ord(c) < 32 for c in name):
         raise UserError(f"{where} has file_name {name!r}, which holds a control character")
-    return str(path)
+    path = posixpath.normpath(name.replace("\\", "/"))
+    if f"{path}/".startswith(("/", "../")) or re.match("[A-Za-z]:/", path):
+        raise UserError(f"{where} has file_name {name!r}, which leaves the image folder; "
+                        "names are relative to it")
+    return path
 
 
 def rle_counts(code):
@@ -393,7 +380,7 @@ class Collector:
         self.categories = []
         self.images = []  # [id, name, width, height, json of LVIS's lists]
         self.place = {}  # image id -> its place there
-        self.entries, self.image_of, self.category_of = [], [], []  # ids of each annotation
+        self.image_of, self.category_of = [], []  # ids of each annotation
         self.boxes, self.areas = array("d"), array("d")
         self.outlines, self.spans = array("q"), array("q")
         self.crowd, self.difficult = bytearray(), bytearray()
@@ -401,11 +388,15 @@ class Collector:
     def refuse(self, text):
         raise UserError(f"{self.where}: {text}")
 
-    def refuse_entry(self, k, text):
-        """Of the k-th annotation."""
-        k %= len(self.entries)  # -1: the last
-        name = f"number {k + 1}" if self.entries[k] is None else show(self.entries[k])
-        self.refuse(f"annotation {name} {text}")
+    def refuse_entry(self, k, text, entry=None):
+        """Of the k-th annotation; its id is read from the file once more if it is not at hand."""
+        if entry is None and self.spans[2 * k + 1] > 0:
+            with open(self.where, "rb") as f:
+                start, end = self.spans[2 * k:2 * k + 2]
+                f.seek(start)
+                entry = json.loads(f.read(end - start).decode("latin-1"))
+        number = (entry or {}).get("id")
+        self.refuse(f"annotation {f'number {k + 1}' if number is None else show(number)} {text}")
 
     def category(self, c, start=-1, end=-1):
         if not isinstance(c, dict) or "id" not in c or "name" not in c:
@@ -456,19 +447,18 @@ class Collector:
     def annotation(self, a, start=-1, end=-1):
         if not isinstance(a, dict):
             self.refuse(f"'annotations' holds {show(a)}, which is no object")
-        self.entries.append(a.get("id"))
         box, area, crowd = a.get("bbox"), a.get("area"), a.get("iscrowd")
         # The usual kinds are passed quickly: COCO has 860,000 of these, Objects365 25 million.
         if type(box) is not list or len(box) != 4 or not {*map(type, box)} <= NUMBERS:
-            box = self.box_of(box)
+            box = self.box_of(a)
         if type(area) not in NUMBERS or not 0 <= area < 1e300:
             area = self.area_of(area)
         if type(crowd) is not int or not 0 <= crowd <= 1:
-            crowd = self.crowd_of(crowd)
+            crowd = self.crowd_of(a)
         try:
             self.boxes.extend(box)
         except OverflowError:  # an integer of hundreds of digits
-            self.box_of(None, box)
+            self.box_of(a)
         self.areas.append(area)
         self.crowd.append(crowd)
         self.difficult.append(as_number(a.get("difficult")) not in (None, 0))
@@ -478,11 +468,11 @@ class Collector:
         self.image_of.append(a.get("image_id"))
         self.category_of.append(a.get("category_id"))
 
-    def box_of(self, box, told=None):
+    def box_of(self, a):
+        box = a.get("bbox")
         numbers = [as_number(v) for v in box] if isinstance(box, (list, tuple)) else []
         if len(numbers) != 4 or None in numbers:
-            self.refuse_entry(-1, f"has bbox {show(told or box)}; "
-                                  "expected four finite numbers x, y, width, height")
+            self.refuse_entry(len(self.crowd), f"has bbox {show(box)}; {FOUR}", a)
         self.count["boxes given as text, read as numbers"] += any(isinstance(v, str) for v in box)
         return numbers
 
@@ -495,10 +485,13 @@ class Collector:
         self.count["areas given as text, read as numbers"] += 1
         return area
 
-    def crowd_of(self, given):
-        crowd = 0 if given is None else as_number(given) if type(given) is not bool else given
+    def crowd_of(self, a):
+        given = a.get("iscrowd")
+        if given is None or type(given) is bool:
+            return int(given or 0)
+        crowd = as_number(given)
         if crowd not in (0, 1):
-            self.refuse_entry(-1, f"has iscrowd {show(given)}; expected 0 or 1")
+            self.refuse_entry(len(self.crowd), f"has iscrowd {show(given)}; expected 0 or 1", a)
         return int(crowd)
 
     def records(self, folder=None):
@@ -570,8 +563,7 @@ class Collector:
         xywh = np.array(self.boxes).reshape(-1, 4)
         bad = np.flatnonzero(~np.isfinite(xywh).all(1))
         if len(bad):
-            self.refuse_entry(bad[0], f"has bbox {xywh[bad[0]].tolist()}; "
-                                      "expected four finite numbers x, y, width, height")
+            self.refuse_entry(int(bad[0]), f"has bbox {xywh[bad[0]].tolist()}; {FOUR}")
         if len(xywh) and (np.abs(xywh) <= 1.01).all() and (sizes > 4).all():
             self.refuse(f"all {len(xywh)} boxes lie within 0 ... 1: they look like fractions of "
                         "the image; expected pixels x, y, width, height")
@@ -811,16 +803,16 @@ def objects365(records, folder):
     if lost > max(10, len(names) // 1000):
         raise UserError(f"{folder}: {lost} of {len(names)} images are missing; Objects365 v2 is "
                         "at https://www.objects365.org")
-    columns = [*records.xywh.T, records.label, records.owner]
-    order = np.lexsort(columns)  # equal boxes side by side, in the file's order
-    again = np.ones(len(order) - 1, bool)
-    for column in columns:
-        again &= column[order][1:] == column[order][:-1]
-    once = np.ones(len(order), bool)
-    once[order[1:][again]] = False
+    rows = np.column_stack([records.owner, records.label, records.xywh])
+    once = np.zeros(len(rows), bool)
+    once[np.unique(rows, axis=0, return_index=True)[1]] = True
+    again = int((~once).sum())
+    count = dict(records.count)
+    count |= {"images that are not on the disk, left out": lost} if lost else {}
+    count |= {"boxes that are listed twice, once left out": again} if again else {}
     arrays = dict(records.arrays, **{name: getattr(records, name)[once] for name in BOX_FIELDS})
     arrays |= packed("names", [os.fsencode(n) for n in names])
-    return Records(records.path, records.about, arrays).subset(keep)
+    return Records(records.path, dict(records.about, count=count), arrays).subset(keep)
 
 
 def list_folders(root, names):
@@ -881,17 +873,19 @@ def opened(path, content=None):
     """Pillow's image of a file, or of its bytes; what goes wrong with it, in one line."""
     limit = f"than {MOST_BYTES >> 20} MiB, which no picture here is"
     try:
-        if content is None:
-            if regular(path).stat().st_size > MOST_BYTES:
+        with open(regular(path), "rb") if content is None else io.BytesIO(content) as f:
+            if f.seek(0, 2) > MOST_BYTES:
                 raise UserError(f"{path}: is larger {limit}")
-            content = Path(path).read_bytes()
-        if content[:2] == b"\x1f\x8b":  # some files of ImageNet-21K are gzip-compressed JPEGs
-            with gzip.open(io.BytesIO(content)) as f:
-                content = f.read(MOST_BYTES + 1)
-            if len(content) > MOST_BYTES:
-                raise UserError(f"{path}: unpacks to more {limit}")
-        with Image.open(io.BytesIO(content)) as image:
-            yield image
+            f.seek(0)
+            if f.read(2) == b"\x1f\x8b":  # some files of ImageNet-21K are gzip-compressed JPEGs
+                f.seek(0)
+                content = gzip.GzipFile(fileobj=f).read(MOST_BYTES + 1)
+                if len(content) > MOST_BYTES:
+                    raise UserError(f"{path}: unpacks to more {limit}")
+                f = io.BytesIO(content)
+            f.seek(0)
+            with Image.open(f) as image:
+                yield image
     except UserError:
         raise
     except FileNotFoundError:
@@ -1025,31 +1019,27 @@ class CocoDataset(Dataset):
     def choose_classes(self, classes, without, like):
         """Sets classes (names), category_ids (the file's; None for a class of `like` that it
         lacks), label_of (rows of the file's categories -> labels, -1 for none)."""
-        names = self.records.classes
-        unknown = sorted({*(classes or ()), *without} - set(names))
+        original = self.records.classes
+        unknown = sorted({*(classes or ()), *without} - set(original))
         if unknown:
             raise UserError(f"{self.annotations}: has no class {', '.join(unknown)}")
-        chosen = [n for n in names if classes is None or n in set(classes)]
-        if not chosen:
+        chosen = set(original if classes is None else classes)
+        rows = [k for k, n in enumerate(original) if n in chosen]
+        if not rows:
             raise UserError(f"{self.annotations}: the 'categories' list is empty")
-        row_of = {n: k for k, n in enumerate(names)}
+        self.classes = [original[k] for k in rows]
         if like is not None:
-            spelled = {n: as_in(n, like) for n in names}  # "traffic_light" is "traffic light"
-            if len(set(spelled.values())) == len(names):
-                chosen = [spelled[n] for n in chosen]
-                row_of = {spelled[n]: k for n, k in row_of.items()}
-            strange = [n for n in chosen if n not in set(like)]
-            absent = [n for n in like if n not in set(chosen)]
+            names, known = respell(original, like), set(like)
+            row_of = {names[k]: k for k in rows}
+            strange = ", ".join([n for n in row_of if n not in known][:5])
+            absent = ", ".join([n for n in like if n not in row_of][:5])
             if strange:
-                lacks = f", and lacks {', '.join(absent[:5])}" if absent else ""
-                raise UserError(f"{self.annotations}: lists {', '.join(strange[:5])}, which "
-                                f"training does not know{lacks}; validation classes must be among "
-                                "the training's, by name")
-            chosen = list(like)
-        rows = [row_of.get(n) for n in chosen]
-        self.classes = chosen
+                raise UserError(f"{self.annotations}: lists {strange}, which training does not know"
+                                f"{f', and lacks {absent}' if absent else ''}; validation classes "
+                                "must be among the training's, by name")
+            self.classes, rows = list(like), [row_of.get(n) for n in like]
         self.category_ids = [None if k is None else self.records.categories[k]["id"] for k in rows]
-        self.label_of = np.full(len(names), -1, np.int64)
+        self.label_of = np.full(len(original), -1, np.int64)
         for label, k in enumerate(rows):
             if k is not None:
                 self.label_of[k] = label
@@ -1223,7 +1213,8 @@ class CocoDataset(Dataset):
             factor = rng.uniform(*self.jitter) if self.train and attempt < 20 else 1.0
             scale = factor * self.canvas / max(height, width)
             h, w = max(1, round(height * scale)), max(1, round(width * scale))
-            y0, x0 = rng.randint(0, max(0, h - self.canvas)), rng.randint(0, max(0, w - self.canvas))
+            y0 = rng.randint(0, max(0, h - self.canvas))
+            x0 = rng.randint(0, max(0, w - self.canvas))
             window = min(h - y0, self.canvas), min(w - x0, self.canvas)
             moved = move_boxes(boxes, (w / width, h / height), (x0, y0), window)
             keep = ((moved[:, 2:] - moved[:, :2]) > 0.01).all(1)
@@ -1255,11 +1246,12 @@ class CocoDataset(Dataset):
         return item
 
 
-def as_in(name, names):
-    """The name as `names` spells it, where only blanks and underscores differ."""
-    plain = name.replace("_", " ")
-    alike = [n for n in names if n.replace("_", " ") == plain]
-    return alike[0] if len(alike) == 1 else name
+def respell(names, like):
+    """Names as `like` spells them: "traffic_light" is "traffic light", unless both are there."""
+    plain = [n.replace("_", " ") for n in like]
+    spelled = {p: n for p, n in zip(plain, like) if plain.count(p) == 1}
+    answer = [spelled.get(n.replace("_", " "), n) for n in names]
+    return answer if len(set(answer)) == len(names) else names
 
 
 def read_captions(path, records):
@@ -1446,8 +1438,8 @@ def repeat_fractions(dataset, threshold):
     """Repeat-factor sampling (LVIS, Gupta et al. 2019), (N,) float >= 1: max over an image's
     classes of sqrt(threshold / share of the images that hold it)."""
     images, labels = dataset.held()
-    share = np.bincount(labels, minlength=1).clip(1)  # images that hold it; of N below
-    factor = np.maximum(1.0, np.sqrt(threshold * len(dataset) / share))
+    holders = np.bincount(labels, minlength=1).clip(1)  # of each class: images that hold it
+    factor = np.maximum(1.0, np.sqrt(threshold * len(dataset) / holders))
     fractions = np.ones(len(dataset))
     np.maximum.at(fractions, images, factor[labels])
     return torch.from_numpy(fractions)

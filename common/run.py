@@ -524,7 +524,7 @@ def check_ours(content, path, script=None):
                             "with it; take an earlier copy")
     theirs = script_of(content)
     if script and theirs and theirs != script:
-        raise UserError(f"{path}: is a checkpoint of {theirs}, not of {script}")
+        raise UserError(f"{path}: is a checkpoint of {shorten(str(theirs))}, not of {script}")
     bad = first_not_finite(content.get("model", content))
     if bad:
         raise UserError(f"{path}: {bad} is not finite; the training that wrote it went wrong")
@@ -561,7 +561,9 @@ def load_strict(model, state, where):
     wrong = {"missing": [k for k in own if k not in state and k not in optional],
              "unexpected": [k for k in state if k not in own],
              "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-                                  for k in own if k in state and state[k].shape != own[k].shape]}
+                                  for k in own if k in state and state[k].shape != own[k].shape],
+             "of another type": [f"{k} {state[k].dtype}" for k in own if k in state and
+                                 state[k].is_floating_point() != own[k].is_floating_point()]}
     found = [f"{len(keys)} {what} (first {keys[0]})" for what, keys in wrong.items() if keys]
     if found:
         arch = getattr(model, "arch", {})

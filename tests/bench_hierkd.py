@@ -45,12 +45,12 @@ def interleaved(functions, repeats):
     return [sorted(t)[len(t) // 2] for t in zip(*times)]
 
 
-def step_of(learner):
-    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+def step_of(distiller):
+    parameters = [p for p in distiller.student.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 1e-6)
 
     def step(batch):
-        sum(learner(batch).values()).backward()
+        sum(distiller(batch).values()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
@@ -59,14 +59,14 @@ def step_of(learner):
 def bench_step(device, height, width, count, repeats, amp):
     clip = FrozenCLIP(open_clip.create_model("ViT-B-32-quickgelu"), open_clip.get_tokenizer("ViT-B-32-quickgelu"), "random", device)
     names, batch = [f"class {k}" for k in range(48)], batch_of(height, width, count, 6, device)
-    text, steps, spent = clip.class_embeddings(names), {}, dict(crops=[0, 0.0], CLIP=[0, 0.0])
+    steps, spent = {}, dict(crops=[0, 0.0], CLIP=[0, 0.0])
     for name, flags in (("detector", ["--no-ikd", "--no-gkd"]), ("IKD", ["--no-gkd"]), ("GKD", ["--no-ikd"]), ("both", [])):
-        a = hierkd.parse_args(["--ikd-box", "gt", "--ikd-iou", "-1", "--amp", amp, *flags])  # all positives, as late in training
-        hierkd.fill_defaults(a)
+        crops = [] if "--no-ikd" in flags else ["--ikd-box", "gt", "--ikd-iou", "-1"]  # all positives, as late in training
+        a = hierkd.resolve(hierkd.parse_args(["--amp", amp, *crops, *flags]))
         torch.manual_seed(0)
         model = hierkd.OpenATSS("r50", clip.class_embeddings(["background"])[0], clip.dim, gkd=a.gkd).to(device)
         model.body.train(False)
-        steps[name] = step_of(hierkd.Learner(model, text, clip, a))
+        steps[name] = step_of(hierkd.Distiller(model, clip, names, a))
     times = interleaved([lambda s=s: s(batch) for s in steps.values()], repeats)
 
     # What IKD's share consists of: the same calls, timed one by one.

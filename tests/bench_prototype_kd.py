@@ -85,8 +85,7 @@ def bench_selection(device, quick):
 
 
 def make_learner(kind, pair, device, flags=()):
-    args = pk.parse_args([*flags])
-    pk.fill_defaults(args, kind)
+    args = pk.resolve(pk.parse_args(["--teacher", f"{kind}_r101", *flags]))
     torch.manual_seed(0)
     names = [f"class {k}" for k in range(80)]
     student, teacher = (pk.new_detector(f"{kind}_{body}", names, "none").to(device) for body in pair)

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import simple21k as s  # noqa: E402
-from common.datasets import ImageIndex  # noqa: E402
+from common.imagenet import ImageIndex  # noqa: E402
 from common.run import init_ddp  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "imagenet_mini" / "train"
@@ -66,7 +66,7 @@ def width(a, device):
         optimizer = torch.optim.AdamW(s.parameter_groups(model, 0.05), 1e-4)
 
         def f():
-            sum(learner(det=det, cls=cls).values()).backward()
+            sum(learner(dict(det=det, cls=cls)).values()).backward()
             optimizer.step(), optimizer.zero_grad(set_to_none=True)
     print(json.dumps(dict(seconds=median(f, a.repeats), peak=peak(device))))
 
@@ -75,12 +75,12 @@ def stage_one(a, device):
     """(c): one step, interleaved."""
     import test_simple21k as t
     import torchvision
-    args, batch = t.flags(backbone=a.backbone), on(t.cls_batch(a.batch, 224), device)
+    args, batch = t.flags(backbone=a.backbone, stage=1), on(t.cls_batch(a.batch, 224), device)
     model = s.Detector(t.arch_of(a.backbone, stage=1, cls=1000)).to(device)
     s.freeze_idle(model, args)
     plain = torchvision.models.get_model("resnet50" if a.backbone == "r50" else a.backbone, weights=None).to(device).train()
     learner = s.Learner(model, args).train()
-    ours = lambda: learner(cls=batch)["cls"].backward()
+    ours = lambda: learner(dict(cls=batch))["cls"].backward()
     theirs = lambda: torch.nn.functional.cross_entropy(plain(s.normalise(batch)), batch["labels"]).backward()
     rows = [[seconds(f) for f in (ours, theirs)] for _ in range(a.repeats + 1)][1:]
     ours, theirs = (sorted(r)[len(r) // 2] for r in zip(*rows))

@@ -19,8 +19,8 @@ if __name__ == "__main__":
     p.add_argument("--backbone", default="tiny64")
     a, more = p.parse_known_args()
     sys.path.insert(0, str(ROOT))
-    from common.clip import tiny_clip
     from common.shapes import make_shapes
+    from common.tiny import tiny_clip
     root = make_shapes(ROOT / "data")
     with tempfile.TemporaryDirectory() as tmp:
         data, out = Path(tmp) / "data", Path(tmp) / "run"

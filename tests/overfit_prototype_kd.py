@@ -24,7 +24,7 @@ if __name__ == "__main__":
         data = Path(tmp) / "data"
         boxes = make_subset(data)
         common = ["--data", data, "--image-size", a.image_size, "--epochs", a.epochs, "--batch-size", "4", "--optimizer", "adamw", "--lr", a.lr, "--workers", "0", "--init", "none",
-                  "--no-photometric", "--log-every", "50", "--control", "none", "--train-images", "0"]
+                  "--no-photometric", "--log-every", "50", "--control", "none", "--first-images", "0"]
         for role, width, flags in (("teacher", 32, ["--teacher", "none"]), ("student", 16, ["--teacher", f"{tmp}/teacher/last.pt", *more])):
             subprocess.run([sys.executable, "prototype_kd.py", *map(str, common), "--student", f"{a.kind}_tiny{width}", *flags, "--out", f"{tmp}/{role}"], cwd=ROOT, check=True)
             found[role] = json.loads(Path(tmp, role, "results.json").read_text())

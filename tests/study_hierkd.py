@@ -60,11 +60,11 @@ NAMED = """
 import argparse, json, sys, torch
 sys.path.insert(0, ".")
 import hierkd as h
+from common.shapes import NOVEL
 model = h.load_detector(sys.argv[1])
-a = h.parse_args(["--data", "shapes"])
-h.follow(a, model.arch)
+a = h.follow(h.resolve(h.parse_args(["--data", "shapes", "--eval", sys.argv[1]])), model.arch)
 val = h.make_data(a, "val")
-names, found = [n for n in val.classes if n in h.NOVEL], []
+names, found = [n for n in val.classes if n in NOVEL], []
 text = h.clip_of(model, a, torch.device("cpu")).class_embeddings(names)
 with torch.no_grad():
     for batch in h.eval_loader(val, 0, 1, 0, False):
@@ -89,7 +89,7 @@ def named(out):
 
 def gate(seed):
     """Draws the images and trains the tiny CLIP of a seed; its accuracy on novel objects, in percent."""
-    code = ("import sys, torch; from common.clip import tiny_clip; from common.shapes import make_shapes; seed = int(sys.argv[1]); root = make_shapes(seed=seed); "
+    code = ("import sys, torch; from common.shapes import make_shapes; from common.tiny import tiny_clip; seed = int(sys.argv[1]); root = make_shapes(seed=seed); "
             "print(torch.load(tiny_clip(root, root.parent / 'clip', seed), weights_only=True)['accuracy']['novel'])")
     r = subprocess.run([sys.executable, "-c", code, str(seed)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return float(r.stdout.split()[-1])

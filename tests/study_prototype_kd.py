@@ -41,7 +41,7 @@ ARMS = {
     "global x 10, centred": CENTRED,
     "centred, sigma by max cosine": [*CENTRED, "--sigma", "maxcos"],
     "centred, random": [*CENTRED, "--proto-method", "random"],
-    "centred, untrained teacher": [*CENTRED, "--teacher", "UNTRAINED"],
+    "centred, untrained teacher": [*CENTRED, "--teacher", "UNTRAINED", "--no-teacher-check"],
     "centred, k-means": [*CENTRED, "--proto-method", "kmeans", "--proto-space", "student"],
     "all three, centred": ["--center"],
     "response, sigma 1": [*only("resp", 5), "--sigma", "none"],
@@ -66,7 +66,7 @@ def detector(role, seed, kind, epochs):
     """Teacher, start and an untrained teacher of a seed."""
     common = ["--teacher", "none", "--init", "none", "--data-seed", str(seed), "--seed", str(seed)]
     if role == "teacher":
-        m = train(RUNS / f"{kind}-teacher-s{seed}", [*common, "--student", f"{kind}_tiny32", "--train-images", "0", "--epochs", str(epochs)])
+        m = train(RUNS / f"{kind}-teacher-s{seed}", [*common, "--student", f"{kind}_tiny32", "--first-images", "0", "--epochs", str(epochs)])
         train(RUNS / f"{kind}-untrained-s{seed}", [*common, "--student", f"{kind}_tiny32", "--max-iters", "1"])
     else:
         m = train(RUNS / f"{kind}-start-s{seed}", [*common, "--student", f"{kind}_tiny8", "--epochs", "32"])

@@ -46,7 +46,7 @@ def script(out, flags):
 
 def train(out, flags):
     """One run, resumed where it was stopped; returns its results.json."""
-    if not (out / "results.json").exists():
+    if not ((out / "results.json").exists() and (out / "best.pt").exists()):
         if (out / "last.pt").exists():
             return script(out, ["--resume"])
         shutil.rmtree(out, ignore_errors=True)

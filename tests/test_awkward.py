@@ -300,8 +300,8 @@ def test_a_list_instead_of_an_object(world):
     (lambda t: t + "\x00", "it goes on after its end"),
     (lambda t: t.replace(', "annotations"', '  "annotations"'), "not valid json (expected , or }"),
     (lambda t: t.replace('"annotations": [', '"annotations": [,'), "expected a value at byte"),
-    (lambda t: t.replace('"annotations"', '"images"'), "the key 'images' stands there twice"),
-    (lambda t: t.replace('"annotations"', "5"), "expected a key"),
+    (lambda t: t.replace('"annotations"', '"images"'), "the key 'images' is none, or stands there twice"),
+    (lambda t: t.replace('"annotations"', "5"), "the key 5 is none"),
     (lambda t: t.replace('"annotations": [', '"annotations": [' + "[" * 100000), "not valid json ("),
     (lambda t: t.replace('"iscrowd": 0', '"iscrowd": ' + "9" * 5000), "not valid json ("),
     (lambda t: "", "the file is empty"),
@@ -330,9 +330,8 @@ def test_encodings(world):
     world.path.write_text(text, encoding="utf-16")
     assert "not valid json (it is UTF-16; save it as UTF-8)" in error_of(lambda: read_annotations(world.path))
     world.path.write_bytes(text.replace(" 猫 🐈", "").encode("latin-1"))
-    at = text.encode("latin-1", "replace").index(b"\xdf")
-    assert error_of(lambda: read_annotations(world.path)) == (
-        f"{world.path}: is not UTF-8 at byte {at}; save it as UTF-8")
+    for read in (read_annotations, read_json):
+        assert error_of(lambda: read(world.path)) == f"{world.path}: is not UTF-8; save it as UTF-8"
 
 
 IN_C_LOCALE = """
@@ -1451,8 +1450,8 @@ def test_voc_missing_parts_are_named(voc, tmp_path):
 
 
 def test_voc_names_that_leave_the_folder(voc):
-    shutil.copy(voc.xml, voc.folder.parent / "x.xml")
-    voc.listing.write_text("../../x\n")
+    shutil.copy(voc.xml, voc.folder.parent.parent / "x.xml")
+    voc.listing.write_text("../../../x\n")
     assert "leaves the image folder" in error_of(voc.read)
 
 

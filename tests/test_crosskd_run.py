@@ -294,7 +294,7 @@ def test_own_files_whose_validation_knows_fewer_classes_in_another_order(own, tm
     flags = [*own.train, *own.val, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0", "--init", own.start, "--batch-size", 4,
              "--epochs", 1]
     r = run(*flags, "--out", tmp_path / "o")
-    assert "24 images" in r.stdout.replace("27 images, 4 classes | not used: 3 images", "24 images") and "1 epochs of 6 steps" in r.stdout
+    assert re.search(r"27 images, 4 classes \| not used: .*3 images", r.stdout) and "1 epochs of 6 steps" in r.stdout
     from pycocotools.coco import COCO
     found, results = (json.loads((tmp_path / "o" / f"{n}.json").read_text()) for n in ("detections", "results"))
     COCO(own.json).loadRes(found)  # the file's own ids
@@ -322,11 +322,9 @@ def test_without_a_validation_set_a_run_trains_says_so_and_best_is_the_last(own,
     base = [*own.train, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0", "--init", "none", "--batch-size", 4, "--max-iters", 7]
     r = run(*base, "--keep-empty", "--out", tmp_path / "o")
     assert "no validation set: no evaluation, best.pt is the last" in r.stdout and "no validation set: best.pt is the last" in r.stdout.splitlines()[-1]
-    assert "27 images, 4 classes\n" in r.stdout and "12 epochs of 7 steps" in r.stdout.replace("\n    ", " ")  # the empty ones are used
+    assert not re.search(r"27 images, 4 classes \| .*images", r.stdout) and "12 epochs of 7 steps" in r.stdout  # the empty ones are used
     best, last = (load_checkpoint(tmp_path / "o" / f"{n}.pt") for n in ("best", "last"))
     assert checksum(best["model"]) == checksum(last["model"]) and best["it"] == last["it"] == 7 and not (tmp_path / "o/results.json").exists()
-    # pixels given, the boxes are negatives: a batch of empty images has losses, too
-    assert "teacher" not in r.stdout
 
 
 # ------------------------------------------------------------------ runs that are interrupted

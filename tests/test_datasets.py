@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from common.datasets import (BASE_48, BatchPlan, CocoDataset, Records, collate, eval_loader, find_coco, find_lvis, objects365,
-                             own_files, parse_image_size, read_annotations, read_captions, read_image, read_voc,
-                             records_of, repeat_factors, repeat_fractions, require_lvis, resize, train_loader)
+                             parse_image_size, read_captions, read_image, read_voc, records_of, repeat_factors,
+                             repeat_fractions, resize, train_loader)
 from common.run import UserError
 
 
@@ -679,3 +679,36 @@ def test_repeat_fractions_are_bit_equal_to_the_plain_loop(coco_mini, kwargs):
         assert repeat_fractions(data, threshold).tolist() == plain and repeat_fractions(data, threshold).dtype == torch.float64
         assert repeat_factors(data, threshold) == [math.ceil(f) for f in plain]
     assert max(plain) > 2
+
+
+def test_objects365_is_read_as_it_lies_on_the_disk(tmp_path):
+    """patchN/name.jpg; the few images that do not exist and boxes that are listed twice are left out, and told."""
+    for k in (1, 2, 3):
+        (tmp_path / f"patch{k % 2}").mkdir(exist_ok=True)
+        photo(tmp_path / f"patch{k % 2}/{k}.jpg", 64, 48)
+    boxes = [(1, 3, [1.5, 2, 30, 20]), (4, 3, [1, 2, 30, 20]), (2, 3, [1, 2, 30, 20]), (1, 3, [1.5, 2, 30, 20]), (1, 7, [1.5, 2, 30, 20]),
+             (2, 3, [1, 2, 30, 20]), (2, 3, [1, 2, 30, 21]), (1, 3, [1.5, 2, 30, 20])]
+    raw = dict(images=[dict(id=k, file_name=f"images/v2/patch{k % 2}/{k}.jpg", width=64, height=48) for k in (3, 1, 2, 4)],
+               categories=[dict(id=3, name="a"), dict(id=7, name="b")],
+               annotations=[dict(id=n, image_id=i, category_id=c, bbox=b) for n, (i, c, b) in enumerate(boxes)])
+    records = objects365(records_of(raw, "objects.json"), tmp_path)
+    assert list(records.names) == ["patch1/3.jpg", "patch1/1.jpg", "patch0/2.jpg"] and records.owner.tolist() == [1, 1, 2, 2]
+    assert records.xywh.tolist() == [[1.5, 2, 30, 20], [1.5, 2, 30, 20], [1, 2, 30, 20], [1, 2, 30, 21]] and records.label.tolist() == [0, 1, 0, 0]
+    assert records.count == {"images that are not on the disk, left out": 1, "boxes that are listed twice, once left out": 3}
+    data = CocoDataset(tmp_path, records, True, image_size="48", flip=0)
+    assert [i[0] for i in data.items] == [1, 2] and data[0, 0]["boxes"].tolist() == [[1.5, 2, 31.5, 22]] * 2
+    raw["images"] = [dict(i, id=k, file_name=f"images/v2/patch0/{k}.jpg") for k, i in enumerate(raw["images"] * 4)]
+    raw["annotations"] = []
+    assert "15 of 16 images are missing; Objects365 v2 is at https" in error_of(lambda: objects365(records_of(raw, "objects.json"), tmp_path))
+
+
+def test_captions_belong_to_their_image(tiny, tmp_path):
+    sentences = [dict(image_id=5, caption=" a dog "), dict(image_id=11, caption="b"), dict(image_id=5, caption="c"), dict(image_id=99, caption="d"),
+                 dict(image_id=[5], caption="e"), dict(caption="f"), "g", dict(image_id=8, caption=None), dict(image_id=8, caption="  ")]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(dict(annotations=sentences)))
+    data = dataset(tiny, captions=path)
+    assert read_captions(path, data.records) == data.captions == [["b"], ["a dog", "c"], []]
+    assert {data[1, seed]["caption"] for seed in range(20)} == {"a dog", "c"} and data[2, 0]["caption"] == ""
+    path.write_text("[]")
+    assert error_of(lambda: dataset(tiny, captions=path)) == f"{path}: no 'annotations' list; this is not COCO captions json"

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from common.datasets import NOVEL_17
-from common.run import save_checkpoint
 from common.shapes import make_shapes
 from common.tiny import tiny_clip
 from conftest import ROOT, launch
@@ -20,15 +19,37 @@ run = lambda *flags, **how: launch("hierkd", flags, **how)
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
+def drawn(tmp_path_factory):
+    """A small shapes dataset."""
+    return make_shapes(tmp_path_factory.mktemp("drawn"), train=24, val=12)
+
+
+@pytest.fixture(scope="module")
+def clip(drawn):
     """A tiny CLIP: what it knows does not matter here."""
-    folder = tmp_path_factory.mktemp("clip")
-    return tiny_clip(make_shapes(folder, train=24, val=12), folder, steps=1, objects=4, scenes=2)
+    return tiny_clip(drawn, drawn.parent, steps=1, objects=4, scenes=2)
+
+
+@pytest.fixture(scope="session")
+def photos(coco_mini, tmp_path_factory):
+    """The photographs in COCO's layout, 24 instead of 79 of them to validate."""
+    root = tmp_path_factory.mktemp("photos")
+    (root / "annotations").mkdir()
+    for name in ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/captions_train2017.json"):
+        (root / name).symlink_to(coco_mini / name)
+    content = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    novel = {c["id"] for c in content["categories"] if c["name"] in NOVEL_17}
+    held = [a["image_id"] for a in sorted(content["annotations"], key=lambda a: a["category_id"] not in novel)]
+    few = set(list(dict.fromkeys(held))[:24])
+    content["images"] = [i for i in content["images"] if i["id"] in few]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in few]
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    return root
 
 
 @pytest.fixture
-def small(coco_mini, clip):
-    return ["--data", coco_mini, "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--workers", "0",
+def small(photos, clip):
+    return ["--data", photos, "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--workers", "0",
             "--batch-size", "4", "--log-every", "2"]
 
 
@@ -61,25 +82,37 @@ def test_two_processes_train_on_real_photographs_evaluate_and_predict_any_names(
     assert {b["label"] for b in boxes} <= {"red panda", "umbrella"} and len(boxes) > 10 and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
 
 
-def test_killed_run_resumes_bit_exactly(small, tmp_path):
-    flags = [*small, "--max-iters", 16, "--save-every", 4]
-    run(*flags, "--out", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(photos, clip, tmp_path_factory):
+    """A run that nothing disturbed, with its flags; the choice of crops is random, too."""
+    flags = ["--data", photos, "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--workers", "0", "--batch-size", "4",
+             "--log-every", "1", "--max-iters", 16, "--save-every", 4, "--ikd-max", 2, "--ikd-iou", -1]
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(*flags, "--out", out)
+    return out, flags
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_run_resumes_bit_exactly(whole, tmp_path, number):
+    out, flags = whole
     process = subprocess.Popen([sys.executable, "hierkd.py", *map(str, flags), "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "killed/log.jsonl"
     for _ in range(600):
-        if log.exists() and len(log.read_text().splitlines()) >= 3:
+        if log.exists() and len(log.read_text().splitlines()) >= 5:
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, number)
+    error = process.communicate()[1]
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in error
+        assert "stopped by SIGTERM at step" in error and error.strip().endswith("--resume")
     assert 4 <= torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"] < 16
     run("--out", tmp_path / "killed", "--resume")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    one = torch.load(tmp_path / "killed/last.pt", weights_only=True)
-    assert len(one["rng"]) == 1 and one["args"]["max_iters"] == 16
-    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("whole", "killed"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(tmp_path / "killed") == losses(out)
+    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "killed", out))
+    assert len(one["rng"]) == 1 and one["args"]["max_iters"] == 16 and one["draws"] == other["draws"] == 16
+    assert all(torch.equal(other["model"][k], one["model"][k]) for k in one["model"])
 
 
 def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
@@ -95,17 +128,17 @@ def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
         assert words in r.stderr.strip().splitlines()[-1] and "Traceback" not in r.stderr, r.stderr[-1500:]
 
 
-def test_analyses_of_the_paper_write_their_numbers_and_pictures(small, coco_mini, tmp_path):
+def test_analyses_of_the_paper_write_their_numbers_and_pictures(small, photos, coco_mini, tmp_path):
     """Table 9 (true boxes), Table 1 (RPN), Table 6 (CLIP direct), Fig. 4 (heat map) on real photographs."""
     read = lambda name: json.loads((tmp_path / name / "results.json").read_text())
     r = run(*small[:4], "--gt-upper-bound", "--out", tmp_path / "bound")
     bound = read("bound")
     assert "true boxes of 17 novel classes" in r.stdout and 0 <= bound["AR50"] <= 100
     found = json.loads((tmp_path / "bound/detections.json").read_text())
-    truth = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    truth = json.loads((photos / "annotations/instances_val2017.json").read_text())
     novel = {c["id"] for c in truth["categories"] if c["name"] in NOVEL_17}
     assert len(found) == sum(a["category_id"] in novel and not a["iscrowd"] for a in truth["annotations"])  # one name a box
-    run(*small, "--rpn-recall", "--max-iters", 3, "--out", tmp_path / "rpn", procs=2)
+    run(*small[:2], *small[4:], "--rpn-recall", "--max-iters", 3, "--out", tmp_path / "rpn", procs=2)
     rpn = read("rpn")
     assert rpn["AR100_0.5"] <= rpn["AR300_0.5"] <= rpn["AR1000_0.5"] and rpn["AR1000_0.75"] <= rpn["AR1000_0.5"]
     run(*small, "--max-iters", 2, "--split", "65_15", "--out", tmp_path / "run")
@@ -117,11 +150,12 @@ def test_analyses_of_the_paper_write_their_numbers_and_pictures(small, coco_mini
 
 
 @pytest.mark.parametrize("pool, steps", [("avg", 10), ("max", 4)])
-def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, tmp_path, pool, steps):
+def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, drawn, tmp_path, pool, steps):
     """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding. All negatives
     and all crops, because a draw belongs to a process; true boxes, because a predicted one at a threshold or
     at a whole pixel jumps by rounding; the maximum of a patch for four steps only, because it jumps from cell to cell; captions contrasted over all processes."""
     flags = ["--data", "shapes", "--clip", clip, "--max-iters", steps, "--image-size", 96, "--workers", 0, "--log-every", 1, "--negatives", "1.0", "--gkd-gather",
+             "--val-json", drawn / "annotations/instances_val2017.json", "--val-images", drawn / "val2017",
              "--ikd-max", 1000, "--ikd-box", "gt", "--ikd-iou", -1, "--gkd-pool", pool, "--optimizer", "sgd", "--lr", "0.01"]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
     run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
@@ -130,3 +164,48 @@ def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, tmp_path,
     for it in one:
         for k in set(one[it]) - ({"norm"} if it > 1 else set()):  # a gradient jumps where rounding turns a ReLU
             assert two[it][k] == pytest.approx(one[it][k], rel=1e-4, abs=1e-5), (it, k)
+
+
+def test_own_files_without_and_with_a_validation_set_of_fewer_classes(clip, drawn, tmp_path):
+    """Base classes are those of the training file; a class that only validation has is novel."""
+    train, val = (json.loads((drawn / f"annotations/instances_{split}2017.json").read_text()) for split in ("train", "val"))
+    names = [c["name"] for c in sorted(val["categories"], key=lambda c: -sum(a["category_id"] == c["id"] for a in val["annotations"]))]
+    new, kept = names[3], names[:12]  # with boxes
+    for content, wanted in ((train, [n for n in names if n != new]), (val, kept)):
+        content["categories"] = [c for c in content["categories"] if c["name"] in wanted]
+        ids = {c["id"] for c in content["categories"]}
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] in ids]
+    for content, name in ((train, "train.json"), (val, "val.json")):
+        (tmp_path / name).write_text(json.dumps(content))
+    own = ["--train-json", tmp_path / "train.json", "--train-images", drawn / "train2017", "--clip", clip, "--backbone", "tiny8", "--init", "none",
+           "--image-size", "96", "--workers", 0, "--batch-size", 4, "--max-iters", 2, "--log-every", 1]
+    r = run(*own, "--train-captions", drawn / "annotations/captions_train2017.json", "--out", tmp_path / "alone")
+    assert "no validation set" in r.stdout and f"{len(names) - 1} base and 0 novel classes" in " ".join(r.stdout.split())
+    assert (tmp_path / "alone/best.pt").exists() and not (tmp_path / "alone/results.json").exists()
+    with_val = ["--val-json", tmp_path / "val.json", "--val-images", drawn / "val2017"]
+    r = run(*own, "--no-gkd", "--keep-empty", *with_val, "--out", tmp_path / "run")
+    assert f"{len(names) - 1} base and 1 novel classes" in " ".join(r.stdout.split())
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert set(results["classes"]["gzsd"]) == set(kept) and list(results["classes"]["zsd"]) == [new]
+    run("--eval", tmp_path / "run/last.pt", *with_val, "--workers", 0, "--out", tmp_path / "eval")
+    again = json.loads((tmp_path / "eval/results.json").read_text())
+    assert again["classes"] == results["classes"]
+    assert "--train-captions" in run(*own, *with_val, "--out", tmp_path / "no", fail=True).stderr  # GKD needs them
+
+
+def test_predict_walks_folders_and_keeps_two_runs_apart(whole, coco_mini, tmp_path):
+    weights, photo = whole[0] / "best.pt", sorted((coco_mini / "val2017").iterdir())[:2]
+    (tmp_path / "in/deeper").mkdir(parents=True)
+    for path, place in zip(photo, ("one.jpg", "deeper/two.JPG")):
+        (tmp_path / "in" / place).write_bytes(path.read_bytes())
+    (tmp_path / "in/._one.jpg").write_bytes(b"Finder's")
+    (tmp_path / "names.txt").write_text("red panda\numbrella, open\n")
+    flags = ["--weights", weights, "--score", 0, "--out", tmp_path / "p"]
+    run("--predict", tmp_path / "in", *flags, "--classes", tmp_path / "names.txt")
+    found = json.loads((tmp_path / "p/predictions.json").read_text())
+    assert sorted(Path(n).name for n in found) == ["one.jpg", "two.JPG"] and {b["label"] for v in found.values() for b in v} <= {"red panda", "umbrella, open"}
+    assert len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 2
+    run("--predict", tmp_path / "in/one.jpg", *flags)  # names of training and of its evaluation
+    found = json.loads((tmp_path / "p/predictions.json").read_text())
+    assert [Path(n).name for n in found] == ["one.jpg"] and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
+    assert "no such file" in run("--predict", tmp_path / "nothing", *flags, fail=True).stderr

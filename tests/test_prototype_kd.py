@@ -493,7 +493,7 @@ def test_torchvisions_weights_load_with_their_labels(name, monkeypatch, tmp_path
     norms = {m.eps for m in ours.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert norms == ({1e-5} if name.endswith("_v2") else {0.0})
     prototype_kd.freeze(ours)
-    learner = Distiller(ours, None, None, arguments("--teacher", "none")).train()
+    Distiller(ours, None, None, arguments("--teacher", "none")).train()
     assert ours.training and not any(m.training for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert not ours.backbone.body.conv1.weight.requires_grad and ours.backbone.body.layer2[0].conv1.weight.requires_grad
 

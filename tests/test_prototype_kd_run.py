@@ -1,5 +1,4 @@
 """prototype_kd.py from its command line: real photographs and VOC's XML, two processes, kill and resume, the table, bad input."""
-import argparse
 import json
 import os
 import shutil
@@ -13,11 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.shapes
 import prototype_kd
 from common.datasets import CocoDataset, VOC_CLASSES, find_coco
+from common.evaluation import voc_evaluate
+from common.run import UserError
+from common.shapes import make_shapes
 from conftest import ROOT, SHARED, launch
 
-run = lambda *flags, **how: launch("prototype_kd", flags, **how)
+
+def run(*flags, **how):
+    """The script; teachers of these tests are untrained."""
+    untrained = "--teacher" in flags and flags[flags.index("--teacher") + 1] != "none"
+    return launch("prototype_kd", [*flags, *["--no-teacher-check"] * untrained], **how)
+
+
 TINY = ["--image-size", "96", "--workers", "0", "--log-every", "2"]
 
 
@@ -49,6 +58,25 @@ def made(tmp_path_factory):
                 torch.save(prototype_kd.weights_of(detector(f"{kind}_tiny{width}", classes)), folder / f"{kind}-{data}-{role}.pt")
             table[kind, data] = folder / f"{kind}-{data}-teacher.pt", folder / f"{kind}-{data}-start.pt"
     return table
+
+
+def subset(folder, source, train=None, val=None):
+    """`source`, a COCO layout, with its first images only, in `folder`."""
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", train), ("val", val)):
+        raw = json.loads((source / f"annotations/instances_{split}2017.json").read_text())
+        raw["images"] = raw["images"][:count]
+        ids = {i["id"] for i in raw["images"]}
+        raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in ids]
+        (folder / f"{split}2017").symlink_to((source / f"{split}2017").resolve())
+        (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coco_few(coco_mini, tmp_path_factory):
+    """coco_mini with 12 photographs to validate on, where their AP does not matter."""
+    return subset(tmp_path_factory.mktemp("few") / "data", coco_mini, val=12)
 
 
 @pytest.fixture
@@ -87,31 +115,42 @@ def test_two_processes_distil_on_real_photographs_evaluate_and_predict(made, coc
     assert Path(name) == photo and len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1
 
 
-def test_killed_run_resumes_bit_exactly_with_its_prototypes(made, coco_mini, tmp_path):
+def test_killed_run_resumes_bit_exactly_with_its_prototypes(made, coco_few, tmp_path):
     """Killed between two selections: the prototypes of the middle of a period are an earlier student's and come from last.pt."""
-    flags = [str(x) for x in ("--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 8, "--max-iters", 14, "--refresh", 0.5, *TINY, "--save-every", 3, "--control", "none")]
+    flags = [str(x) for x in ("--data", coco_few, *pair(made, "faster", "coco"), "--batch-size", 4, "--max-iters", 14, "--refresh", 0.25, *TINY, "--log-every", 1,
+                              "--save-every", 3, "--proto-max-images", 8, "--control", "none", "--no-teacher-check")]
     run(*flags, "--out", tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, "prototype_kd.py", *flags, "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, until = tmp_path / "killed/log.jsonl", time.time() + 100
-    while time.time() < until and not (log.exists() and '"it": 8' in log.read_text()):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"] < 14
-    run("--resume", "--out", tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("killed", "whole"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"]) and all(torch.equal(a["bank"][k], b["bank"][k]) for k in b["bank"])
-    assert all(torch.equal(a["adapters"][k], b["adapters"][k]) for k in b["adapters"]) and len(b["adapters"]) == 10
+    for number in (signal.SIGKILL, signal.SIGTERM):  # SIGTERM: the step that is under way is finished and saved
+        out = tmp_path / number.name
+        process = subprocess.Popen([sys.executable, "prototype_kd.py", *flags, "--out", str(out)], cwd=ROOT, start_new_session=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        until = time.time() + 100
+        while time.time() < until and not ((out / "log.jsonl").exists() and '"it": 8' in (out / "log.jsonl").read_text()):
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        error = process.communicate()[1]
+        at = torch.load(out / "last.pt", weights_only=True)["it"]
+        if number == signal.SIGKILL:
+            assert 0 < at < 14
+        else:
+            assert process.returncode == 143 and 8 <= at < 14 and "Traceback" not in error
+            assert f"stopped by SIGTERM at step {at}, {out / 'last.pt'} is written; continue: python prototype_kd.py" in error.splitlines()[-1]
+        run("--resume", "--out", out)
+        assert losses(out) == losses(tmp_path / "whole")
+        a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"]) and all(torch.equal(a["bank"][k], b["bank"][k]) for k in b["bank"])
+        assert all(torch.equal(a["adapters"][k], b["adapters"][k]) for k in b["adapters"]) and len(b["adapters"]) == 10
+        assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"]) and a["finished"] and b["finished"]
+    assert "total batch of 4" in run("--resume", "--batch-size", 2, "--out", out, fail=True).stderr
+    assert "--k 3: the run in" in run("--resume", "--k", 3, "--out", out, fail=True).stderr
 
 
-def test_prototypes_are_the_same_for_one_and_three_processes(made, coco_mini, tmp_path):
+def test_prototypes_are_the_same_for_one_and_three_processes(made, coco_few, tmp_path):
     """The first selection of a run, every bit of it; classes are shared out, images in blocks."""
     banks = []
     for procs in (1, 3):
         out = tmp_path / str(procs)
-        run("--data", coco_mini, *pair(made, "retina", "coco"), "--batch-size", 12 // procs, "--max-iters", 1, "--center", "--proto-max-images", 5, "--control", "none",
+        run("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 12 // procs, "--max-iters", 1, "--center", "--proto-max-images", 5, "--control", "none",
             *TINY, "--out", out, procs=procs)
         banks.append(torch.load(out / "last.pt", weights_only=True)["bank"])
     assert all(torch.equal(banks[0][k], banks[1][k]) for k in banks[0]) and banks[0]["valid"].any(-1).sum() > 100
@@ -122,11 +161,12 @@ def test_prototypes_are_the_same_for_one_and_three_processes(made, coco_mini, tm
 def test_two_processes_have_the_losses_of_one(made, tmp_path):
     """RetinaNet samples nothing, so equal global batches give equal losses; Faster R-CNN draws RoIs in each process."""
     torch.manual_seed(0)
-    classes = CocoDataset(*find_coco(prototype_kd.make_shapes(), "val"), False).classes
+    data = subset(tmp_path / "data", make_shapes(), 300, 12)
+    classes = CocoDataset(*find_coco(data, "val"), False).classes
     for role, width in (("t", 16), ("s", 8)):
         torch.save(prototype_kd.weights_of(detector(f"retina_tiny{width}", classes)), tmp_path / f"{role}.pt")
-    flags = ["--data", "shapes", "--teacher", tmp_path / "t.pt", "--init", tmp_path / "s.pt", "--max-iters", 6, "--image-size", "96", "--workers", 0, "--log-every", 1,
-             "--optimizer", "sgd", "--lr", "0.01", "--control", "none", "--proto-max-images", 20, "--bg-weight", "1"]
+    flags = ["--data", data, "--teacher", tmp_path / "t.pt", "--init", tmp_path / "s.pt", "--max-iters", 6, "--image-size", "96", "--workers", 0, "--log-every", 1,
+             "--no-photometric", "--optimizer", "sgd", "--lr", "0.01", "--control", "none", "--proto-max-images", 20, "--bg-weight", "1"]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
     run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
     one, two = losses(tmp_path / "one")[0], losses(tmp_path / "two")[0]
@@ -144,15 +184,14 @@ def test_voc_trains_in_two_processes_and_its_ap_is_what_a_slow_count_says(made, 
     assert "VOC11" in r.stdout and "difference" in r.stdout
     results = json.loads((out / "results.json").read_text())
     # detections that find something: true boxes, moved, with some wrong ones; scored by the script's own function and by loops
-    args = argparse.Namespace(data=str(voc_mini[3]), dataset="voc", image_size="96", photometric=False, data_seed=0, voc_val="2007_val")
-    dataset, truth = prototype_kd.make_data(args, "val")
+    truth = prototype_kd.make_data(prototype_kd.parse_args([*map(str, voc_mini), "--image-size", "96"]), "val").truth()
     g = torch.Generator().manual_seed(0)
     found = json.loads((out / "detections.json").read_text())
     for a in truth["annotations"]:
         for shift in (0.02, 0.3):
             x, y, w, h = a["bbox"]
             found.append(dict(image_id=a["image_id"], category_id=a["category_id"], bbox=[x + shift * w, y, w, h], score=torch.rand(1, generator=g).item()))
-    voc = prototype_kd.voc_evaluate(truth, found)
+    voc = voc_evaluate(truth, found)
     slow = slow_voc(voc_mini[3], truth, found)
     assert voc["AP11"] == pytest.approx(slow[0], abs=1e-6) and voc["AP"] == pytest.approx(slow[1], abs=1e-6) and 20 < voc["AP"] < 100
     own = slow_voc(voc_mini[3], truth, json.loads((out / "detections.json").read_text()))
@@ -214,19 +253,27 @@ def test_a_class_that_is_only_difficult_and_prototypes_of_large_objects_only(mad
     assert "no image holds an object to make them of; lower --proto-min-size" in r.stderr
 
 
-def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_mini, tmp_path):
+def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_path):
     """last.pt of the run is not there yet; its flags are in args.json. --schedule given again is no contradiction to the epochs it stood for."""
-    flags = [*map(str, ("--data", coco_mini, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--schedule", "1x", "--seed", 5))]
-    real = prototype_kd.fit
+    flags = [*map(str, ("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--schedule", "1x", "--seed", 5))]
+    real = prototype_kd.evaluate
+
+    def killed(*a, **how):  # in the evaluation that ends the control: its results.json is not there, its last.pt says that it is due
+        raise UserError("killed")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prototype_kd, "fit", lambda *a: (_ for _ in ()).throw(prototype_kd.UserError("killed")) if a[1] is None else real(*a))
+        m.setattr(prototype_kd, "evaluate", lambda *a, **how: real(*a, **how) if "most" in how else killed())
         run(*flags, "--out", tmp_path / "run", fail=True)
-    assert not (tmp_path / "run/last.pt").exists()
+    assert not (tmp_path / "run/last.pt").exists() and not torch.load(tmp_path / "run/control/last.pt", weights_only=True)["finished"]
+    r = run(*flags, "--control", tmp_path / "run/control", "--out", tmp_path / "other", fail=True)
+    assert "that run is not finished; --resume it first" in r.stderr
+    (tmp_path / "run/control/results.json").write_text('{"AP": 12')  # as if somebody had cut it: it is not taken for a result
     r = run("--resume", "--schedule", "1x", "--out", tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["args"]
     assert "difference" in r.stdout and saved["seed"] == 5 and saved["epochs"] == 12 and saved["max_iters"] == 2
+    r = run("--resume", "--max-iters", 3, "--out", tmp_path / "run")  # the control goes on, too
+    assert "difference" in r.stdout and all(max(losses(tmp_path / f"run{folder}")[0]) == 3 for folder in ("", "/control"))
     r = run("--resume", "--preset", "released", "--out", tmp_path / "run", fail=True)
-    assert "--resume keeps its flags" in r.stderr
+    assert "--preset released: the run in" in r.stderr and "has paper, which --resume keeps" in r.stderr
 
 
 def test_a_process_without_objects_trains_on(made, coco_mini, tmp_path):
@@ -248,19 +295,18 @@ def test_a_process_without_objects_trains_on(made, coco_mini, tmp_path):
 
 def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch):
     """teacher, start, continued, distilled; run again it reuses all; --control of another seed is refused by name."""
-    real = prototype_kd.make_shapes()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / real.name).symlink_to(real.resolve())
-    monkeypatch.setattr(prototype_kd, "make_shapes", lambda seed=0: tmp_path / "data" / real.name)
+    real = make_shapes()
+    subset(tmp_path / "data" / real.name, real, val=24)
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: tmp_path / "data" / real.name)
     parse = prototype_kd.parse_args
     monkeypatch.setattr(prototype_kd, "parse_args", lambda argv=None: parse([*(argv if argv is not None else sys.argv[1:]), "--max-iters", "2"]))
-    flags = ["--data", "shapes", "--table", "--student", "retina_tiny8", "--workers", 0, "--proto-max-images", 5]
+    flags = ["--data", "shapes", "--table", "--student", "retina_tiny8", "--workers", 0, "--proto-max-images", 5, "--no-teacher-check"]
     r = run(*flags, "--out", tmp_path / "out")
-    rows = r.stdout[r.stdout.index("shapes, 300 validation"):].splitlines()
+    rows = r.stdout[r.stdout.index("shapes, 24 validation"):].splitlines()
     assert [x.split("  ")[0].strip() for x in rows[1:5]] == ["teacher retina_tiny32", "student retina_tiny8", "student continued", "student distilled"]
     assert "difference" in r.stdout
     again = run(*flags, "--out", tmp_path / "out", "--resume")
-    assert [x.split()[:5] for x in again.stdout[again.stdout.index("shapes, 300 validation"):].splitlines()[1:5]] == [x.split()[:5] for x in rows[1:5]]
+    assert [x.split()[:5] for x in again.stdout[again.stdout.index("shapes, 24 validation"):].splitlines()[1:5]] == [x.split()[:5] for x in rows[1:5]]
     teacher = tmp_path / "data/teachers/retina_tiny32-s0/best.pt"
     start = tmp_path / "data/teachers/retina_tiny8-s0/best.pt"
     r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--seed", 4, "--workers", 0, "--control", tmp_path / "out/continued", "--out", tmp_path / "other", fail=True)
@@ -280,29 +326,32 @@ def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
     short = torch.load(made["faster", "coco"][0], weights_only=True)
     del short["model"]["rpn.head.cls_logits.bias"]
     torch.save(short, tmp_path / "short.pt")
+    torch.save(dict(arch=dict(kind="gfl", p6="on_input"), model={}), tmp_path / "crosskd.pt")
     coco, teacher, start = ["--data", coco_mini], *made["faster", "coco"]
     for n, (flags, words) in enumerate((
-            ([*coco, "--teacher", tmp_path / "nan.pt", "--init", start], "the teacher's features are not finite"),
-            ([*coco, "--teacher", teacher, "--init", tmp_path / "nan.pt"], "the student's features are not finite"),
+            ([*coco, "--teacher", tmp_path / "nan.pt", "--init", start], "backbone.fpn.inner_blocks.0.0.weight is not finite"),
+            ([*coco, "--teacher", teacher, "--init", tmp_path / "nan.pt"], "backbone.fpn.inner_blocks.0.0.weight is not finite"),
             ([*coco, "--teacher", tmp_path / "other.pt", "--init", start], "its class 1 is 'wheel', --data has 'bicycle'"),
             ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "knows 20 classes, --data has 80"),
             ([*coco, "--teacher", made["retina", "coco"][0], "--init", start], "they must be of one kind"),
             ([*coco, "--teacher", tmp_path / "foreign.pt", "--init", start], "is a detector of another script"),
+            ([*coco, "--teacher", tmp_path / "crosskd.pt", "--init", start], "is a checkpoint of crosskd.py, not of prototype_kd.py"),
             ([*coco, "--teacher", tmp_path / "mm.pt", "--init", start], "neither a checkpoint of this script nor mmdetection's"),
             ([*coco, "--teacher", tmp_path / "short.pt", "--init", start], "1 missing (first rpn.head.cls_logits.bias)"),
             ([*coco, "--teacher", "gfl_r101", "--init", start], "neither a file nor one of faster_r101"),
             ([*coco, "--teacher", "none", "--init", "none", "--student", "yolo_r50"], "expected faster_ or retina_"),
             ([*coco, "--teacher", "none", "--init", "imagenet", "--student", "faster_tiny8"], "has no ImageNet weights"),
             ([*coco, "--teacher", teacher, "--init", start, "--control", tmp_path], "no last.pt there"),
-            (["--data", tmp_path, "--teacher", teacher, "--init", start], "is missing; COCO 2017 is at"))):
-        r = run(*flags, *(few if "--control" not in flags else few[:-2]), "--out", tmp_path / f"out{n}", fail=True)
+            (["--data", tmp_path, "--teacher", teacher, "--init", start], "is missing; COCO 2017 is at"),
+            (["--data", tmp_path], "--data shapes needs nothing"), (["--data", tmp_path, "--dataset", "voc"], "--data shapes needs nothing"))):
+        r = run(*flags, *(few if "--control" not in flags and "none" not in flags[:4] else few[:-2]), "--out", tmp_path / f"out{n}", fail=True)
         assert "prototype_kd.py: " in r.stderr and words in r.stderr and "Traceback" not in r.stderr, r.stderr[-500:]
     r = run("--predict", coco_mini, "--weights", start, "--out", tmp_path / "p", fail=True)
     assert "no image there" in r.stderr
 
 
-def test_fast_flags_run_together_and_keep_the_losses_close(made, coco_mini, tmp_path):
-    flags = ["--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2]
+def test_fast_flags_run_together_and_keep_the_losses_close(made, coco_few, tmp_path):
+    flags = ["--data", coco_few, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2]
     run(*flags, "--out", tmp_path / "plain")
     run(*flags, "--amp", "bf16", "--channels-last", "--out", tmp_path / "fast")
     a, b = losses(tmp_path / "plain")[0][1], losses(tmp_path / "fast")[0][1]
@@ -311,7 +360,7 @@ def test_fast_flags_run_together_and_keep_the_losses_close(made, coco_mini, tmp_
 
 def test_two_micro_batches_are_one_batch(tmp_path):
     """RetinaNet, whose loss is a mean over images, on images of one size (GroupNorm sees the padding): losses of the first step, and of the second, after it."""
-    real, folder = prototype_kd.make_shapes(), tmp_path / "data"
+    real, folder = make_shapes(), tmp_path / "data"
     raw = json.loads((real / "annotations/instances_train2017.json").read_text())
     raw["images"] = [i for i in raw["images"] if i["width"] > i["height"]][:8]
     raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in {i["id"] for i in raw["images"]}]
@@ -329,7 +378,77 @@ def test_two_micro_batches_are_one_batch(tmp_path):
         assert all(two[it][k] == pytest.approx(one[it][k], rel=1e-4) for k in ("loss", "cls", "box"))
 
 
-def test_fast_flags_and_the_released_preset_run_with_accumulation(made, coco_mini, tmp_path):
-    run("--data", coco_mini, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2,
+def test_fast_flags_and_the_released_preset_run_with_accumulation(made, coco_few, tmp_path):
+    run("--data", coco_few, *pair(made, "faster", "coco"), "--batch-size", 2, "--max-iters", 2, *TINY, "--log-every", 1, "--control", "none", "--proto-max-images", 2,
         "--accumulate", 2, "--amp", "bf16", "--preset", "released", "--proto-min-size", 0, "--out", tmp_path / "run")
     assert list(losses(tmp_path / "run")[0]) == [1, 2]
+
+
+def test_own_data_without_a_validation_set_and_with_a_subset_of_classes(made, coco_mini, tmp_path):
+    """Train on one's own json; val lists some of the classes only, in another order, with other ids. Without it a run trains and says so, without a control."""
+    raw = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    kept = {c["id"]: c for c in raw["categories"] if c["name"] in ("person", "car", "dog")}
+    raw["annotations"] = [dict(a, category_id=100 - a["category_id"]) for a in raw["annotations"] if a["category_id"] in kept]
+    raw["categories"] = [dict(c, id=100 - c["id"]) for c in kept.values()]
+    raw["images"] = raw["images"][:10]
+    raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in {i["id"] for i in raw["images"]}]
+    (tmp_path / "val.json").write_text(json.dumps(raw))
+    own = ["--train-json", coco_mini / "annotations/instances_train2017.json", "--train-images", coco_mini / "train2017"]
+    few = [*pair(made, "retina", "coco"), "--batch-size", 4, "--max-iters", 2, *TINY, "--proto-max-images", 2, "--first-images", 20]
+    r = run(*own, *few, "--out", tmp_path / "blind")
+    assert "no validation set: no evaluation, best.pt is the last" in r.stdout and "teacher AP" not in r.stdout and "20 images" in r.stdout
+    assert sorted(p.name for p in (tmp_path / "blind").iterdir()) == ["args.json", "best.pt", "curves.png", "last.pt", "log.jsonl"]
+    best, last = (torch.load(tmp_path / f"blind/{name}.pt", weights_only=True)["model"] for name in ("best", "last"))
+    assert all(torch.equal(best[k], last[k]) for k in last)
+    r = run(*own, "--val-json", tmp_path / "val.json", "--val-images", coco_mini / "val2017", *few, "--control", "none", "--out", tmp_path / "run")
+    assert "teacher AP" in r.stdout
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert set(results["classes"]) == {"person", "car", "dog"} and results["images"] == 10 and (results["checkpoint"], results["epoch"]) == ("best.pt", 1)
+    run("--eval", tmp_path / "run/best.pt", "--val-json", tmp_path / "val.json", "--val-images", coco_mini / "val2017", "--workers", 0, "--out", tmp_path / "eval")
+    assert json.loads((tmp_path / "eval/results.json").read_text())["AP"] == pytest.approx(results["AP"], abs=1e-9)
+    assert "its class 0" not in run(*own, *few, "--k", 0, "--out", tmp_path / "x", fail=True).stderr
+
+
+def test_a_teacher_that_finds_nothing_stops_the_run_before_its_control(made, coco_few, tmp_path):
+    torch.manual_seed(0)
+    torch.save(prototype_kd.weights_of(prototype_kd.new_detector("faster_tiny8", CocoDataset(*find_coco(coco_few, "val"), False).classes, "none")), tmp_path / "t.pt")
+    flags = ["--data", coco_few, "--teacher", tmp_path / "t.pt", "--init", made["faster", "coco"][1], *TINY, "--max-iters", 1, "--out", tmp_path / "run"]
+    r = launch("prototype_kd", flags, fail=True)
+    assert "--no-teacher-check goes on" in r.stderr and "teacher AP 0.0 on 12 validation images" in r.stdout and not (tmp_path / "run/control").exists()
+
+
+def test_predict_walks_folders_leaves_out_what_is_no_image_and_notes_boxes(made, coco_mini, tmp_path):
+    """One picture a readable image; a second run removes what the first one left, and a training run's folder is never used."""
+    folder = tmp_path / "in"
+    (folder / "deeper").mkdir(parents=True)
+    photos = sorted((coco_mini / "val2017").iterdir())[:2]
+    shutil.copy(photos[0], folder / "a.jpg"), shutil.copy(photos[1], folder / "deeper/b.jpg")
+    (folder / "broken.jpg").write_bytes(b"no picture"), (folder / ".hidden.jpg").write_bytes(b"")
+    flags = ["--weights", made["retina", "coco"][1], "--image-size", 64, "--score", 0.0]
+    r = run("--predict", folder, *flags, "--out", tmp_path / "out")
+    answer = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [Path(p).name for p in answer] == ["a.jpg", "b.jpg"] and "left out: " in r.stderr and "broken.jpg" in r.stderr
+    assert len(list((tmp_path / "out").glob("*_boxes.jpg"))) == 2
+    for boxes in answer.values():
+        assert boxes and all(set(b) == {"box", "score", "label"} and 0 < b["score"] <= 1 for b in boxes)
+    run("--predict", folder / "a.jpg", *flags, "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*_boxes.jpg"))) == 1
+    (tmp_path / "out/log.jsonl").write_text("{}")
+    assert "holds a training run" in run("--predict", folder / "a.jpg", *flags, "--out", tmp_path / "out", fail=True).stderr
+
+
+def test_results_of_voc_are_the_last_checkpoints(made, voc_mini, tmp_path):
+    """The test set must not choose the model that it measures: results.json is last.pt's, though best.pt is kept."""
+    flags = [*voc_mini, *pair(made, "retina", "voc"), "--batch-size", 16, "--epochs", 2, "--max-iters", 2, "--eval-every", 1, *TINY, "--control", "none",
+             "--proto-max-images", 2, "--first-images", 16]
+    run(*flags, "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert (results["checkpoint"], results["epoch"], results["it"]) == ("last.pt", 2, 2)
+    assert {d["checkpoint"] for d in json.loads((tmp_path / "run/detections.json").read_text())} <= {"last.pt"}
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_trained(made, coco_few, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"it": 1}\n')
+    r = run("--data", coco_few, "--teacher", "faster_r101", "--out", tmp_path / "run", fail=True)  # which would be downloaded
+    assert "--resume it, or delete it" in r.stderr and (tmp_path / "run/log.jsonl").read_text() == '{"it": 1}\n'

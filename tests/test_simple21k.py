@@ -689,6 +689,18 @@ def test_a_class_is_known_by_all_its_names():
     assert Vocabulary(twins, "cpu").of(dict(categories=[dict(name="cat")])) == {"cat": 1}
 
 
+def test_wanted_classes_by_commas_flags_or_lines(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufefftélly, tv\ncup\n\n".encode())
+    wanted = lambda *values: simple21k.wanted_classes(parse_args(["--predict", "a", "--weights", "b", *(x for v in values for x in ("--classes", v))]).classes)
+    assert wanted("red panda, cup") == ["red panda", "cup"] and wanted("television, telly", "cup") == ["television, telly", "cup"]
+    assert wanted(str(tmp_path / "names.txt")) == ["télly, tv", "cup"]
+    vocabulary = Vocabulary(arch_of() | dict(cls_names=["television, telly", "c1", "c2", "c3", "c4"]), "cpu")
+    assert vocabulary.find(["television, telly", "c2"]) == [0, 2]
+    for values in (["cup,"], [""], ["cup", " "]):
+        with pytest.raises(UserError, match="holds an empty name"):
+            wanted(*values)
+
+
 def test_own_classes_meet_by_name(tmp_path):
     """The whole name first, then its parts; a detection class has one partner by its parts."""
     boxes = write_boxes(tmp_path / "det.json", [dict(id=k, name=n) for k, n in enumerate(("cat", "tench", "red panda"))])

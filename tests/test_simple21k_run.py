@@ -132,8 +132,9 @@ def test_gradient_checkpointing_changes_nothing(small, stage1, tmp_path):
     assert same(weights(tmp_path / "plain/last.pt"), weights(tmp_path / "again/last.pt"))
 
 
-def test_swin_trains_in_both_stages(small, tmp_path):
-    run(*small[1], "--backbone", "swin_t", "--stage1-batch", "2", "--batch-size", "1", "--max-iters", "1", "--out", tmp_path / "run")
+def test_swin_trains_in_both_stages(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(simple21k.SWIN, "swin_t", (24, (2, 2, 2, 2), (1, 2, 4, 8), 0.2, 0.2))  # narrower: the whole one takes half a minute
+    run(*small.flags, "--backbone", "swin_t", "--stage1-batch", "2", "--batch-size", "1", "--max-iters", "1", "--out", tmp_path / "run")
     first, second = (weights(tmp_path / f"run/stage{k}/last.pt") for k in (1, 2))
     assert "body.norms.0.weight" in second and second["body.stages.0.1.0.attn.qkv.weight"].shape == first["body.stages.0.1.0.attn.qkv.weight"].shape
 
@@ -295,7 +296,7 @@ def test_setup_one_on_photographs_with_masks_and_lvis_evaluation(photos, stage_n
 @pytest.fixture
 def stage_names(photos, tmp_path):
     lvis = photos / "lvis_mini/annotations"
-    wnids = sorted(p.name for p in (photos / "imagenet_mini/train").iterdir())
+    wnids = sorted(p.name for p in (photos / "imagenet_mini/train").iterdir() if p.is_dir())
     path = tmp_path / "overlap.json"
     path.write_text(json.dumps(dict(zip(["person", "car_(automobile)", "chair", "bottle", "cup", "bowl", "book", "dog"], wnids))))
     return path, ["--det-json", lvis / "coco_mini_as_lvis_v1_train.json", "--det-images", photos / "coco_mini", "--val-json", lvis / "coco_mini_as_lvis_v1_val.json",
@@ -561,19 +562,16 @@ def test_the_truth_scored_as_detections_is_perfect(own, small, kind, masks, tmp_
         assert metrics["mask_AP"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_of_both_stages_stops_on_a_signal_and_continues_bit_by_bit(small, number, tmp_path):
+def test_a_run_of_both_stages_stops_on_a_signal_and_continues_bit_by_bit(small, tmp_path):
     """In stage I; --resume then does the rest of both."""
     flags = [str(f) for f in (*small.flags, "--max-iters", "6")]
     run(*flags, "--out", tmp_path / "whole")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "simple21k.py", *flags[:-1], "4000", "--stage1-epochs", "2000", "--out", str(tmp_path / "parts")]
-    # the number of epochs is part of the schedule: the run that is stopped has the same, and stops in its first steps
-    command = [sys.executable, "-c", STOPPING, str(number.value), *flags, "--out", str(tmp_path / "parts")]
+    command = [sys.executable, "-c", STOPPING, *flags, "--out", str(tmp_path / "parts")]
     r = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert r.returncode == 128 + number and "Traceback" not in r.stderr
+    assert r.returncode == 128 + signal.SIGTERM and "Traceback" not in r.stderr
     line = r.stderr.strip().splitlines()[-1]
-    assert f"stopped by {number.name} at step 3" in line and "continue: python" in line and line.endswith("--resume")
+    assert "stopped by SIGTERM at step 3" in line and "continue: python" in line and line.endswith("--resume")
     assert torch.load(tmp_path / "parts/stage1/last.pt", weights_only=True)["it"] == 3 and not (tmp_path / "parts/stage2").exists()
     r = run("--resume", "--out", tmp_path / "parts")
     for stage in ("stage1", "stage2"):
@@ -582,8 +580,7 @@ def test_a_run_of_both_stages_stops_on_a_signal_and_continues_bit_by_bit(small, 
 
 
 STOPPING = """
-import os, sys
-number = int(sys.argv.pop(1))
+import os, signal, sys
 sys.argv[0] = "simple21k.py"
 sys.path.insert(0, os.getcwd())
 import simple21k
@@ -591,7 +588,7 @@ step = simple21k.Run.step
 
 def stop(run, *rest):  # while the third step is noted
     if run.it == 2:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
     step(run, *rest)
 
 simple21k.Run.step = stop

@@ -842,8 +842,8 @@ def check_teacher(teacher, val, rank, world, device, args):
     if rank == 0:
         print(f"teacher AP {metrics['AP']:.1f} on {metrics['images']} validation images", flush=True)
         if metrics["AP"] < 1 and not args.no_teacher_check:
-            raise UserError(f"--teacher {args.teacher}: AP {metrics['AP']:.1f} on {metrics['images']} validation images: wrong weights, other "
-                            "classes or other pixels? --no-teacher-check goes on")
+            raise UserError(f"--teacher {args.teacher or 'of shapes'}: AP {metrics['AP']:.1f} on {metrics['images']} validation "
+                            "images: wrong weights, other classes or other pixels? --no-teacher-check goes on")
 
 
 def train(args, rank, world, device):

@@ -321,8 +321,8 @@ class Body(nn.Module):
 
 
 def make_body(name, init, bn, levels=4):
-    """(Body, channels of C3, C4, C5 as far as `levels` needs them) of r50|r101|tinyN; init "imagenet" downloads V1 weights."""
-    last, count = f"layer{min(levels, 3) + 1}", min(levels, 3)
+    """(Body as far as `levels` reads it, channels of C3, C4, C5) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+    last = f"layer{min(levels, 3) + 1}"
     if name.startswith("tiny"):
         from common.tiny import WIDTHS, NarrowResNet, tiny_width
         width = tiny_width(name)
@@ -330,14 +330,14 @@ def make_body(name, init, bn, levels=4):
             raise UserError(f"--backbone {name}: its width is one of {', '.join(map(str, WIDTHS))}")
         if init == "imagenet":
             raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
-        return Body(NarrowResNet(width), False, bn, last), [2 * width, 4 * width, 8 * width][:count]
+        return Body(NarrowResNet(width), False, bn, last), [2 * width, 4 * width, 8 * width]
     if name not in ("r50", "r101"):
         raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
         from common.zoo import imagenet_state
         load_strict(net, *imagenet_state("resnet" + name[1:]))
-    return Body(net, init == "imagenet", bn, last), [512, 1024, 2048][:count]
+    return Body(net, init == "imagenet", bn, last), [512, 1024, 2048]
 
 
 class DKDETR(nn.Module):
@@ -355,7 +355,7 @@ class DKDETR(nn.Module):
         self.queries, self.core, self.save_memory = queries, msda_grid, False
         self.body, widths = make_body(backbone, init, bn, levels)
         conv = lambda c, k, s: nn.Sequential(nn.Conv2d(c, dim, k, s, k // 2, bias=False), nn.GroupNorm(32, dim))
-        self.neck = nn.ModuleList([conv(c, 1, 1) for c in widths] + [conv(widths[-1], 3, 2)] * (levels > 3))
+        self.neck = nn.ModuleList([conv(c, 1, 1) for c in widths[:levels]] + [conv(widths[-1], 3, 2)] * (levels > 3))
         for m in self.neck.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.xavier_uniform_(m.weight)

@@ -15,10 +15,11 @@ every distilled student this script trains the same student for as long WITHOUT 
     python prototype_kd.py --data shapes                                  # teacher, student, continued student, distilled student on 2 cores
     torchrun --nproc_per_node 8 prototype_kd.py                           # COCO, Faster R-CNN R101 -> R50: paper 38.4 -> 40.6 AP
     torchrun --nproc_per_node 8 prototype_kd.py --teacher retina_r101 --out runs/retina      # RetinaNet R101 -> R50: paper 37.4 -> 39.8 AP
-    torchrun --nproc_per_node 8 prototype_kd.py --teacher fasterrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn --out runs/tv   # torchvision's weights
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --student faster_r101 --out runs/voc_teacher                     # VOC: a teacher,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --student faster_r50 --out runs/voc_student                      # a student,
-    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher runs/voc_teacher/last.pt --init runs/voc_student/last.pt --out runs/voc   # and both
+    # with torchvision's weights: --teacher fasterrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn
+    # VOC: a teacher, a student, and both; last.pt, for best.pt is chosen on the test set
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --out r/t --student faster_r101
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher none --out r/s
+    torchrun --nproc_per_node 8 prototype_kd.py --dataset voc --teacher r/t/last.pt --init r/s/last.pt
     python prototype_kd.py --eval fasterrcnn_resnet50_fpn_v2              # metrics of any of these, or of runs/x/best.pt
     python prototype_kd.py --predict photo.jpg dir/ --weights runs/x/best.pt
 Not run by us: COCO and VOC at full size. On shapes (three seeds, README): +1.1 AP over the student continued without distillation; class scores alone
@@ -57,8 +58,8 @@ from common.datasets import (CocoDataset, collate, eval_loader, find_coco, own_f
 from common.evaluation import class_table, coco_evaluate, to_coco_results, voc_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, dash, describe_model, fold,
                         gather, given_flags, load_checkpoint, load_strict, made_once, number, open_run, parse,
-                        parser, reduce_mean, run_flags, saved_flags, seed_all, started, warmup_multistep,
-                        wrap_ddp)
+                        parser, rebuilding, reduce_mean, run_flags, saved_flags, seed_all, started,
+                        warmup_multistep, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 # Where the paper and the authors' code differ; each is a flag of its own. Choices of ours, in both presets:
@@ -437,38 +438,57 @@ def check_classes(model, classes, flag):
 def load_detector(spec, flag="--weights"):
     """Detector in eval mode from a zoo name, an mmdetection .pth or a checkpoint of ours.
 
-    Its .arch, plain values: name and mmdet (see build), classes: names, or None where the file does not tell; columns: the head's output of each class;
-    outputs; image_size.
+    Its .arch, plain values: name and mmdet (see build), classes: names, or None where the file does not tell;
+    columns: the head's output of each class; outputs; image_size. Its .trained: epoch and step, if known.
     """
     from common import zoo
     path = zoo.zoo_path(spec, zoo.PROTOTYPE_ZOO, flag)
     whose, *content = zoo.load_any(path, flag, "prototype_kd.py")
-    where = f"{flag} {path}"
-    if whose == "ours":
-        arch, state = content[0]["arch"], content[0]["model"]
-        if not {"name", "mmdet", "classes", "columns", "outputs"} <= set(arch):
-            raise UserError(f"{where}: is a detector of another script of this project")
-    elif spec in TORCHVISION:
-        state, categories = content[0], torchvision.models.get_model_weights(spec).DEFAULT.meta["categories"]
-        named = [(k, n) for k, n in enumerate(categories) if n not in ("__background__", "N/A")]
-        arch = dict(name=spec, mmdet=False, classes=[n for _, n in named], columns=[k for k, _ in named],
-                    outputs=len(categories))
-    else:
-        state, meta = content
-        name, count, state = zoo.to_torchvision(state, where)
-        # what the keys cannot tell: BGR pixels and other strides
-        zoo.guard(zoo.config_of(meta), ("style='caffe'",), where, f"this script's {name}",
-                  "; use one in pytorch's style")
-        classes, first = zoo.classes_of(meta), 0 if name.startswith("retina") else 1
-        arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
-                    columns=list(range(first, first + count)), outputs=first + count)
-    model = build(arch["name"], arch["outputs"], "none" if arch.get("plain_norm") else "frozen", arch["mmdet"])
-    model.arch = dict(arch)
-    if spec in TORCHVISION:
-        model.load_state_dict(state)  # torchvision's loaders know the older names in its files
-    else:
-        load_strict(model, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, where)
+    where, trained = f"{flag} {path}", (None, None)
+    with rebuilding(where):
+        if whose == "ours":
+            arch, state = content[0]["arch"], content[0]["model"]
+            trained = tuple(content[0].get(k) for k in ("epoch", "it"))  # of a best.pt
+        elif spec in TORCHVISION:
+            arch, state = arch_of_torchvision(spec), content[0]
+        else:
+            state, meta = content
+            name, count, state = zoo.to_torchvision(state, where)
+            # what the keys cannot tell: BGR pixels and other strides
+            zoo.guard(zoo.config_of(meta), ("style='caffe'",), where, f"this script's {name}",
+                      "; use one in pytorch's style")
+            classes, first = zoo.classes_of(meta), 0 if name.startswith("retina") else 1
+            arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
+                        columns=list(range(first, first + count)), outputs=first + count)
+        plain_norm = arch.get("plain_norm")
+        model = build(arch["name"], arch["outputs"], "none" if plain_norm else "frozen", arch["mmdet"])
+        model.arch, model.trained = dict(arch), trained
+        if spec in TORCHVISION:
+            model.load_state_dict(state)  # torchvision's loaders know the older names in its files
+        else:
+            needed = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            load_strict(model, needed, where)
+        check_arch(arch, where)
     return model.eval()
+
+
+def check_arch(arch, where):
+    """Each class has an output of its own and a name, or none of them has one."""
+    columns, names = arch["columns"], arch["classes"]
+    if sorted(set(columns)) != columns or not columns or not 0 <= columns[0] <= columns[-1] < arch["outputs"]:
+        raise UserError(f"{where}: says that classes have the outputs {columns} of {arch['outputs']}")
+    if not all(isinstance(arch.get(k, False), bool) for k in ("mmdet", "plain_norm")):
+        raise UserError(f"{where}: its mmdet or plain_norm is neither true nor false")
+    if names is not None and (len(names) != len(columns) or not all(isinstance(n, str) for n in names)):
+        raise UserError(f"{where}: names {len(names)} classes, its head has {len(columns)}")
+
+
+def arch_of_torchvision(name):
+    """.arch of its own detectors: COCO's ids are outputs, some of which no class has."""
+    categories = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+    named = [(k, n) for k, n in enumerate(categories) if n not in ("__background__", "N/A")]
+    return dict(name=name, mmdet=False, classes=[n for _, n in named], columns=[k for k, _ in named],
+                outputs=len(categories))
 
 
 def arch_of(spec, flag):
@@ -934,9 +954,9 @@ def check_teacher(teacher, val, rank, world, device, args):
     if rank == 0:
         print(f"teacher AP {metrics['AP']:.1f} on {metrics['images']} validation images", flush=True)
         if metrics["AP"] < 1 and not args.no_teacher_check:
-            raise UserError(f"--teacher {args.teacher}: AP {metrics['AP']:.1f} on {metrics['images']} "
-                            "validation images: wrong weights, other classes or other pixels? "
-                            "--no-teacher-check goes on")
+            raise UserError(f"--teacher {args.teacher or 'of shapes'}: AP {metrics['AP']:.1f} on "
+                            f"{metrics['images']} validation images: wrong weights, other classes or other "
+                            "pixels? --no-teacher-check goes on")
 
 
 def method_of(args):
@@ -1150,7 +1170,7 @@ def evaluate_file(args, rank, world, device):
     check_classes(model, val.classes, f"--eval {args.eval}")
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
-        write_results(Path(args.out), metrics, results, val, args.eval, None, None)
+        write_results(Path(args.out), metrics, results, val, args.eval, *model.trained)
         print(f"{class_table(metrics)}\n{metrics['line']}")
 
 
@@ -1189,6 +1209,13 @@ def shapes_detector(name, args, rank, world, device):
             if rank == 0:
                 draft.rename(done)
     return str(done / "best.pt")
+
+
+def wants_table(args):
+    """Whether a command on shapes names nothing that would ask for one run only."""
+    if args.table is not None:
+        return args.table
+    return args.data == "shapes" and not (args.teacher or args.init or args.max_iters or args.val_json)
 
 
 def shapes_table(args, rank, world, device):
@@ -1468,7 +1495,7 @@ def main():
             if world > 1:
                 raise UserError("--predict: runs in one process; start it with python")
             predict(args, device)
-        elif args.table if args.table is not None else args.data == "shapes" and not (args.teacher or args.init or args.max_iters):
+        elif wants_table(args):
             shapes_table(args, rank, world, device)
         else:
             train(resolve(args), rank, world, device)

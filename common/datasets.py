@@ -396,7 +396,8 @@ class Collector:
                 f.seek(start)
                 entry = json.loads(f.read(end - start).decode("latin-1"))
         number = (entry or {}).get("id")
-        self.refuse(f"annotation {f'number {k + 1}' if number is None else show(number)} {text}")
+        name = f"number {k + 1}" if number is None else show(number)
+        self.refuse(f"annotation {name} {text}")
 
     def category(self, c, start=-1, end=-1):
         if not isinstance(c, dict) or "id" not in c or "name" not in c:
@@ -818,9 +819,11 @@ def objects365(records, folder):
 def list_folders(root, names):
     """{folder: file names in it} of paths below the root: one listing a folder, not a look-up for
     each of 118,287 files on a network disk."""
-    folders = {os.path.dirname(n) for n in names}
-    return {f: set(os.listdir(Path(root) / f)) if (Path(root) / f).is_dir() else set()
-            for f in folders}
+    listed = {}
+    for folder in {os.path.dirname(n) for n in names}:
+        there = Path(root) / folder
+        listed[folder] = set(os.listdir(there)) if there.is_dir() else set()
+    return listed
 
 
 def is_listed(name, listed):
@@ -1034,9 +1037,10 @@ class CocoDataset(Dataset):
             strange = ", ".join([n for n in row_of if n not in known][:5])
             absent = ", ".join([n for n in like if n not in row_of][:5])
             if strange:
-                raise UserError(f"{self.annotations}: lists {strange}, which training does not know"
-                                f"{f', and lacks {absent}' if absent else ''}; validation classes "
-                                "must be among the training's, by name")
+                lacks = f", and lacks {absent}" if absent else ""
+                raise UserError(f"{self.annotations}: lists {strange}, which training does not "
+                                f"know{lacks}; validation classes must be among the training's, "
+                                "by name")
             self.classes, rows = list(like), [row_of.get(n) for n in like]
         self.category_ids = [None if k is None else self.records.categories[k]["id"] for k in rows]
         self.label_of = np.full(len(original), -1, np.int64)

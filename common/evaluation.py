@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl",
+              "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
@@ -293,7 +294,7 @@ def voc_precision(right, total):
     return dict(AP11=100 * float(np.mean(eleven)), AP=100 * float(area))
 
 
-# ------------------------------------------------------------------ localisation: one class an image
+# ------------------------------------------------------------------ localisation, one class each
 
 def localise(scores, boxes, found_labels, found_boxes, label, gt_boxes, size):
     """The localisation metrics of one image, {name: 0.0 or 1.0}: means over images are the

@@ -102,6 +102,9 @@ def started(script):
     A wrong flag or file, a full disk, a lost process end in one line on stderr and a non-zero exit,
     a signal in 128 + its number; a fault of ours keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding lacks are no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield init_ddp()
         if dist.is_initialized():
@@ -1065,8 +1068,9 @@ class Run:
                 print(data.report() if data else "no validation set: no evaluation, best.pt is the last")
             each = self.total_batch // self.world // self.args.accumulate
             batch = f"batch {each} x {self.world} x {self.args.accumulate} = {self.total_batch}"
-            rate, length = f"lr {base_lr:g} at {paper_batch} -> {lr:g}", f"{self.epochs} epochs of {self.steps} steps"
-            print(fold([*split_line(text), "|", batch, "|", rate, "|", f"{length}, from {self.it}"]), flush=True)
+            rate = f"lr {base_lr:g} at {paper_batch} -> {lr:g}"
+            length = f"{self.epochs} epochs of {self.steps} steps, from {self.it}"
+            print(fold([*split_line(text), "|", batch, "|", rate, "|", length]), flush=True)
 
     def close(self):
         """Curves and the last line; the last evaluation's metrics (rank 0) or None."""

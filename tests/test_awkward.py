@@ -590,7 +590,8 @@ def test_crowd_that_is_none(world, value):
     assert world.error() == f"annotation {number} has iscrowd {told}; expected 0 or 1"
 
 
-@pytest.mark.parametrize("value", [None, "none", -5, math.nan, math.inf, [], "x", 10**400], ids=lambda v: str(v)[:9])
+@pytest.mark.parametrize("value", [None, "none", -5, math.nan, math.inf, [], "x", 10**400],
+                         ids=lambda v: str(v)[:9])
 def test_areas_that_are_none_are_those_of_the_boxes(world, value):
     a = next(a for a in world.annotations if not a["iscrowd"])
     a["area"] = value
@@ -678,7 +679,8 @@ def test_file_names_with_backslashes_dots_and_colons_are_found(world):
     assert perfect(data) and data.items[1][1] == "part/2.jpg"
 
 
-@pytest.mark.parametrize("name", ["gone.jpg", "gone/1.jpg", ".", "lone\ud800.jpg", "x" * 300 + ".jpg"], ids=ascii)
+@pytest.mark.parametrize("name", ["gone.jpg", "gone/1.jpg", ".", "lone\ud800.jpg", "x" * 300 + ".jpg"],
+                         ids=ascii)
 def test_a_missing_file_is_named_at_the_start(world, name):
     world.images[1]["file_name"] = name
     assert error_of(world.dataset).startswith(f"{world.folder}: 1 of 8 images are missing, first ")
@@ -718,7 +720,8 @@ def turned(path, orientation, kind="jpg"):
 
 @pytest.mark.parametrize("orientation, kind", [
     *((k, "jpg") for k in range(2, 9)), (3, "png"), (6, "png"), (6, "webp"), (6, "tiff")])
-def test_exif_orientations_are_upright_in_training_and_evaluation_or_refused(world, orientation, kind, capsys):
+def test_exif_orientations_are_upright_in_training_and_evaluation_or_refused(
+        world, orientation, kind, capsys):
     """Orientation 3 has the same size: boxes were upright, the picture was turned."""
     path = world.folder / world.images[0]["file_name"]
     pixels, stored = turned(path, orientation, kind)
@@ -749,7 +752,8 @@ def test_exif_that_is_damaged_turns_nothing(world):
     path = world.folder / world.images[0]["file_name"]
     content = path.read_bytes()
     path.unlink()
-    for exif in (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+    for exif in (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0",
+                 b"Exif\0\0II*\0\xff\xff\xff\xff"):
         length = (len(exif) + 2).to_bytes(2, "big")
         path.write_bytes(content[:2] + b"\xff\xe1" + length + exif + content[2:])
         assert perfect(world.dataset())
@@ -832,7 +836,8 @@ def test_gzip_bombs_and_giants_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", [
     lambda b: b[:len(b) // 2], lambda b: b[:20], lambda b: b"", lambda b: b"<html>404</html>",
     lambda b: gzip.compress(b)[:-30], lambda b: b"\x1f\x8b" + b, lambda b: bytes(1000),
-    lambda b: b"\x89PNG\r\n\x1a\n" + b], ids=["half", "head", "empty", "html", "gzip", "no-gzip", "zeros", "png"])
+    lambda b: b"\x89PNG\r\n\x1a\n" + b],
+    ids=["half", "head", "empty", "html", "gzip", "no-gzip", "zeros", "png"])
 def test_truncated_files_are_one_line(world, change):
     path = world.folder / world.images[2]["file_name"]
     content = path.read_bytes()
@@ -871,11 +876,13 @@ def uncompressed(image):
 GARBAGE = {
     "empty": [], "empty polygon": [[]], "empty polygons": [[], []], "two corners": [[1, 2, 3, 4]],
     "odd": [[1, 2, 3, 4, 5, 6, 7]], "flat": [1, 2, 3, 4, 5, 6], "pairs": [[[1, 2], [3, 4], [5, 6]]],
-    "text": [["1", "2", "3", "4", "5", "6"]], "none": [[None] * 6], "null": None, "word": "polygon", "number": 5,
-    "nan": [[1, 2, math.nan, 4, 5, 6]], "inf": [[1, 2, math.inf, 4, 5, 6]], "digits": [[10**400, 2, 3, 4, 5, 6]],
+    "text": [["1", "2", "3", "4", "5", "6"]], "none": [[None] * 6], "null": None, "word": "polygon",
+    "nan": [[1, 2, math.nan, 4, 5, 6]], "inf": [[1, 2, math.inf, 4, 5, 6]], "number": 5,
+    "digits": [[10**400, 2, 3, 4, 5, 6]],
     "cancel": [[math.inf, 2, -math.inf, 4, 5, 6]], "object in list": [{"a": 1}], "words": ["abcdef"],
-    "no size": {"counts": "PX"}, "no counts": {"size": [480, 640]}, "size of one": {"size": [5], "counts": [5]},
-    "text size": {"size": ["480", "640"], "counts": [480 * 640]}, "list counts": {"size": [2, 2], "counts": [4]},
+    "no size": {"counts": "PX"}, "no counts": {"size": [480, 640]},
+    "list counts": {"size": [2, 2], "counts": [4]},
+    "text size": {"size": ["480", "640"], "counts": [480 * 640]}, "one": {"size": [5], "counts": [5]},
     "negative": {"size": [2, 2], "counts": [-1, 5]}, "floats": {"size": [2, 2], "counts": [1.5, 2.5]},
     "bools": {"size": [1, 1], "counts": [True]}, "nothing": {"size": [0, 0], "counts": []},
     "letters": {"size": [480, 640], "counts": "~~~~"}, "unfinished": {"size": [480, 640], "counts": "PPPP"},
@@ -1000,7 +1007,7 @@ def test_a_strange_class_in_validation_names_both_differences(world):
     names["dog"]["name"], names["cat"]["name"] = "Hund", "Katze"
     assert world.error(like=train) == ("lists Katze, Hund, which training does not know, and lacks cat, dog; "
                                        "validation classes must be among the training's, by name")
-    assert world.error(like=[*train, "Hund"]).startswith("lists Katze, which training does not know, and lacks ")
+    assert world.error(like=[*train, "Hund"]).startswith("lists Katze, which training does not know, and")
     assert world.dataset(like=[*train, "Hund", "Katze"]).classes[-1] == "Katze"
 
 
@@ -1015,7 +1022,8 @@ def test_images_without_boxes_are_left_out_or_negatives(world):
     world.annotations[:] = [a for a in world.annotations if a["image_id"] != lonely]
     assert len(world.dataset(train=True)) == 7 and world.dataset(train=True).dropped["images"] == 1
     data = world.dataset(train=True, keep_empty=True)
-    assert len(data) == 8 and data.items[3][4].shape == (0, 4) and data.dropped["images"] == 0 and perfect(data)
+    assert len(data) == 8 and data.items[3][4].shape == (0, 4) and data.dropped["images"] == 0
+    assert perfect(data)
     assert len(world.dataset()) == 8
 
 
@@ -1101,8 +1109,9 @@ def large(world, tmp_path, monkeypatch):
 
 
 def same(a, b):
-    return (a.about == b.about and a.arrays.keys() == b.arrays.keys() and
-            all(np.array_equal(a.arrays[k], b.arrays[k], equal_nan=a.arrays[k].dtype.kind == "f") for k in b.arrays))
+    if a.about != b.about or a.arrays.keys() != b.arrays.keys():
+        return False
+    return all(np.array_equal(a.arrays[k], b.arrays[k], equal_nan=k == "area") for k in b.arrays)
 
 
 def test_a_second_read_takes_the_cache_and_a_changed_file_does_not(large):
@@ -1122,7 +1131,8 @@ def test_a_second_read_takes_the_cache_and_a_changed_file_does_not(large):
     assert list(large.path.parent.glob("*.tmp")) + list(large.path.parent.glob(".*.tmp")) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "bits", "foreign", "text", "folder", "rules", "pickle"])
+@pytest.mark.parametrize("damage", [
+    "truncated", "empty", "bits", "foreign", "text", "folder", "rules", "pickle"])
 def test_a_damaged_cache_is_made_anew_silently(large, damage, capsys):
     first = read_annotations(large.path)
     content = large.place.read_bytes()
@@ -1133,9 +1143,10 @@ def test_a_damaged_cache_is_made_anew_silently(large, damage, capsys):
     if damage == "folder":
         large.place.mkdir()
     else:
-        large.place.write_bytes({"truncated": content[:len(content) // 2], "empty": b"", "bits": bytes(changed),
-                                 "foreign": content, "text": b"hello", "rules": content,
-                                 "pickle": pickle.dumps(print)}[damage])
+        large.place.write_bytes({
+            "truncated": content[:len(content) // 2], "empty": b"", "bits": bytes(changed),
+            "foreign": content, "text": b"hello", "rules": content,
+            "pickle": pickle.dumps(print)}[damage])
     if damage == "foreign":
         torch.save(dict(model={}), large.place)
     if damage == "rules":
@@ -1198,8 +1209,9 @@ dist.destroy_process_group()
 def test_of_two_processes_one_reads(large):
     code = PROCESS.format(root=str(ROOT), port=free_port(), folder=str(large.folder), path=str(large.path))
     env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  text=True, env=dict(env, LOCAL_RANK=str(rank))) for rank in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                                  stderr=subprocess.PIPE, env=dict(env, LOCAL_RANK=str(rank)))
+                 for rank in range(2)]
     try:
         replies = [p.communicate(timeout=120) for p in processes]
     finally:
@@ -1212,7 +1224,8 @@ def test_of_two_processes_one_reads(large):
 
 def test_spawned_loader_workers_see_the_same(large):
     data = CocoDataset(large.folder, large.path, True, masks=True, canvas=64)
-    assert len(pickle.dumps(data.records)) < 3000 < len(pickle.dumps(data.records.arrays))  # a path, not arrays
+    # a path, not arrays
+    assert len(pickle.dumps(data.records)) < 3000 < len(pickle.dumps(data.records.arrays))
     loader = torch.utils.data.DataLoader(data, batch_sampler=[[(0, 5), (1, 6)], [(2, 7)]], collate_fn=collate,
                                          num_workers=1, multiprocessing_context="spawn")
     small = CocoDataset(large.folder, data.records.subset(np.arange(8) < 3), True, masks=True, canvas=64)
@@ -1299,7 +1312,8 @@ def test_lvis_knows_no_crowd_and_no_area_of_0(lvis, key, values):
 
 
 @pytest.mark.parametrize("key", ["neg_category_ids", "not_exhaustive_category_ids"])
-@pytest.mark.parametrize("wrong", [None, "missing", {}, 5, "1, 2", [None], [True], [[1]], [1.5, "x"], [99999]], ids=str)
+@pytest.mark.parametrize("wrong", [
+    None, "missing", {}, 5, "1, 2", [None], [True], [[1]], [1.5, "x"], [99999]], ids=str)
 def test_lvis_lists_are_required_before_training(lvis, key, wrong):
     """Trained, then a KeyError."""
     def edit(content):
@@ -1446,7 +1460,7 @@ def test_voc_missing_parts_are_named(voc, tmp_path):
     voc.xml.unlink()
     assert error_of(voc.read) == f"{voc.xml}: is missing, though its list names it"
     voc.listing.unlink()
-    assert error_of(voc.read).startswith(f"--data {tmp_path}: {voc.listing} is missing; Pascal VOC is at http")
+    assert error_of(voc.read).startswith(f"--data {tmp_path}: {voc.listing} is missing; Pascal VOC is at")
 
 
 def test_voc_names_that_leave_the_folder(voc):

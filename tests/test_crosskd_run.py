@@ -141,7 +141,8 @@ def fails(*flags):
 
 def one_line(err):
     """The line of ours on stderr, where beside it only progress bars are."""
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "it/s" not in line and "?it" not in line and "s/it" not in line]
+    bare = re.sub(r"\x1b\[\w", "", err)  # what moves the cursor
+    lines = [line for line in re.split(r"[\r\n]+", bare) if line.strip() and not re.search(r"it/s|s/it|\?it", line)]
     assert len(lines) == 1 and lines[0].startswith("crosskd.py: "), lines
     return lines[0]
 
@@ -195,17 +196,21 @@ def checkpoint(path, classes, backbone="tiny8", kind="gfl", seed=7, finds=False)
 
 @pytest.fixture(scope="module")
 def photographs(coco_mini, tmp_path_factory):
-    """coco_mini with weights that fit it. val: flags of 10 of its images only."""
+    """coco_mini with weights that fit it. val: flags of 10 of its images only; some: of 23."""
     folder = tmp_path_factory.mktemp("photographs")
     classes = CocoDataset(*find_coco(coco_mini, "val"), False).classes
-    content = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
-    content["images"] = content["images"][:10]
-    kept = {i["id"] for i in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    (folder / "val.json").write_text(json.dumps(content))
-    return argparse.Namespace(
-        classes=classes, teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"), start=checkpoint(folder / "start.pt", classes, finds=True),
-        val=["--val-json", folder / "val.json", "--val-images", coco_mini / "val2017"])
+    whole = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
+    val = [["--val-json", folder / f"{n}.json", "--val-images", coco_mini / "val2017"] for n in (10, 23)]
+    for n in (10, 23):
+        (folder / f"{n}.json").write_text(json.dumps(first_images(whole, n)))
+    return argparse.Namespace(classes=classes, teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"), start=checkpoint(folder / "start.pt", classes, finds=True),
+                              val=val[0], some=val[1])
+
+
+def first_images(content, count):
+    images = content["images"][:count]
+    kept = {i["id"] for i in images}
+    return content | dict(images=images, annotations=[a for a in content["annotations"] if a["image_id"] in kept])
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +220,8 @@ def own(tmp_path_factory):
     Ids are of no order, image ids of val are text, annotation ids begin anew in each image; the three images have no boxes.
     """
     folder = tmp_path_factory.mktemp("own")
-    pictures, json_ = find_coco(common.shapes.make_shapes(), "val")
-    content = json.loads(Path(json_).read_text())
+    pictures, every = find_coco(common.shapes.make_shapes().resolve(), "val")
+    content = json.loads(every.read_text())
     name = {c["id"]: c["name"] for c in content["categories"]}
     names = ["circle", "square", "triangle", "heart"]
     assert set(names) < set(name.values())
@@ -242,7 +247,7 @@ def own(tmp_path_factory):
 def steps(own):
     """Flags of a run whose steps are quick and all alike, without evaluation; an epoch has 6."""
     return [*own.train, "--student", "gfl_tiny8", "--teacher", own.teacher, "--method", "crosskd+pkd", "--image-size", "96", "--workers", "0", "--init", "none",
-            "--log-every", "1", "--save-every", "4", "--batch-size", "4"]
+            "--log-every", "1", "--save-every", "4", "--eval-every", "3", "--batch-size", "4"]
 
 
 # ------------------------------------------------------------------ a run and its files
@@ -499,24 +504,22 @@ common.datasets.CocoDataset.__getitem__ = starved
 @pytest.mark.parametrize("before, word", [
     (WORKER % "os.kill(os.getpid(), signal.SIGKILL)", "a loader process died"),
     (WORKER % "raise RuntimeError('unable to write to file </torch_99_1_0>: No space left on device (28)')", "/dev/shm is too small"),
-    ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))", "ulimit -n")], ids=["killed", "shm", "files"])
+    ("import resource; n = len(os.listdir('/proc/self/fd')) + 8; resource.setrlimit(resource.RLIMIT_NOFILE, (n, n))", "ulimit -n")],
+    ids=["killed", "shm", "files"])
 def test_starved_loader_processes_are_one_line_with_the_remedy(forks, steps, tmp_path, before, word):
     job = forks.run(*steps, "--workers", 2, "--batch-size", 8, "--max-iters", 26, "--out", tmp_path / "o", before=before, code=1)
     line = one_line(job.err)
-    assert word in line and "--workers 0" in line
+    assert word in line and "--workers" in line
     assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0
 
 
 def small_shapes(folder):
     """A folder like that of the embedded dataset, of 16 + 8 of its images."""
-    source = common.shapes.make_shapes()
+    source = common.shapes.make_shapes().resolve()
     (folder / "annotations").mkdir(parents=True)
     for split, count in (("train", 16), ("val", 8)):
-        content = json.loads((source / f"annotations/instances_{split}2017.json").read_text())
-        content["images"] = content["images"][:count]
-        kept = {i["id"] for i in content["images"]}
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-        (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+        name = f"annotations/instances_{split}2017.json"
+        (folder / name).write_text(json.dumps(first_images(json.loads((source / name).read_text()), count)))
         (folder / f"{split}2017").symlink_to(source / f"{split}2017")
     return folder
 
@@ -535,10 +538,13 @@ def test_two_first_runs_on_shapes_share_one_teacher_and_one_that_finds_nothing_i
 # ------------------------------------------------------------------ processes, flags that change speed only
 
 @pytest.mark.parametrize("method", ["none", "crosskd"])
-def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(forks, own, tmp_path, method):
+def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(forks, tmp_path, method):
     """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding."""
-    flags = [*own.train, "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 96, "--workers", 0, "--init", "none", "--log-every", 1, "--method", method,
-             "--optimizer", "sgd", "--lr", "0.01", *(["--teacher", own.teacher, "--sync-stats"] if method == "crosskd" else [])]
+    pictures, boxes = find_coco(common.shapes.make_shapes().resolve(), "val")  # without evaluation
+    teacher = checkpoint(tmp_path / "t.pt", CocoDataset(pictures, boxes, False).classes, "tiny16")
+    flags = ["--train-json", boxes, "--train-images", pictures, "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 96, "--workers", 0, "--init", "none",
+             "--log-every", 1, "--method", method, "--optimizer", "sgd", "--lr", "0.01",
+             *(["--teacher", teacher, "--sync-stats"] if method == "crosskd" else [])]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
     forks.run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -578,14 +584,21 @@ def test_accumulating_two_micro_batches_runs_and_counts_steps(coco_mini, photogr
     assert "4 x 1 x 2 = 8" in r.stdout and max(losses(tmp_path / "a")) == 10
 
 
+@pytest.fixture(scope="module")
+def evaluated(forks, photographs, tmp_path_factory):
+    """Result files of one process."""
+    out = tmp_path_factory.mktemp("one")
+    forks.run("--eval", photographs.start, *photographs.some, *TINY[:4], "--out", out)
+    return out
+
+
 @pytest.mark.parametrize("procs", [2, 3])
-def test_evaluation_is_identical_on_1_2_and_3_processes(forks, coco_mini, photographs, tmp_path, procs):
-    for n in (1, procs):
-        forks.run("--eval", photographs.start, "--data", coco_mini, *TINY[:4], "--out", tmp_path / str(n), procs=n)
-    one, many = (json.loads((tmp_path / str(n) / "results.json").read_text()) for n in (1, procs))
+def test_evaluation_is_identical_on_1_2_and_3_processes(forks, photographs, evaluated, tmp_path, procs):
+    forks.run("--eval", photographs.start, *photographs.some, *TINY[:4], "--out", tmp_path, procs=procs)
+    one, many = (json.loads((out / "results.json").read_text()) for out in (evaluated, tmp_path))
     assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in many.items() if k != "seconds"}
     key = lambda d: (d["image_id"], d["category_id"], d["score"], d["bbox"])
-    a, b = (sorted(map(key, json.loads((tmp_path / str(n) / "detections.json").read_text()))) for n in (1, procs))
+    a, b = (sorted(map(key, json.loads((out / "detections.json").read_text()))) for out in (evaluated, tmp_path))
     assert a == b and len(a) > 1000
 
 
@@ -646,7 +659,7 @@ def test_a_checkpoint_of_another_script_is_refused_by_its_name(own, tmp_path, sc
                       ["--predict", own.val[3], "--weights"]):
             more = ["--method", "none"] if "--init" == flags[-1] else []
             assert f"is a checkpoint of {script}, not of crosskd.py" in fails(*flags, tmp_path / name, *more, "--out", tmp_path / "o")
-    state = dict(script=script, arch=dict(backbone="r50"), model=dict(w=torch.zeros(1)), optimizer={}, rng=[{}], it=9, total_batch=4, args=dict(data="x", method="y"))
+    state = dict(script=script, arch=dict(backbone="r50"), model=dict(w=torch.zeros(1)), optimizer={}, rng=[{}], it=9, total_batch=4, args={})
     save_checkpoint(state, tmp_path / "last.pt")
     assert f"is a checkpoint of {script}" in fails(*own.train, "--student", "gfl_tiny8", "--init", "none", "--method", "none", "--resume", "--out", tmp_path)
 
@@ -679,7 +692,7 @@ def test_truncated_jpeg_is_named_also_from_a_loader_worker(coco_mini, tmp_path):
     (lambda p: p.write_bytes(b"not a checkpoint"), "not a readable checkpoint"),
     (lambda p: torch.save({"state_dict": {"a": torch.zeros(1)}}, p), "neither ours nor"),
     (lambda p: torch.save([1, 2], p), "holds a list"),
-    (lambda p: torch.save({"model": p}, p), "pickled objects")])
+    (lambda p: torch.save({"model": p}, p), "pickled pathlib.PosixPath")])
 def test_foreign_or_corrupt_teacher_is_refused(coco_mini, tmp_path, make, word):
     make(tmp_path / "t.pth")
     assert word in fails("--data", coco_mini, "--teacher", tmp_path / "t.pth", "--out", tmp_path / "o", "--init", "none")

@@ -707,11 +707,11 @@ def weights_of(model, classes):
 
 
 def arch_of(spec, flag):
-    """Kind and backbone of a detector, before anything is downloaded."""
+    """What a detector is, before anything is downloaded."""
     from common.zoo import CROSSKD_ZOO
     if spec in CROSSKD_ZOO:
         kind, backbone = spec.split("_")[:2]
-        return dict(kind=kind, backbone=backbone)
+        return dict(kind=kind, backbone=backbone, channels=256, num_classes=80)
     return load_detector(spec, flag)[0].arch
 
 
@@ -743,10 +743,14 @@ def load_detector(spec, flag="--weights"):
 
 def check_pair(teacher, classes_of_teacher, student, classes):
     """The teacher's head must be able to read the student's features, and both must mean the same by class k."""
-    for what in ("kind", "channels", "num_classes"):
-        if teacher.arch[what] != student.arch[what]:
-            raise UserError(f"--teacher has {what} {teacher.arch[what]}, --student {student.arch[what]}: they must be the same")
+    check_arch(teacher.arch, student.arch)
     check_classes(classes_of_teacher, teacher.num_classes, classes, "--teacher")
+
+
+def check_arch(theirs, ours):
+    for what in ("kind", "channels", "num_classes"):
+        if theirs[what] != ours[what]:
+            raise UserError(f"--teacher has {what} {theirs[what]}, --student {ours[what]}: they must be the same")
 
 
 def check_classes(names, count, classes, flag):
@@ -820,12 +824,14 @@ def split_name(student):
 def make_pair(args, data, rank, world, device):
     """(student, teacher or None) of the flags, on the device."""
     kind, backbone = split_name(args.student)
-    teacher = None
+    channels, teacher = 64 if backbone.startswith("tiny") else 256, None
     if args.method != "none":
+        if args.teacher:  # before a file of 200 MB is downloaded
+            check_arch(arch_of(args.teacher, "--teacher"), dict(kind=kind, channels=channels, num_classes=len(data.classes)))
         teacher, teacher_classes = load_detector(args.teacher or shapes_teacher(args, rank, world, device), "--teacher")
     seed_all(args.seed)  # here, so that every method starts from the same student
     start = args.init if args.init in ("imagenet", "none") else "none"
-    student = DETECTORS[kind](backbone, len(data.classes), 64 if backbone.startswith("tiny") else 256, args.p6, start)
+    student = DETECTORS[kind](backbone, len(data.classes), channels, args.p6, start)
     if args.init != start:
         load_strict(student, load_detector(args.init, "--init")[0].state_dict(), f"--init {args.init}")
         student.freeze()

@@ -77,6 +77,7 @@ TEMPLATES += [f"a {q} photo of {a} {{}}." for q in QUALITIES for a in ("a", "the
 TEMPLATES += [f"a photo of {a} {q} {{}}." for q in "nice, cool, weird, small, large, clean, dirty, hard to see".split(", ") for a in ("a", "the")]
 TEMPLATES += [f"{a} {q} {{}}." for q in ("plastic", "toy", "plushie", "cartoon") for a in ("a", "the")]
 TEMPLATES += [f"{a} embroidered {{}}." for a in ("an", "the")] + [f"a painting of {a} {{}}." for a in ("a", "the")]  # the 63 of ViLD
+BACKBONES = ("r50", "r101", *(f"tiny{width}" for width in (8, 16, 24, 32, 48, 64)))
 DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects365="data/objects365", voc="data")
 DEFAULTS = dict(  # flag: (the paper's or the release's, else ours: kd_min_size, name_style, crop_fit, ckpt_msda; that of the embedded dataset)
     image_size=(1024, 128), jitter=([0.1, 2.0], [0.8, 1.25]), templates=("vild", "one"), name_style=("clean", "clean"),
@@ -323,16 +324,12 @@ class Body(nn.Module):
 def make_body(name, init, bn, levels=4):
     """(Body as far as `levels` reads it, channels of C3, C4, C5) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
     last = f"layer{min(levels, 3) + 1}"
+    if name not in BACKBONES:
+        raise UserError(f"--backbone {name}: choose among {', '.join(BACKBONES)}")
     if name.startswith("tiny"):
-        from common.tiny import WIDTHS, NarrowResNet, tiny_width
-        width = tiny_width(name)
-        if width is None:
-            raise UserError(f"--backbone {name}: its width is one of {', '.join(map(str, WIDTHS))}")
-        if init == "imagenet":
-            raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
+        from common.tiny import NarrowResNet
+        width = int(name[4:])
         return Body(NarrowResNet(width), False, bn, last), [2 * width, 4 * width, 8 * width]
-    if name not in ("r50", "r101"):
-        raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
         from common.zoo import imagenet_state
@@ -774,8 +771,13 @@ def load_detector(path, flag="--weights"):
     from common import zoo
     whose, *content = zoo.load_any(path, flag, "dkdetr.py")
     if whose == "ours":
-        arch, state, classes = content[0]["arch"], content[0]["model"], content[0].get("classes", [])
+        arch, state = content[0]["arch"], content[0]["model"]
         with rebuilding(f"{flag} {path}"):
+            classes = [str(n) for n in content[0].get("classes", [])]
+            for part in ("encoder", "decoder"):
+                count = len({key.split(".")[1] for key in state if key.startswith(f"{part}.")})
+                if arch[part] != count:
+                    raise UserError(f"{flag} {path}: is damaged: it says {part} {arch[part]} and holds {count} layers of it")
             model = DKDETR(**{k: arch[k] for k in PARTS}, dropout=0.0)
         model.arch = SEEN | arch
         state = {k: v for k, v in state.items() if k != "kd_queries"}
@@ -1279,7 +1281,7 @@ def parse_args(argv=None):
                    "trained on demand)")
     sized(g, "templates", "63 prompts a name, or one", choices=("vild", "one"))
     sized(g, "name-style", "names as in the file, or without underscores, brackets and joined words", choices=("raw", "clean"))
-    sized(g, "backbone", "r50 or r101")
+    sized(g, "backbone", "r50, r101, or tiny8 ... tiny64, which start from nothing", choices=BACKBONES, metavar="NAME")
     sized(g, "init", "backbone start", choices=("imagenet", "none"))
     g.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
     sized(g, "dim", "width D, a multiple of 32", type=COUNT)
@@ -1384,6 +1386,8 @@ def resolve(args):
         known["epochs"] = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
     known["burn_in"] = (args.epochs or known["epochs"]) * 40 // 70
     args = argparse.Namespace(**vars(args) | {k: v for k, v in known.items() if getattr(args, k) is None})
+    if args.init == "imagenet" and args.backbone.startswith("tiny"):
+        raise UserError(f"--backbone {args.backbone}: has no ImageNet weights; use --init none")
     if args.masks and args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
     unfit = dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start_from or not distils(args)

@@ -51,9 +51,7 @@ def our_student(kind, backbone="r50"):
 
 
 def arguments(kind, *flags):
-    a = crosskd.parse_args(list(flags))
-    crosskd.fill_defaults(a, kind)
-    return a
+    return crosskd.resolve(crosskd.parse_args(["--student", f"{kind}_r50", *flags]))
 
 
 def step_of(model, batch):
@@ -133,7 +131,7 @@ def bench_data(images=5000, per_image=100):
 def bench_memory():
     """Each configuration in a process of its own (Linux; getrusage would report the parent's peak if that is higher)."""
     for name, method in (("plain", "none"), ("CrossKD", "crosskd")):
-        code = ("import sys; sys.path.insert(0, 'tests'); import bench_crosskd as b, crosskd; crosskd.init_ddp()\n"
+        code = ("import sys; sys.path.insert(0, 'tests'); import bench_crosskd as b, crosskd; b.init_ddp()\n"
                 "teacher = crosskd.GFL('r50').eval() if sys.argv[1] != 'none' else None\n"
                 "b.step_of(crosskd.Distiller(b.our_student('gfl', 'r18'), teacher, b.arguments('gfl', '--method', sys.argv[1])).train(), b.batch_of())()\n"
                 "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])")

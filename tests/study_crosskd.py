@@ -67,7 +67,8 @@ def run(setting, arm, seed):
     out = RUNS / f"{setting}-{arm.replace(' ', '').replace(',', '_')}-s{seed}"
     flags = [*SETTINGS[setting][0], *ARMS[arm][0]]
     since = time.time()
-    m = crosskd(out, ["--teacher", str(RUNS / "teacher" / "best.pt"), "--student", "gfl_tiny8", "--seed", str(seed), *flags], 1)
+    teacher = [] if arm == "baseline" else ["--teacher", str(RUNS / "teacher" / "best.pt")]
+    m = crosskd(out, [*teacher, "--student", "gfl_tiny8", "--seed", str(seed), *flags], 1)
     row = dict(setting=setting, arm=arm, seed=seed, seconds=round(time.time() - since), flags=" ".join(flags).replace(f"{ROOT}/", ""),
                **{k: m[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")})
     with open(RESULTS, "a") as f:

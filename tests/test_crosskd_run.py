@@ -246,7 +246,7 @@ def own(tmp_path_factory):
 @pytest.fixture(scope="module")
 def steps(own):
     """Flags of a run whose steps are quick and all alike, without evaluation; an epoch has 6."""
-    return [*own.train, "--student", "gfl_tiny8", "--teacher", own.teacher, "--method", "crosskd+pkd", "--image-size", "96", "--workers", "0", "--init", "none",
+    return [*own.train, "--student", "gfl_tiny8", "--teacher", own.teacher, "--method", "crosskd+pkd", "--image-size", "64", "--workers", "0", "--init", "none",
             "--log-every", "1", "--save-every", "4", "--eval-every", "3", "--batch-size", "4"]
 
 
@@ -338,7 +338,7 @@ SLOW = """
 import crosskd, time
 forward = crosskd.Distiller.forward
 def slow(self, batch):
-    time.sleep(0.03)
+    time.sleep(0.08)
     return forward(self, batch)
 crosskd.Distiller.forward = slow
 """
@@ -376,23 +376,25 @@ def stopped(err, name, out, runner):
 
 
 def test_a_run_that_signals_stop_continues_bit_exactly_by_the_command_it_prints(forks, steps, tmp_path):
-    out, flags = tmp_path / "stopped", [*steps, "--max-iters", 26]
+    """SIGTERM to the process, as kill sends it; SIGINT to its loader process, too, as a terminal does."""
+    out, flags = tmp_path / "stopped", [*steps, "--max-iters", 20]
     forks.run(*flags, "--out", tmp_path / "whole")
-    again = [*flags, "--out", out]
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    again = [*map(str, flags), "--out", str(out)]
+    for number, code, more in ((signal.SIGTERM, 143, []), (signal.SIGINT, 130, ["--workers", "1"])):
         begun = max([r["it"] for r in rows(out)], default=0)
-        job, = forks.start(*again, before=SLOW)
+        job, = forks.start(*again, *more, before=SLOW)
         wait_for_step(out, begun + 4)
-        job.kill(number)
+        (os.killpg if more else os.kill)(job.pid, number)
         assert job.wait() == code, job.err
+        want = [f for f in (*again, *more) if f != "--resume"]
         again = stopped(job.err, number.name, out, "python")
-        assert again == [*map(str, flags), "--out", str(out), "--resume"]
-    forks.run(*again)
+        assert again == [*want, "--resume"]
+    forks.run(*again, "--workers", 0)
     same_end(out, tmp_path / "whole")
 
 
 def test_two_processes_stop_together_for_torchrun_for_one_rank_and_for_a_lost_one_and_continue_bit_exactly(forks, steps, tmp_path):
-    out, flags = tmp_path / "stopped", [*steps, "--batch-size", 2, "--max-iters", 30]
+    out, flags = tmp_path / "stopped", [*steps, "--batch-size", 2, "--max-iters", 26]
     forks.run(*flags, "--out", tmp_path / "whole", procs=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "crosskd.py"]
     with open(tmp_path / "err", "w") as err:  # SIGTERM to torchrun, as Slurm sends it
@@ -421,7 +423,7 @@ def test_two_processes_stop_together_for_torchrun_for_one_rank_and_for_a_lost_on
 
 
 def test_a_second_signal_leaves_at_once(forks, steps, tmp_path):
-    job, = forks.start(*steps, "--max-iters", 26, "--out", tmp_path / "o", before=SLOW.replace("0.03", "100"))
+    job, = forks.start(*steps, "--max-iters", 26, "--out", tmp_path / "o", before=SLOW.replace("0.08", "100"))
     wait_for_file(tmp_path / "o/last.pt")
     time.sleep(0.3)
     job.kill(signal.SIGTERM)
@@ -513,6 +515,12 @@ def test_starved_loader_processes_are_one_line_with_the_remedy(forks, steps, tmp
     assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0
 
 
+def test_a_run_with_loader_processes_ends_when_it_is_done(forks, steps, tmp_path):
+    since = time.time()
+    job = forks.run(*steps, "--workers", 2, "--max-iters", 2, "--out", tmp_path / "o")
+    assert "Traceback" not in job.err and "Exception" not in job.err and time.time() - since < 20
+
+
 def small_shapes(folder):
     """A folder like that of the embedded dataset, of 16 + 8 of its images."""
     source = common.shapes.make_shapes().resolve()
@@ -525,7 +533,11 @@ def small_shapes(folder):
 
 
 def test_two_first_runs_on_shapes_share_one_teacher_and_one_that_finds_nothing_is_refused(forks, tmp_path):
-    before = f"import common.shapes; common.shapes.make_shapes = lambda: __import__('pathlib').Path({str(small_shapes(tmp_path / 'shapes-1'))!r})"
+    before = f"""
+import common.shapes, crosskd, pathlib
+common.shapes.make_shapes = lambda: pathlib.Path({str(small_shapes(tmp_path / "shapes-1"))!r})
+crosskd.default_size = lambda *a: "48"
+"""
     flags = ["--data", "shapes", "--method", "pkd", "--max-iters", 2, "--workers", 0]
     jobs = [forks.start(*flags, "--out", tmp_path / "a", "--no-teacher-check", before=before)[0], forks.start(*flags, "--out", tmp_path / "b", before=before)[0]]
     assert [job.wait() for job in jobs] == [0, 1]
@@ -631,6 +643,13 @@ def test_what_is_missing_is_told_before_anything_is_downloaded(tmp_path, monkeyp
     monkeypatch.setattr(zoo, "fetch", lambda url, sha256="": pytest.fail(f"downloads {url}"))
     line = fails("--data", tmp_path, *flags.format(tmp_path).split(), "--out", tmp_path / "o")
     assert ("nothing.jpg" if "--predict" in flags else "a.json" if "--train-json" in flags else "--data shapes") in line
+
+
+def test_a_teacher_that_cannot_fit_is_told_before_it_is_downloaded(own, coco_mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "fetch", lambda url, sha256="": pytest.fail(f"downloads {url}"))
+    for flags, word in ((own.train, "num_classes 80, --student 4"), (["--data", coco_mini, "--student", "gfl_tiny8"], "channels 256, --student 64"),
+                        (["--data", coco_mini, "--teacher", "gfl_r101", "--student", "atss_r50"], "kind gfl, --student atss")):
+        assert word in fails(*flags, "--out", tmp_path / "o")
 
 
 def test_imagenet_weights_that_cannot_be_downloaded_name_the_way_without_them(own, tmp_path, monkeypatch):

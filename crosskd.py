@@ -651,7 +651,7 @@ class Distiller(nn.Module):
 
     def __init__(self, student, teacher, a):
         super().__init__()
-        self.student, self.a = student, a
+        self.student, self.a, self.watch = student, a, {}
         self.parts = set(a.method.split("+"))
         # In a tuple, so that parameters(), state_dict(), train(), DDP and the optimizer never see the teacher.
         self.teacher = (teacher.eval().requires_grad_(False),) if teacher else ()
@@ -764,7 +764,7 @@ def check_classes(names, count, classes, flag):
 
 # ================================================================== data
 
-def make_data(args, split, kind, like=None, image_size=None):
+def make_data(args, split, kind=None, like=None, image_size=None):
     """The dataset "train" or "val" of the flags; None where own training files come without a validation set."""
     files = own_files(args, split)
     if files is False:
@@ -773,7 +773,7 @@ def make_data(args, split, kind, like=None, image_size=None):
         if args.data == "shapes":
             from common.shapes import make_shapes
         files = find_coco(make_shapes() if args.data == "shapes" else args.data, split)
-    size = image_size or default_size(args, kind)
+    size = image_size or default_size(args, kind or split_name(args.student)[0])
     return CocoDataset(*files, split == "train", size, like=like, keep_empty=args.keep_empty)
 
 
@@ -821,7 +821,7 @@ def split_name(student):
     return kind, backbone
 
 
-def make_pair(args, data, rank, world, device):
+def make_pair(args, data, val, rank, world, device):
     """(student, teacher or None) of the flags, on the device."""
     kind, backbone = split_name(args.student)
     channels, teacher = 64 if backbone.startswith("tiny") else 256, None
@@ -852,13 +852,8 @@ def check_teacher(teacher, val, rank, world, device, args):
                             "images: wrong weights, other classes or other pixels? --no-teacher-check goes on")
 
 
-def train(args, rank, world, device):
-    """Train args.student under args.method; returns the last evaluation's metrics (rank 0) or None."""
-    kind = split_name(args.student)[0]
-    data = make_data(args, "train", kind)
-    val = make_data(args, "val", kind, like=data.classes)
-    student, teacher = make_pair(args, data, rank, world, device)
-    open_run(args, rank, args.resume)
+def prepare(args, data, val, student, teacher, rank, world, device):
+    """The Distiller, its networks described and compiled, its teacher checked."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     example = collate([data[0, 0]])["images"].float()
     for name, net in (("student", student), ("teacher", teacher)):
@@ -868,20 +863,45 @@ def train(args, rank, world, device):
             if args.compile:
                 net.compile()
                 net.head.compile()
-    model = wrap_ddp(Distiller(student, teacher, args).train(), device, world)
+    if teacher and val and not (Path(args.out) / "last.pt").exists():
+        check_teacher(teacher, val, rank, world, device, args)
+    return Distiller(student, teacher, args).train()
+
+
+def method_of(args):
+    """What is distilled, in words, for the start of a run."""
+    return f"method {args.method}" + (f" i={args.kd_layer}" if "crosskd" in args.method else "")
+
+
+def reported(args):
+    """How often a Run evaluates."""
+    return dict(every=args.epochs if args.data == "shapes" else None, table=class_table)
+
+
+def rate_factor(args, it, steps):
+    """Learning-rate factor of iteration `it`, `steps` an epoch."""
+    milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
+    warmup = min(500, args.epochs * steps // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
+    start, constant = (1 / 3, True) if args.student.startswith("fcos") else (0.001, False)
+    return warmup_multistep(it, steps, milestones, warmup, start, constant)
+
+
+def train(args, rank, world, device):
+    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val", like=data.classes)
+    open_run(args, rank, args.resume)
+    student, teacher = make_pair(args, data, val, rank, world, device)
+    distiller = prepare(args, data, val, student, teacher, rank, world, device)
+    model = wrap_ddp(distiller, device, world)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
-    lr = args.lr * total_batch / 16
-    optimizer = make_optimizer(student, args.optimizer, lr, args.weight_decay, kind)
-    run = Run(args, student, optimizer, plain_of(student, data.classes), len(plan), total_batch, rank, world, device, legend=LEGEND,
-              every=args.epochs if args.data == "shapes" else None)
-    at = f" i={args.kd_layer}" if "crosskd" in args.method else ""
-    run.describe(f"method {args.method}{at}", lr, args.lr, 16, data, val)
-    if teacher and val and run.it == 0:
-        check_teacher(teacher, val, rank, world, device, args)
-    milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
-    warmup = min(500, args.epochs * run.steps // 10)  # 500 of the paper's 87,960 steps; a tenth of a short run
-    start, constant_start = (1 / 3, True) if kind == "fcos" else (0.001, False)
+    paper_batch = 16
+    lr = args.lr * total_batch / paper_batch
+    optimizer = make_optimizer(student, args.optimizer, lr, args.weight_decay, student.kind)
+    run = Run(args, student, optimizer, plain_of(student, data.classes), len(plan), total_batch, rank, world, device,
+              legend=LEGEND, **reported(args))
+    run.describe(method_of(args), lr, args.lr, paper_batch, data, val)
     while True:
         if run.due:
             run.scored(*evaluate(student, val, rank, world, device, args), val)
@@ -889,7 +909,7 @@ def train(args, rank, world, device):
         if run.finished:
             break
         for batches in run.batches(loader, plan):
-            factor = warmup_multistep(run.it, run.steps, milestones, warmup, start, constant_start)
+            factor = rate_factor(args, run.it, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             losses = {}
@@ -898,14 +918,12 @@ def train(args, rank, world, device):
                 terms = model(to_device(batch, device))
                 (sum(terms.values()) / len(batches)).backward()  # Eq. 4
                 losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
-            if kind == "fcos":
+            if student.kind == "fcos":
                 nn.utils.clip_grad_norm_(student.parameters(), 35.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.step(losses, lr * factor)
+            run.step(losses, lr * factor, distiller.watch)
         run.end_epoch()
-    if rank == 0 and val:
-        print(class_table(run.metrics))
     return run.close()
 
 

@@ -913,7 +913,7 @@ LEGEND = dict(
     own="mean cosine of a feature and the crop of its own box", other="the same with the other crops of its image")
 
 
-def make_pair(args, rank, device):
+def make_pair(args, data, val, rank, world, device):
     """(student, CLIP) of the flags, on the device."""
     clip = get_clip(args, device)
     seed_all(args.seed)
@@ -954,7 +954,7 @@ def parameter_groups(model, lr, decay, backbone=0.1):
             for (part, plain), ps in groups.items()]
 
 
-def describe_method(args, clip, base, novel):
+def method_of(args, clip, base, novel):
     """What is learnt from whom, and when."""
     when = f"from epoch {args.burn_in + 1}" if args.burn_in < args.epochs else f"never: burn-in {args.burn_in} of {args.epochs} epochs"
     what = f"SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, {when}" if distils(args) else "no distillation"
@@ -981,44 +981,62 @@ def at_epoch(model, distiller, run, device, world):
     return model
 
 
-def train(args, rank, world, device):
-    """Train the detector under args; returns the last evaluation's metrics (rank 0) or None."""
-    data = make_data(args, "train")
-    val = make_data(args, "val")
-    base, novel = class_split(args, data.records.categories)
-    open_run(args, rank, args.resume)
-    student, clip = make_pair(args, rank, device)
-    text = text_matrix(clip, data.classes + (novel if args.train_vocab == "all" else []), args)
-    describe_pair(student, clip, args, rank)
+def prepare(args, data, val, student, teacher, rank, world, device):
+    """The Distiller with its text matrix; the student described and compiled."""
+    novel = class_split(args, data.records.categories)[1]
+    text = text_matrix(teacher, data.classes + (novel if args.train_vocab == "all" else []), args)
+    describe_pair(student, teacher, args, rank)
     if world > 1 and device.type == "cuda" and args.bn == "sync":
         nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if args.compile:
         student.compile()
-    distiller = Distiller(student, text, clip, args).train()
+    return Distiller(student, text, teacher, args).train()
+
+
+def learnt(optimizer):
+    """The weights that the optimizer has."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def reported(args):
+    """How often a Run evaluates, and what it reports: novel classes must not choose the weights."""
+    return dict(every=args.epochs if args.data == "shapes" else max(1, args.epochs // 14),
+                report="last", metric="AP50" if args.dataset == "ovcoco" else "AP")
+
+
+def rate_factor(args, it, steps):
+    """Learning-rate factor of iteration `it`, `steps` an epoch."""
+    return warmup_multistep(it, steps, (args.epochs * 55 // 70,), min(args.warmup, args.epochs * steps // 10))
+
+
+def train(args, rank, world, device):
+    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val")
+    base, novel = class_split(args, data.records.categories)
+    open_run(args, rank, args.resume)
+    student, teacher = make_pair(args, data, val, rank, world, device)
+    distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = None  # see at_epoch
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 16 if args.data == "shapes" else 128
     lr = args.lr * total_batch / paper_batch
     optimizer = torch.optim.AdamW(parameter_groups(student, lr, args.weight_decay, args.backbone_lr))
-    run = Run(args, student, optimizer, plain_of(student, base + novel), len(plan), total_batch, rank, world, device, legend=LEGEND,
-              every=args.epochs if args.data == "shapes" else max(1, args.epochs // 14),
-              report="last" if novel else "best", metric="AP50" if args.dataset == "ovcoco" else "AP")
+    run = Run(args, student, optimizer, plain_of(student, base + novel), len(plan), total_batch, rank, world, device,
+              legend=LEGEND, **reported(args))
     if args.start_from and run.it == 0:  # also where a kill came before the copy was saved
         begin_as_copy(run, args.start_from)
-    run.describe(describe_method(args, clip, base, novel), lr, args.lr, paper_batch, data, val)
-    milestones = (args.epochs * 55 // 70,)
-    warmup = min(args.warmup, args.epochs * run.steps // 10)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run.describe(method_of(args, teacher, base, novel), lr, args.lr, paper_batch, data, val)
     while True:
         if run.due:
-            run.scored(*evaluate(student, val, clip, rank, world, device, args), val)
+            run.scored(*evaluate(student, val, teacher, rank, world, device, args), val)
             student.train()
         if run.finished:
             break
         model = at_epoch(model, distiller, run, device, world)
         for batches in run.batches(loader, plan):
-            factor = warmup_multistep(run.it, run.steps, milestones, warmup)
+            factor = rate_factor(args, run.it, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             losses = {}
@@ -1027,7 +1045,7 @@ def train(args, rank, world, device):
                 terms = model(to_device(batch, device))
                 (sum(terms.values()) / len(batches)).backward()  # Eq. 6
                 losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
-            norm = nn.utils.clip_grad_norm_(parameters, 0.1)
+            norm = nn.utils.clip_grad_norm_(learnt(optimizer), 0.1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step(losses, lr * factor, dict(norm=norm, **distiller.watch))

@@ -310,6 +310,7 @@ class Distiller(nn.Module):
         self.student, self.a, self.clip = student, a, clip  # FrozenCLIP is no nn.Module
         self.register_buffer("text", clip.class_embeddings(classes), persistent=False)
         self.draws = 0  # how often crops were chosen, see crop_generator
+        self.watch = {n: p for n in ("tau_c", "tau_m", "s") if (p := getattr(student, n, None)) is not None}
 
     def forward(self, batch):
         a, model = self.a, self.student
@@ -528,7 +529,7 @@ LEGEND = dict(
     objectness="the RPN's loss of object or not")
 
 
-def make_pair(args, data, val, device):
+def make_pair(args, data, val, rank, world, device):
     """(student, CLIP) of the flags, on the device; with --rpn-recall (RPN, None)."""
     clip = None if args.rpn_recall else get_clip(args, device)
     channels = 64 if args.backbone.startswith("tiny") else 256
@@ -548,7 +549,7 @@ def make_pair(args, data, val, device):
     return student.to(device), clip
 
 
-def describe_pair(args, student, clip):
+def method_of(args, student, clip):
     """What the log says of the models at the start."""
     names = f"{len(student.arch['base'])} base and {len(student.arch['novel'])} novel classes"
     return f"RPN | {names}" if clip is None else f"CLIP {clip.name} | IKD {args.ikd} GKD {args.gkd} | {names}"
@@ -561,34 +562,46 @@ def make_optimizer(model, algorithm, lr, weight_decay):
     return torch.optim.SGD(groups, lr, momentum=0.9) if algorithm == "sgd" else torch.optim.AdamW(groups, lr)
 
 
-def train(args, rank, world, device):
-    """Train the detector, or Table 1's RPN; returns the last evaluation's metrics (rank 0) or None."""
-    data = make_data(args, "train")
-    val = make_data(args, "val", base=data.classes)
-    student, clip = make_pair(args, data, val, device)
-    open_run(args, rank, args.resume)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+def prepare(args, data, val, student, teacher, rank, world, device):
+    """The Distiller, or Table 1's RPNLearner; the student described and compiled."""
+    student.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     example = collate([data[0, 0]])["images"].float()
-    student.to(memory_format=layout)
     describe_model(f"student {type(student).__name__}_{args.backbone}", student, example, rank=rank)
     if args.compile:
         student.compile()
-    distiller = Distiller(student, clip, data.classes, args) if clip else RPNLearner(student, args)
-    measure = partial(evaluate, clip) if clip else measure_recall
-    model = wrap_ddp(distiller.train(), device, world)
+    return (Distiller(student, teacher, data.classes, args) if teacher else RPNLearner(student, args)).train()
+
+
+def reported(args):
+    """How often a Run evaluates, and what it reports: novel classes must not choose the weights."""
+    return dict(every=args.epochs if args.data == "shapes" else None, metric=METRIC[args.rpn_recall], report="last")
+
+
+def rate_factor(args, it, steps):
+    """Learning-rate factor of iteration `it`, `steps` an epoch."""
+    milestones = (args.epochs * (3 / 4 if args.schedule == "3x" else 2 / 3), args.epochs * 11 / 12)
+    return warmup_multistep(it, steps, milestones, min(500, args.epochs * steps // 10))
+
+
+def train(args, rank, world, device):
+    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val", base=data.classes)
+    open_run(args, rank, args.resume)
+    student, teacher = make_pair(args, data, val, rank, world, device)
+    distiller = prepare(args, data, val, student, teacher, rank, world, device)
+    model = wrap_ddp(distiller, device, world)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 32 if args.gkd and args.data != "shapes" else 16
     lr = args.lr * total_batch / paper_batch
     optimizer = make_optimizer(student, args.optimizer, lr, args.weight_decay)
-    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device, legend=LEGEND,
-              every=args.epochs if args.data == "shapes" else None, metric=METRIC[args.rpn_recall], report="last")
+    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
+              legend=LEGEND, **reported(args))
+    measure = partial(evaluate, teacher) if teacher else measure_recall
     distiller.draws = run.state.get("draws", 0) if run.resumed else 0
     run.beside = dict(draws=lambda: distiller.draws)
-    run.describe(describe_pair(args, student, clip), lr, args.lr, paper_batch, data, val)
-    milestones = (args.epochs * (3 / 4 if args.schedule == "3x" else 2 / 3), args.epochs * 11 / 12)
-    warmup = min(500, args.epochs * run.steps // 10)
-    watch = {n: p for n in ("tau_c", "tau_m", "s") if (p := getattr(student, n, None)) is not None}
+    run.describe(method_of(args, student, teacher), lr, args.lr, paper_batch, data, val)
     while True:
         if run.due:
             run.scored(*measure(student, val, rank, world, device, args), val)
@@ -596,7 +609,7 @@ def train(args, rank, world, device):
         if run.finished:
             break
         for batches in run.batches(loader, plan):
-            factor = warmup_multistep(run.it, run.steps, milestones, warmup)
+            factor = rate_factor(args, run.it, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             losses = {}
@@ -608,7 +621,7 @@ def train(args, rank, world, device):
             norm = nn.utils.clip_grad_norm_(student.parameters(), 10.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.step(losses, lr * factor, dict(norm=norm, **watch))
+            run.step(losses, lr * factor, dict(norm=norm, **distiller.watch))
         run.end_epoch()
     return run.close()
 
@@ -865,7 +878,7 @@ class RPNLearner(nn.Module):
 
     def __init__(self, model, a):
         super().__init__()
-        self.model, self.a = model, a
+        self.model, self.a, self.watch = model, a, {}
 
     def forward(self, batch):
         x = normalise(batch["images"], batch["sizes"])

@@ -898,7 +898,7 @@ LEGEND = {
     "sigma": "Eq. 8, mean over objects", "muted": "share of objects whose sigma is 0"}
 
 
-def make_pair(args, data, rank, world, device):
+def make_pair(args, data, val, rank, world, device):
     """(student, teacher or None) of the flags, on the device."""
     teacher = None
     if args.teacher != "none":
@@ -1000,12 +1000,8 @@ def refresh(bank, run, distiller, device):
     run.log.restart_clock()
 
 
-def train(args, rank, world, device):
-    """Train args.student, or --init's, by Alg. 2; returns the last evaluation's metrics (rank 0) or None."""
-    data = make_data(args, "train")
-    val = make_data(args, "val", like=data.classes)
-    open_run(args, rank, args.resume)
-    student, teacher = make_pair(args, data, rank, world, device)
+def prepare(args, data, val, student, teacher, rank, world, device):
+    """The Distiller with its adapters and its bank; networks described and compiled, the teacher checked."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     example = collate([data[0, 0]])["images"].float()
     for name, net in (("student", student), ("teacher", teacher)):
@@ -1014,25 +1010,45 @@ def train(args, rank, world, device):
             describe_model(f"{name} {net.arch['name']}", Counted(net), example, rank=rank)
             if args.compile:
                 net.backbone.compile()
-    if teacher and val and not args.resume:
+    if teacher and val and not (Path(args.out) / "last.pt").exists():
         check_teacher(teacher, val, rank, world, device, args)
-    control = continued(args, rank, world, device)
     seed_all(args.seed)  # H does not depend on what ran before
-    bank = make_bank(args, data, rank, world)
-    distiller = Distiller(student, teacher, bank, args).to(device).train()
+    distiller = Distiller(student, teacher, make_bank(args, data, rank, world), args).to(device).train()
+    seed_all(args.seed + 1000 * rank)  # here: the same RoIs are drawn with and without distillation
+    return distiller
+
+
+def reported(args):
+    """How often a Run evaluates, and what it reports: VOC's test set must not choose the weights."""
+    return dict(every=args.epochs if args.data == "shapes" else None, table=class_table,
+                report="last" if args.dataset == "voc" else "best")
+
+
+def rate_factor(args, it, steps):
+    """Learning-rate factor of iteration `it`, `steps` an epoch."""
+    milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
+    return warmup_multistep(it, steps, milestones, min(500, args.epochs * steps // 10))
+
+
+def train(args, rank, world, device):
+    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
+    data = make_data(args, "train")
+    val = make_data(args, "val", like=data.classes)
+    open_run(args, rank, args.resume)
+    student, teacher = make_pair(args, data, val, rank, world, device)
+    control = continued(args, rank, world, device)
+    distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = wrap_ddp(distiller, device, world, broadcast_buffers=not getattr(student, "norms_fixed", False))
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
     total_batch = args.batch_size * world * args.accumulate
-    lr = args.lr * total_batch / 16
+    paper_batch = 16
+    lr = args.lr * total_batch / paper_batch
     optimizer = make_optimizer(distiller, args.optimizer, lr, args.weight_decay)
-    seed_all(args.seed + 1000 * rank)  # here: the same RoIs are drawn with and without distillation
     run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
-              legend=LEGEND, every=args.epochs if args.data == "shapes" else None, parts=distiller.parts(),
-              report="last" if args.dataset == "voc" else "best")
+              legend=LEGEND, parts=distiller.parts(), **reported(args))
+    bank = distiller.outside["bank"]
     keep_beside(run, bank, device)
-    run.describe(method_of(args), lr, args.lr, 16, data, val)
-    milestones = (args.epochs * 2 / 3, args.epochs * 11 / 12)
-    warmup = min(500, args.epochs * run.steps // 10)
+    run.describe(method_of(args), lr, args.lr, paper_batch, data, val)
     while True:
         if run.due:
             run.scored(*evaluate(student, val, rank, world, device, args), val)
@@ -1043,7 +1059,7 @@ def train(args, rank, world, device):
         for batches in run.batches(loader, plan):
             if bank and bank.is_due(run.it, args.refresh * run.steps):
                 refresh(bank, run, distiller, device)
-            factor = warmup_multistep(run.it, run.steps, milestones, warmup)
+            factor = rate_factor(args, run.it, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             losses = {}
@@ -1056,8 +1072,6 @@ def train(args, rank, world, device):
             optimizer.zero_grad(set_to_none=True)
             run.step(losses, lr * factor, distiller.watch)
         run.end_epoch()
-    if rank == 0 and val:
-        print(class_table(run.metrics))
     compare(control, args.out, rank)
     return run.close()
 

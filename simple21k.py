@@ -1232,7 +1232,8 @@ class Pairs:
             batch = dict(zip(self.loaders, parts))
             for text in sorted(set(batch["cls"]["bad"]) - self.broken) if "cls" in batch else ():
                 self.broken.add(text)
-                print(f"replaced by another image of its class: {text}", file=sys.stderr, flush=True)
+                print(f"replaced by another image of its class ({len(self.broken)} so far): {text}",
+                      file=sys.stderr, flush=True)
             yield batch
 
 
@@ -1260,7 +1261,7 @@ LEGEND = dict(
 
 
 class Recipe(NamedTuple):
-    """How a stage learns. lr: of paper_batch images. clip: largest norm of the gradient, 0 without limit."""
+    """How a stage learns. lr: of paper_batch images. clip: largest norm of the gradient."""
     epochs: int
     batch: int
     lr: float
@@ -1275,7 +1276,7 @@ def recipe_of(args):
         return Recipe(args.epochs, args.batch_size, args.lr, 16, False, args.weight_decay, 1.0)
     first = args.stage1_epochs, args.stage1_batch, args.stage1_lr
     if args.backbone == "r50":
-        return Recipe(*first, 256, True, 1e-4, 0.0)
+        return Recipe(*first, 256, True, 1e-4, math.inf)
     return Recipe(*first, 1024 if args.backbone in SWIN else 64, False, 0.05, 5.0)
 
 
@@ -1361,9 +1362,9 @@ def rate_factor(args, it, steps):
     return cosine(it, full, warmup, 0.01 if swin else 0.0)
 
 
-def prepare(student, args, rank, world, device):
-    """The Detector on its device, described, compiled. From here on each process draws random numbers
-    of its own."""
+def prepare(args, student, rank, world, device):
+    """The Learner, its Detector on its device, described, compiled. From here on each process draws random
+    numbers of its own."""
     student.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     pixels = args.stage1_size if args.stage == 1 else args.image_size
     example = torch.zeros(1, 3, pixels, pixels)
@@ -1372,7 +1373,9 @@ def prepare(student, args, rank, world, device):
         nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if args.compile:
         student.body.compile()
+    distiller = Learner(student, args).train()
     seed_all(args.seed + 1000 * rank)
+    return distiller
 
 
 def reported(args, val, epochs):
@@ -1382,27 +1385,26 @@ def reported(args, val, epochs):
     if args.stage == 1 or isinstance(val, Benchmark):
         metric = "top-1"
     return dict(epochs=epochs, metric=metric, report="last" if isinstance(val, Benchmark) else "best",
-                every=epochs if args.data == "shapes" else None)
+                every=epochs if args.data == "shapes" else None, table=class_table)
 
 
 def train(args, rank, world, device):
-    """Train the stage args.stage; returns the last evaluation's metrics (rank 0) or None. student: the
-    Detector, which learns from labels alone; what learns is called so in all five scripts."""
+    """Train under args; returns the last evaluation's metrics (rank 0) or None."""
     arch, data, images = make_data(args, rank > 0)
     val = make_val(args, arch, rank > 0)
-    student = make_model(args, arch, rank)
     open_run(args, rank, args.resume)
-    prepare(student, args, rank, world, device)
-    model = wrap_ddp(Learner(student, args).train(), device, world)
+    student = make_model(args, arch, rank)
+    distiller = prepare(args, student, rank, world, device)  # in this script it learns from labels alone
+    model = wrap_ddp(distiller, device, world)
     loader = plan = Pairs(data, images, args, rank, world, device.type == "cuda")
     recipe = recipe_of(args)
     total_batch = recipe.batch * world * args.accumulate
-    lr = recipe.lr * total_batch / recipe.paper_batch
+    paper_batch = recipe.paper_batch
+    lr = recipe.lr * total_batch / paper_batch
     optimizer = make_optimizer(student, recipe, lr)
     run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
               legend=LEGEND, **reported(args, val, recipe.epochs))
-    sets = [x for x in (data, images) if x]
-    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, recipe.paper_batch, *sets, val)
+    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, paper_batch, *filter(None, (data, images)), val)
     while True:
         if run.due:
             run.scored(*evaluate(student, val, rank, world, device, args), val)
@@ -1419,16 +1421,11 @@ def train(args, rank, world, device):
                 terms = model(to_device(batch, device))
                 (sum(terms.values()) / len(batches)).backward()
                 losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
-            if recipe.clip:
-                nn.utils.clip_grad_norm_(learnt(optimizer), recipe.clip)
+            nn.utils.clip_grad_norm_(learnt(optimizer), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step(losses, lr * factor, student.watch)
         run.end_epoch()
-    if rank == 0 and "classes" in run.metrics:
-        print(class_table(run.metrics))
-    if loader.broken:
-        print(f"{len(loader.broken)} unreadable images were replaced by others of their classes", flush=True)
     return run.close()
 
 

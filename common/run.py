@@ -869,14 +869,17 @@ class Run:
     plain: what a checkpoint holds beside weights. batches: loader batches of an epoch. parts: further
     modules that last.pt holds, {name: module}; beside: further entries, {name: function}. metric:
     what metrics["score"] is called. report: whose results stand in results.json: "best", or "last"
-    where the set that is reported must not choose. every: epochs between evaluations.
+    where the set that is reported must not choose. every: epochs between evaluations. table: function
+    (metrics) -> text, printed at the end where there are "classes".
     """
 
     def __init__(self, args, model, optimizer, plain, batches, total_batch, rank, world, device,
-                 epochs=None, parts={}, legend={}, metric="AP", report="best", every=None):
+                 epochs=None, parts={}, legend={}, metric="AP", report="best", every=None,
+                 table=None):
         self.args, self.model, self.optimizer, self.plain, self.parts = args, model, optimizer, plain, parts
         self.rank, self.world, self.out, self.total_batch = rank, world, Path(args.out), total_batch
-        self.metric, self.report, self.beside, self.since = metric, report, {}, time.time()
+        self.metric, self.report, self.table, self.since = metric, report, table, time.time()
+        self.beside = {}
         self.epochs, self.steps = epochs or args.epochs, -(-batches // args.accumulate)
         self.total = min(self.epochs * self.steps, args.max_iters or 10**12)
         self.every = args.eval_every or every or max(1, self.epochs // 12)
@@ -1083,6 +1086,8 @@ class Run:
             if math.isfinite(self.best):
                 last = self.metrics["score"]
                 score = f"best {self.metric} {self.best:.1f} (epoch {self.best_epoch}), last {last:.1f}"
+            if self.table and self.metrics.get("classes"):
+                print(self.table(self.metrics))
             print(f"{score} | {duration(time.time() - self.since)} | {self.out}", flush=True)
         self.release()
         barrier()

@@ -92,8 +92,9 @@ def report():
             ap = [r["AP"] for r in mine]
             gain = [r["AP"] - base[r["seed"]] for r in mine if r["seed"] in base]
             mean = lambda k: statistics.mean(r[k] for r in mine)
+            paired = f"{statistics.mean(gain):+.2f} ({', '.join(f'{g:+.1f}' for g in gain)})" if gain else "no baseline yet"
             print(f"{arm:24s} {len(ap):5d} {statistics.mean(ap):8.2f} {statistics.stdev(ap) if len(ap) > 1 else 0:5.2f} {mean('AP50'):6.1f} {mean('AP75'):6.1f}   "
-                  f"{statistics.mean(gain):+.2f} ({', '.join(f'{g:+.1f}' for g in gain)})   {f'({paper})' if paper else ''}")
+                  f"{paired}   {f'({paper})' if paper else ''}")
 
 
 if __name__ == "__main__":

@@ -999,9 +999,9 @@ def learnt(optimizer):
 
 
 def reported(args):
-    """How often a Run evaluates, and what it reports: novel classes must not choose the weights."""
+    """How often a Run evaluates, and what it reports: novel classes, which own data (coco) have not, must not choose the weights."""
     return dict(every=args.epochs if args.data == "shapes" else max(1, args.epochs // 14),
-                report="last", metric="AP50" if args.dataset == "ovcoco" else "AP")
+                report="best" if args.dataset == "coco" else "last", metric="AP50" if args.dataset == "ovcoco" else "AP")
 
 
 def rate_factor(args, it, steps):

@@ -18,6 +18,7 @@ import torch
 from conftest import free_port, launch
 from PIL import Image
 
+import common.pictures
 import common.shapes
 import crosskd
 from common import zoo
@@ -38,6 +39,7 @@ sys.path.insert(0, root)
 module = importlib.import_module(script)
 for name in more:
     importlib.import_module(name)
+QUICK
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:
@@ -65,13 +67,20 @@ exec(request["before"])
 module.main()
 """
 
+# FLOPs and curves have tests of their own, and one run here that has both; in twenty others they would take a third of the time.
+QUICK = """
+import common.pictures
+module.describe_model = lambda name, *a, **k: print(f"{name}:")
+common.pictures.plot_curves = lambda *a: None
+"""
+
 
 class Forks:
     """Processes that run a script: forked from one that has imported everything, so that a test of real signals and exit codes takes no imports."""
 
     def __init__(self, script, folder, *more):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), script, *more], cwd=ROOT, env=env, text=True,
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER.replace("QUICK", QUICK), str(ROOT), script, *more], cwd=ROOT, env=env, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.folder, self.number, self.living = folder, itertools.count(), set()
 
@@ -125,9 +134,15 @@ class Job:
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
     server = Forks("crosskd", tmp_path_factory.mktemp("jobs"), "common.tiny", "common.pictures", "common.shapes", "pycocotools.cocoeval",
-                   "matplotlib.figure", "matplotlib.backends.backend_agg", "torch.distributed.nn.functional")
+                   "torch.distributed.nn.functional")
     yield server
     server.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(crosskd, "describe_model", lambda name, *a, **k: print(f"{name}:"))
+    monkeypatch.setattr(common.pictures, "plot_curves", lambda *a: None)
 
 
 def run(*flags):
@@ -196,15 +211,16 @@ def checkpoint(path, classes, backbone="tiny8", kind="gfl", seed=7, finds=False)
 
 @pytest.fixture(scope="module")
 def photographs(coco_mini, tmp_path_factory):
-    """coco_mini with weights that fit it. val: flags of 10 of its images only; some: of 23."""
+    """coco_mini with weights that fit it. train: flags of 24 of its images, val: of 6, some: of 23."""
     folder = tmp_path_factory.mktemp("photographs")
     classes = CocoDataset(*find_coco(coco_mini, "val"), False).classes
-    whole = json.loads((coco_mini / "annotations/instances_val2017.json").read_text())
-    val = [["--val-json", folder / f"{n}.json", "--val-images", coco_mini / "val2017"] for n in (10, 23)]
-    for n in (10, 23):
-        (folder / f"{n}.json").write_text(json.dumps(first_images(whole, n)))
+
+    def first(split, n):
+        content = json.loads((coco_mini / f"annotations/instances_{split}2017.json").read_text())
+        (folder / f"{split}{n}.json").write_text(json.dumps(first_images(content, n)))
+        return [f"--{split}-json", folder / f"{split}{n}.json", f"--{split}-images", coco_mini / f"{split}2017"]
     return argparse.Namespace(classes=classes, teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"), start=checkpoint(folder / "start.pt", classes, finds=True),
-                              val=val[0], some=val[1])
+                              train=first("train", 24), val=first("val", 6), some=first("val", 23))
 
 
 def first_images(content, count):
@@ -255,12 +271,12 @@ def steps(own):
 def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(coco_mini, photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "run"
-    r = launch("crosskd", ["--data", coco_mini, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 12, *TINY,
+    r = launch("crosskd", ["--data", coco_mini, *photographs.some, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 12, *TINY,
                            "--init", photographs.start, "--eval-every", 2, "--no-teacher-check", "--out", out], procs=2)
-    assert "80 classes" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout and "79 images" in r.stdout
+    assert "80 classes" in r.stdout and "batch 4 x 2 x 1 = 8" in r.stdout and "23 images" in r.stdout
     assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
     results = json.loads((out / "results.json").read_text())
-    assert len(results["classes"]) == 80 and results["images"] == 79
+    assert len(results["classes"]) == 80 and results["images"] == 23
     # of which checkpoint and epoch they are
     assert (results["checkpoint"], results["epoch"], results["it"]) == ("best.pt", 2, 12)
     best = load_checkpoint(out / "best.pt", "crosskd.py")
@@ -275,7 +291,7 @@ def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(co
     start = next(k for k, line in enumerate(lines) if line.startswith("student "))
     assert re.fullmatch(r"student gfl_tiny8: 651,649 parameters, [\d,]+ trained, \d+\.\d GFLOPs at \d+ x \d+", lines[start])
     assert re.fullmatch(r"teacher gfl_tiny16: [\d,]+ parameters, 0 trained, \d+\.\d GFLOPs at \d+ x \d+", lines[start + 1])
-    assert "teacher AP 0.0 on 79 validation images" in lines
+    assert "teacher AP 0.0 on 23 validation images" in lines
     for term in ("cls", "box", "dfl", "kd_cls", "kd_box"):
         assert lines.count(f"{term}: {crosskd.LEGEND[term]}") == 1
     wide = [line for line in lines[start:] if len(line) > 80 and " | " not in line[:40] and "annotations/" not in line]
@@ -283,7 +299,7 @@ def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(co
     assert not any("mem " in line for line in lines) and re.match(r"best AP \d+\.\d \(epoch 2\), last \d+\.\d \| 0:0", lines[-1])
     assert [r["it"] for r in rows(out) if "loss" not in r] == [12]  # --eval-every
     # and what the checkpoint is good for
-    again = run("--eval", out / "best.pt", "--data", coco_mini, *TINY, "--out", tmp_path / "eval")
+    again = run("--eval", out / "best.pt", *photographs.some, *TINY, "--out", tmp_path / "eval")
     assert "note: with --eval there is no effect of --init, --log-every" in again.stderr
     evaluated = json.loads((tmp_path / "eval/results.json").read_text())
     assert evaluated["AP"] == pytest.approx(results["AP"], abs=1e-6), again.stdout
@@ -345,26 +361,26 @@ crosskd.Distiller.forward = slow
 
 
 def test_killed_run_resumes_bit_exactly(forks, coco_mini, photographs, tmp_path):
-    """SIGKILL in the middle of an epoch of 20 steps, after some save. While it lives nobody else runs in its folder, afterwards everybody may."""
-    flags = ["--data", coco_mini, *photographs.val, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 30, *TINY,
-             "--save-every", 5, "--method", "crosskd+pkd", "--no-teacher-check"]
+    """SIGKILL in the middle of an epoch of 6 steps, after some save. While it lives nobody else runs in its folder, afterwards everybody may."""
+    flags = [*photographs.train, *photographs.val, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 16, *TINY,
+             "--log-every", 2, "--save-every", 4, "--method", "crosskd+pkd", "--no-teacher-check"]
     run(*flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
     job, = forks.start(*flags, "--out", out, before=SLOW)
-    wait_for_step(out, 10)
+    wait_for_step(out, 8)
     for second in ([*flags, "--out", out, "--resume"], ["--out", out, "--resume"]):
         assert f"process {job.pid} on " in fails(*second) and job.out.count("git ") == 1
     job.kill(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     killed_at = load_checkpoint(out / "last.pt")["it"]
-    assert 5 <= killed_at < 30
+    assert 8 <= killed_at < 16
     (out / ".last.pt.12345.tmp").write_bytes(b"what a process was writing when it died")
     with open(out / "log.jsonl", "a") as f:
         f.write('{"it": 99, "lo')
     run("--out", out, "--resume")  # the flags come from the checkpoint
     assert {p.name for p in out.iterdir() if p.name.startswith(".")} == set()
     same_end(out, tmp_path / "whole")
-    assert [r["it"] for r in rows(out) if "loss" not in r] == [20, 30]
+    assert [r["it"] for r in rows(out) if "loss" not in r] == [6, 12, 16]
     assert "total batch of 4" in fails("--out", out, "--resume", "--batch-size", 2)
 
 
@@ -470,7 +486,7 @@ def test_weights_that_are_not_finite_never_reach_last_pt(forks, steps, tmp_path,
     for job in jobs[1:]:
         one_line(job.err)
     last = load_checkpoint(tmp_path / "o/last.pt")
-    assert last["it"] == 6 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
+    assert last["it"] == 4 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
     assert sorted(p.name for p in (tmp_path / "o").iterdir() if p.suffix != ".pt") == ["args.json", "log.jsonl"]
     assert json.loads((tmp_path / "o/args.json").read_text())["git"] == "none"  # a machine without git
 
@@ -554,7 +570,7 @@ def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(fo
     """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding."""
     pictures, boxes = find_coco(common.shapes.make_shapes().resolve(), "val")  # without evaluation
     teacher = checkpoint(tmp_path / "t.pt", CocoDataset(pictures, boxes, False).classes, "tiny16")
-    flags = ["--train-json", boxes, "--train-images", pictures, "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 96, "--workers", 0, "--init", "none",
+    flags = ["--train-json", boxes, "--train-images", pictures, "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 64, "--workers", 0, "--init", "none",
              "--log-every", 1, "--method", method, "--optimizer", "sgd", "--lr", "0.01",
              *(["--teacher", teacher, "--sync-stats"] if method == "crosskd" else [])]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
@@ -590,10 +606,9 @@ def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monk
     assert [line.split("  ")[0] for line in r.stdout.splitlines()[-4:]] == ["shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]
 
 
-def test_accumulating_two_micro_batches_runs_and_counts_steps(coco_mini, photographs, tmp_path):
-    r = run("--data", coco_mini, *photographs.val, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4, "--accumulate", 2, "--epochs", 1, *TINY,
-            "--out", tmp_path / "a")
-    assert "4 x 1 x 2 = 8" in r.stdout and max(losses(tmp_path / "a")) == 10
+def test_accumulating_two_micro_batches_runs_and_counts_steps(photographs, tmp_path):
+    r = run(*photographs.train, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4, "--accumulate", 2, "--epochs", 1, *TINY, "--out", tmp_path / "a")
+    assert "4 x 1 x 2 = 8" in r.stdout and max(losses(tmp_path / "a")) == 3  # of 24 images
 
 
 @pytest.fixture(scope="module")
@@ -614,13 +629,19 @@ def test_evaluation_is_identical_on_1_2_and_3_processes(forks, photographs, eval
     assert a == b and len(a) > 1000
 
 
+@pytest.fixture(scope="module")
+def first_steps(photographs, tmp_path_factory):
+    """Flags of three steps, and their log."""
+    flags, out = [*photographs.train, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 2, "--max-iters", 3, *TINY[:-1], 1], tmp_path_factory.mktemp("plain")
+    run(*flags, "--out", out)
+    return flags, losses(out)
+
+
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels-last"]])
-def test_speed_flags_run_and_keep_the_first_losses_close(coco_mini, photographs, tmp_path, flags):
-    base = ["--data", coco_mini, *photographs.val, "--teacher", photographs.teacher, "--no-teacher-check", "--student", "gfl_tiny8", "--batch-size", 2,
-            "--max-iters", 3, *TINY[:-1], 1]
-    run(*base, "--out", tmp_path / "plain")
+def test_speed_flags_run_and_keep_the_first_losses_close(first_steps, tmp_path, flags):
+    base, plain = first_steps
     run(*base, *flags, "--out", tmp_path / "fast")
-    plain, fast = losses(tmp_path / "plain")[1], losses(tmp_path / "fast")[1]
+    plain, fast = plain[1], losses(tmp_path / "fast")[1]
     for k in ("cls", "box", "dfl", "kd_cls", "kd_box"):
         assert fast[k] == pytest.approx(plain[k], rel=0.05 if flags[0] == "--amp" else 1e-4), k
 
@@ -775,5 +796,5 @@ def test_a_rank_without_boxes_trains_on(forks, coco_mini, photographs, tmp_path)
                 a["segmentation"] = {"size": [1, 1], "counts": [1]}
         (data / f"annotations/instances_{split}2017.json").write_text(json.dumps(raw))
     forks.run("--train-json", data / "annotations/instances_train2017.json", "--train-images", data / "train2017", "--teacher", photographs.teacher,
-              "--student", "gfl_tiny8", "--batch-size", 1, "--max-iters", 8, *TINY, "--method", "crosskd+pkd", "--out", tmp_path / "o", procs=2)
+              "--student", "gfl_tiny8", "--batch-size", 1, "--max-iters", 8, *TINY, "--image-size", 64, "--method", "crosskd+pkd", "--out", tmp_path / "o", procs=2)
     assert len(losses(tmp_path / "o")) >= 1

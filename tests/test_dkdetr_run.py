@@ -386,6 +386,7 @@ def test_own_data_needs_no_names_of_ours(small, coco_mini, tmp_path):
     said = " ".join(r.stdout.split())
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert "4 base and 0 novel classes" in said and set(results["classes"]) == {"person", "chair"} and results["images"] == 79
+    assert results["checkpoint"] == "best.pt"
     assert max(losses(tmp_path / "run")) == 5  # all 80 images, with --keep-empty
     r = run(*train, *flags, "--out", tmp_path / "blind")
     assert "no validation set" in r.stdout and max(losses(tmp_path / "blind")) < 5

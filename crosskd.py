@@ -826,7 +826,7 @@ def make_pair(args, data, val, rank, world, device):
     kind, backbone = split_name(args.student)
     channels, teacher = 64 if backbone.startswith("tiny") else 256, None
     if args.method != "none":
-        if args.teacher:  # before a file of 200 MB is downloaded
+        if args.teacher and not Path(args.teacher).exists():  # of the zoo: before its 200 MB are downloaded
             check_arch(arch_of(args.teacher, "--teacher"), dict(kind=kind, channels=channels, num_classes=len(data.classes)))
         teacher, teacher_classes = load_detector(args.teacher or shapes_teacher(args, rank, world, device), "--teacher")
     seed_all(args.seed)  # here, so that every method starts from the same student

@@ -58,8 +58,8 @@ from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, collate, 
                              parse_image_size, read_annotations, read_image, resize, train_loader)
 from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, to_coco_results
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model, gather,
-                        given_flags, load_checkpoint, load_strict, number, open_run, parse, parser, reduce_mean,
-                        run_flags, saved_flags, seed_all, started, warmup_multistep, wrap_ddp)
+                        given_flags, load_checkpoint, load_strict, number, open_run, parse, parser, rebuilding,
+                        reduce_mean, run_flags, saved_flags, seed_all, started, warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
@@ -415,13 +415,14 @@ def load_detector(path, flag="--weights"):
     """OpenATSS in eval mode from a checkpoint of ours."""
     checkpoint = load_checkpoint(path, "hierkd.py")
     a = checkpoint.get("arch")
-    if isinstance(a, dict) and a.get("rpn"):
+    if isinstance(a, dict) and a.get("rpn") is True:
         raise UserError(f"{flag} {path}: is an RPN of --rpn-recall, which names nothing; give a detector")
     if not isinstance(a, dict) or not set(ARCH) <= set(a):
         raise UserError(f"{flag} {path}: is no checkpoint of hierkd.py")
-    background = torch.ones(a["dim"]) if a["bg"] == "learn" else None
-    model = OpenATSS(a["backbone"], background, a["dim"], a["channels"], a["quality"],
-                     cls_weight=a["cls_weight"], gkd=a["gkd"])
+    with rebuilding(f"{flag} {path}"):
+        background = torch.ones(a["dim"]) if a["bg"] == "learn" else None
+        model = OpenATSS(a["backbone"], background, a["dim"], a["channels"], a["quality"],
+                         cls_weight=a["cls_weight"], gkd=a["gkd"])
     model.arch = a
     load_strict(model, checkpoint.get("model"), f"{flag} {path}")
     model.unit_background()

@@ -1001,7 +1001,8 @@ def refresh(bank, run, distiller, device):
 
 
 def prepare(args, data, val, student, teacher, rank, world, device):
-    """The Distiller with its adapters and its bank; networks described and compiled, the teacher checked."""
+    """The Distiller with its adapters and its bank; networks described and compiled, the teacher checked, the
+    student continued without distillation."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     example = collate([data[0, 0]])["images"].float()
     for name, net in (("student", student), ("teacher", teacher)):
@@ -1012,6 +1013,7 @@ def prepare(args, data, val, student, teacher, rank, world, device):
                 net.backbone.compile()
     if teacher and val and not (Path(args.out) / "last.pt").exists():
         check_teacher(teacher, val, rank, world, device, args)
+    continued(args, rank, world, device)
     seed_all(args.seed)  # H does not depend on what ran before
     distiller = Distiller(student, teacher, make_bank(args, data, rank, world), args).to(device).train()
     seed_all(args.seed + 1000 * rank)  # here: the same RoIs are drawn with and without distillation
@@ -1036,7 +1038,6 @@ def train(args, rank, world, device):
     val = make_data(args, "val", like=data.classes)
     open_run(args, rank, args.resume)
     student, teacher = make_pair(args, data, val, rank, world, device)
-    control = continued(args, rank, world, device)
     distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = wrap_ddp(distiller, device, world, broadcast_buffers=not getattr(student, "norms_fixed", False))
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
@@ -1072,8 +1073,9 @@ def train(args, rank, world, device):
             optimizer.zero_grad(set_to_none=True)
             run.step(losses, lr * factor, distiller.watch)
         run.end_epoch()
-    compare(control, args.out, rank)
-    return run.close()
+    metrics = run.close()
+    compare(args, rank)
+    return metrics
 
 
 # ================================================================== the same without distillation
@@ -1084,12 +1086,16 @@ SAME = """data dataset voc_train voc_val data_seed train_json train_images val_j
     amp""".split()
 
 
+def control_folder(args):
+    return Path(args.out) / "control" if args.control == "run" else Path(args.control)
+
+
 def continued(args, rank, world, device):
-    """Folder of the same student trained as long without distillation: an earlier run's, or one made now in
-    OUT/control. None where it is not wanted."""
+    """Trains the same student as long without distillation, in OUT/control; or checks the run that --control
+    names."""
     if args.control == "none":
-        return None
-    folder = Path(args.out) / "control" if args.control == "run" else Path(args.control)
+        return
+    folder = control_folder(args)
     there, finished = (folder / "last.pt").exists(), False
     if there:
         state = load_checkpoint(folder / "last.pt", "prototype_kd.py")
@@ -1105,7 +1111,7 @@ def continued(args, rank, world, device):
             raise UserError(text)
         finished = state.get("finished", False) and not wrong
     if finished:
-        return folder
+        return
     if args.control != "run":
         what = "that run is not finished; --resume it first" if there else "no last.pt there"
         raise UserError(f"--control {folder}: {what}")
@@ -1113,14 +1119,13 @@ def continued(args, rank, world, device):
         print(f"== the student continued without distillation -> {folder}", flush=True)
     more = dict(teacher="none", control="none", out=str(folder), resume=there)
     train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device)
-    return folder
 
 
-def compare(control, out, rank):
-    """Prints what a distilled run reports beside what its continuation does. control: its folder, or None."""
-    if rank != 0 or control is None:
+def compare(args, rank):
+    """Prints what a distilled run reports beside what its continuation without distillation does."""
+    if rank != 0 or args.control == "none":
         return
-    theirs, ours = (read_json(Path(folder) / "results.json") for folder in (control, out))
+    theirs, ours = (read_json(folder / "results.json") for folder in (control_folder(args), Path(args.out)))
     keys = [k for k in ("AP", "AP50", "AP75", "VOC11", "VOCarea") if k in ours]
     gain = {k: ours[k] - theirs[k] for k in keys}
     for name, m in (("continued without distillation", theirs), ("distilled", ours), ("difference", gain)):

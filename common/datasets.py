@@ -80,7 +80,8 @@ def own_files(args, split):
     where only the training files are: such a run has no validation set."""
     annotations, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
     if annotations is None:
-        return False if split == "val" and args.train_json else None
+        alone = split == "val" and args.train_json and not getattr(args, "eval", None)
+        return False if alone else None
     for flag, path in ((f"--{split}-json", annotations), (f"--{split}-images", images)):
         if path is None:
             raise UserError(f"{flag}: is needed beside --{split}-json")

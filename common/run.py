@@ -549,6 +549,9 @@ def script_of(content):
 def saved_flags(path, script=None):
     """{flag: value} of the run that wrote this last.pt."""
     state = load_checkpoint(path, script)
+    if "format" not in state:
+        raise UserError(f"--resume {path}: was not written by this version of the project; take its "
+                        "weights by --init, or start anew")
     if not isinstance(state.get("args"), dict) or not {"model", "optimizer", "rng", "it"} <= set(state):
         raise UserError(f"--resume {path}: holds no training state; only a last.pt can be resumed")
     return state["args"]
@@ -879,7 +882,7 @@ class Run:
         self.args, self.model, self.optimizer, self.plain, self.parts = args, model, optimizer, plain, parts
         self.rank, self.world, self.out, self.total_batch = rank, world, Path(args.out), total_batch
         self.metric, self.report, self.table, self.since = metric, report, table, time.time()
-        self.beside = {}
+        self.beside, self.loader = {}, None
         self.epochs, self.steps = epochs or args.epochs, -(-batches // args.accumulate)
         self.total = min(self.epochs * self.steps, args.max_iters or 10**12)
         self.every = args.eval_every or every or max(1, self.epochs // 12)
@@ -947,9 +950,15 @@ class Run:
             raise Stopped(number, text, quiet=self.rank != 0)
 
     def release(self):
-        """Give back what this run holds: signals, the lock, the bar."""
+        """Give back what this run holds: signals, the lock, the bar, loader processes."""
         if self in ACTIVE:
             ACTIVE.remove(self)
+            # an exception's traceback may keep the loader alive, and exit would wait for its processes
+            for loader in getattr(self.loader, "loaders", {0: self.loader}).values():
+                workers = getattr(loader, "_iterator", None)
+                if workers is not None:
+                    workers._shutdown_workers()
+                    loader._iterator = None
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.log.bar.close()
@@ -1010,7 +1019,7 @@ class Run:
         """The rest of this epoch, a step at a time: lists of up to --accumulate batches."""
         epoch, done = divmod(self.it, self.steps)
         plan.set_epoch(epoch, done * self.args.accumulate)
-        source = iter(loader)
+        self.loader, source = loader, iter(loader)
         while not self.finished:
             self.leave_if_asked()
             since = time.time()

@@ -335,7 +335,7 @@ def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
             ([*coco, "--teacher", tmp_path / "other.pt", "--init", start], "its class 1 is 'wheel', --data has 'bicycle'"),
             ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "knows 20 classes, --data has 80"),
             ([*coco, "--teacher", made["retina", "coco"][0], "--init", start], "they must be of one kind"),
-            ([*coco, "--teacher", tmp_path / "foreign.pt", "--init", start], "is a detector of another script"),
+            ([*coco, "--teacher", tmp_path / "foreign.pt", "--init", start], "does not describe a network of this script"),
             ([*coco, "--teacher", tmp_path / "crosskd.pt", "--init", start], "is a checkpoint of crosskd.py, not of prototype_kd.py"),
             ([*coco, "--teacher", tmp_path / "mm.pt", "--init", start], "neither a checkpoint of this script nor mmdetection's"),
             ([*coco, "--teacher", tmp_path / "short.pt", "--init", start], "1 missing (first rpn.head.cls_logits.bias)"),

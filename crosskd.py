@@ -708,11 +708,16 @@ def weights_of(model, classes):
 
 def arch_of(spec, flag):
     """What a detector is, before anything is downloaded."""
-    from common.zoo import CROSSKD_ZOO
-    if spec in CROSSKD_ZOO:
+    from common import zoo
+    if spec in zoo.CROSSKD_ZOO:
         kind, backbone = spec.split("_")[:2]
         return dict(kind=kind, backbone=backbone, channels=256, num_classes=80)
-    return load_detector(spec, flag)[0].arch
+    path = zoo.zoo_path(spec, zoo.CROSSKD_ZOO, flag)
+    whose, content, *_ = zoo.load_any(path, flag, "crosskd.py")
+    arch = content["arch"] if whose == "ours" else zoo.infer_arch(content, f"{flag} {path}")
+    if arch.get("kind") not in DETECTORS:
+        raise UserError(f"{flag} {path}: does not describe a network of this script (kind {arch.get('kind')!r})")
+    return arch
 
 
 def load_detector(spec, flag="--weights"):

@@ -24,7 +24,7 @@ import dkdetr  # noqa: E402
 import hierkd  # noqa: E402
 import prototype_kd  # noqa: E402
 import simple21k  # noqa: E402
-from common.run import UserError, checksum, load_checkpoint, save_checkpoint, saved_flags  # noqa: E402
+from common.run import UserError, checksum, save_checkpoint, saved_flags  # noqa: E402
 
 STRANGE = (None, True, -1, 0, 10**20, 1.5, float("nan"), "", "x" * 10000, "gfl\0", [], {}, [None], {"a": 1}, torch.zeros(2), (1, 2))
 

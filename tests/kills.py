@@ -115,7 +115,8 @@ def kill_until_done(script, procs, kills, rng, folder, note):
                 if process.poll() is None:
                     if number == signal.SIGKILL:
                         os.killpg(process.pid, number)
-                        subprocess.run(["pkill", "-KILL", "-f", f"--out {out}"], check=False)  # torchrun's children have sessions of their own
+                        while subprocess.run(["pkill", "-KILL", "-f", "--", f"--out {out}"], check=False).returncode == 0:
+                            time.sleep(0.1)  # torchrun's children have sessions of their own
                     else:
                         os.kill(process.pid, number)
                     sent.append(number.name)

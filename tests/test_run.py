@@ -1,7 +1,6 @@
 """common/run.py: schedules, checkpoints that survive a kill or a full disk, downloads, the log, two processes."""
 import argparse
 import errno
-import hashlib
 import importlib
 import io
 import json
@@ -14,14 +13,13 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from common import run
 from common.run import (COUNT, POSITIVE, SEED, Log, UserError, checksum, explain, first_not_finite, fold, gather, init_ddp, load_checkpoint,
-                        load_strict, lock, made_once, number, open_run, parse, parser, read_log, reduce_mean, rng_state, run_flags, save_checkpoint,
+                        load_strict, number, open_run, parse, parser, read_log, reduce_mean, rng_state, run_flags, save_checkpoint,
                         saved_flags, script_of, seed_all, set_rng_state, split_line, unlock, warmup_multistep, write_whole)
 from conftest import ROOT, free_port
 

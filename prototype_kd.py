@@ -984,8 +984,11 @@ def keep_beside(run, bank, device):
             bank.load(run.state["bank"], device)
 
 
-def refresh(bank, run, distiller, device):
-    """Alg. 2, lines 3 to 6: prototypes of the student as it is now."""
+def refresh(run, distiller, device):
+    """Alg. 2, lines 3 to 6: prototypes of the student as it is now, where they are due."""
+    bank = distiller.outside["bank"]
+    if not bank or not bank.is_due(run.it, run.args.refresh * run.steps):
+        return
     news = bank.refresh(distiller.student, distiller.outside["teacher"], device, run.rank, run.world)
     distiller.train()
     epoch = run.it // run.steps + 1
@@ -1047,8 +1050,7 @@ def train(args, rank, world, device):
     optimizer = make_optimizer(distiller, args.optimizer, lr, args.weight_decay)
     run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
               legend=LEGEND, parts=distiller.parts(), **reported(args))
-    bank = distiller.outside["bank"]
-    keep_beside(run, bank, device)
+    keep_beside(run, distiller.outside["bank"], device)
     run.describe(method_of(args), lr, args.lr, paper_batch, data, val)
     while True:
         if run.due:
@@ -1058,8 +1060,7 @@ def train(args, rank, world, device):
             break
         distiller.decay = 1 - run.it // run.steps / args.epochs if args.kd_decay == "linear" else 1.0
         for batches in run.batches(loader, plan):
-            if bank and bank.is_due(run.it, args.refresh * run.steps):
-                refresh(bank, run, distiller, device)
+            refresh(run, distiller, device)
             factor = rate_factor(args, run.it, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor

@@ -543,7 +543,10 @@ def script_of(content):
     arch = content.get("arch") if isinstance(content, dict) else None
     if not isinstance(arch, dict):
         return None
-    return content.get("script") or next((s for key, s in MARKS.items() if key in arch), None)
+    script = content.get("script")
+    if isinstance(script, str):
+        return script
+    return next((s for key, s in MARKS.items() if key in arch), None)
 
 
 def saved_flags(path, script=None):

@@ -747,14 +747,15 @@ def to_original(boxes, window):
 
 # ================================================================== checkpoints
 
-PARTS = ("backbone", "text_dim", "dim", "heads", "hidden", "levels", "encoder", "decoder", "queries", "masks", "kd_embed",
-         "classes")  # of DKDETR, as its arch has them
-SEEN = dict(image_size=1024, clip="", data="data/lvis", dataset="lvis", data_seed=0, tau=0.05, templates="vild",
-            name_style="raw")  # how the authors' model sees images and names; ours say it themselves
+PARTS = ("backbone", "text_dim", "dim", "heads", "hidden", "levels", "encoder", "decoder", "queries", "masks",
+         "kd_embed", "classes")  # of DKDETR, as its arch has them
+# How the authors' model sees images and names; ours say it themselves.
+SEEN = dict(image_size=1024, clip="", data="data/lvis", dataset="lvis", data_seed=0, tau=0.05,
+            templates="vild", name_style="raw")
 
 
 def plain_of(model, classes):
-    """What a checkpoint holds beside weights. No CLIP tensor; classes: names for --predict, any others can be given."""
+    """What a checkpoint holds beside weights; no tensor of CLIP. classes: the names that --predict takes."""
     return dict(script="dkdetr.py", arch=model.arch, classes=list(classes))
 
 
@@ -764,9 +765,9 @@ def weights_of(model, classes=()):
 
 
 def load_detector(path, flag="--weights"):
-    """(DKDETR in eval mode, class names, none in others' files) from a checkpoint of ours, of the authors or of mmdetection.
+    """(DKDETR in eval mode, class names) from a checkpoint of ours, of the authors or of mmdetection.
 
-    Keys of others are renamed; those that have no place here are named.
+    The keys of others are renamed; those that have no place here are named. They know no class names.
     """
     from common import zoo
     whose, *content = zoo.load_any(path, flag, "dkdetr.py")
@@ -777,14 +778,15 @@ def load_detector(path, flag="--weights"):
             for part in ("encoder", "decoder"):
                 count = len({key.split(".")[1] for key in state if key.startswith(f"{part}.")})
                 if arch[part] != count:
-                    raise UserError(f"{flag} {path}: is damaged: it says {part} {arch[part]} and holds {count} layers of it")
+                    raise UserError(f"{flag} {path}: is damaged: it says {part} {arch[part]}, has {count}")
             model = DKDETR(**{k: arch[k] for k in PARTS}, dropout=0.0)
         model.arch = SEEN | arch
         state = {k: v for k, v in state.items() if k != "kd_queries"}
     else:
         state, classes = content[0], []
         if "neck.convs.0.conv.weight" not in state:
-            raise UserError(f"{flag} {path}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of mmdetection's key names")
+            raise UserError(f"{flag} {path}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of "
+                            "mmdetection's key names")
         state, unknown = zoo.to_dkdetr(state)
         if unknown:
             print(f"{flag} {path}: {len(unknown)} keys have no place here, first {unknown[0]}")
@@ -804,7 +806,7 @@ def load_detector(path, flag="--weights"):
 # ================================================================== data
 
 def class_split(args, categories):
-    """(names to train, novel names) of a file's categories, in the order of their ids. LVIS: the rare ones are novel."""
+    """(names to train, novel names) of a file's categories, in the order of ids. LVIS: the rare are novel."""
     if args.dataset == "lvis":
         rare = [c["name"] for c in categories if c.get("frequency") == "r"]
         return [c["name"] for c in categories if c["name"] not in set(rare)], rare
@@ -822,8 +824,9 @@ def find_data(args, split):
     if args.dataset == "objects365":
         folder, annotations = Path(root) / "val", Path(root) / "annotations" / "zhiyuan_objv2_val.json"
         if not annotations.exists():
-            raise UserError(f"--data {root}: {annotations} is missing; Objects365 v2 is at https://www.objects365.org "
-                            "(own files: --val-json and --val-images; --data shapes needs nothing)")
+            raise UserError(f"--data {root}: {annotations} is missing; Objects365 v2 is at "
+                            "https://www.objects365.org (own files: --val-json and --val-images; "
+                            "--data shapes needs nothing)")
         return folder, objects365(read_annotations(annotations), folder)
     if root == "shapes":
         from common.shapes import make_shapes
@@ -861,7 +864,7 @@ def make_data(args, split):
     if args.dataset == "ovcoco":
         names = [n for n in records.classes if n in {*base, *novel}]
         if not names:
-            raise UserError(f"{records.path}: knows none of the classes of --dataset ovcoco, such as {', '.join(base[:3])}")
+            raise UserError(f"{records.path}: has no class of --dataset ovcoco, as {', '.join(base[:3])}")
     return CocoDataset(folder, records, False, classes=names, **options)
 
 
@@ -875,10 +878,11 @@ def prompt_name(name, style):
 
 
 def text_matrix(clip, names, args):
-    """(K, T) unit rows of dataset names. Cached on disk: 1203 names times 63 prompts take a minute on a GPU, an hour on a laptop."""
+    """(K, T) unit rows of dataset names, cached on disk: 1203 times 63 prompts take an hour on a laptop."""
     cache = None if args.data == "shapes" else Path(torch.hub.get_dir()) / "text"
     templates = TEMPLATES if args.templates == "vild" else ("a photo of a {}.",)
-    return clip.class_embeddings([prompt_name(n, args.name_style) for n in names], templates, cache, raw=args.name_style == "raw")
+    names = [prompt_name(n, args.name_style) for n in names]
+    return clip.class_embeddings(names, templates, cache, raw=args.name_style == "raw")
 
 
 def to_device(batch, device):
@@ -890,7 +894,8 @@ def to_device(batch, device):
 
 
 def get_clip(args, device):
-    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. The first process of a machine goes first: it downloads, or trains the tiny CLIP."""
+    """FrozenCLIP: the one asked for, or the tiny CLIP of shapes. The first process of a machine goes first:
+    it downloads, or trains the tiny CLIP."""
     def load():
         if args.clip or args.data != "shapes":
             return load_clip(args.clip or "ViT-B-32-quickgelu/openai", device)
@@ -907,10 +912,13 @@ def get_clip(args, device):
 
 LEGEND = dict(
     cls="focal loss of classes, of all decoder layers", l1="L1 loss of boxes", giou="GIoU loss of boxes",
-    enc_cls="focal loss of objectness, of the encoder's tokens", enc_box="L1 and GIoU loss of the coarse boxes",
-    dice="dice loss of masks", mask="cross-entropy of masks", skd="Eq. 4, semantic distillation (--skd l1: Eq. 3)",
-    rkd="Eq. 5, relational distillation", norm="norm of the gradient, before it is cut to 0.1",
-    own="mean cosine of a feature and the crop of its own box", other="the same with the other crops of its image")
+    enc_cls="focal loss of objectness, of the encoder's tokens",
+    enc_box="L1 and GIoU loss of the coarse boxes",
+    dice="dice loss of masks", mask="cross-entropy of masks",
+    skd="Eq. 4, semantic distillation (--skd l1: Eq. 3)", rkd="Eq. 5, relational distillation",
+    norm="norm of the gradient, before it is cut to 0.1",
+    own="mean cosine of a feature and the crop of its own box",
+    other="the same with the other crops of its image")
 
 
 def make_pair(args, data, val, rank, world, device):
@@ -918,12 +926,12 @@ def make_pair(args, data, val, rank, world, device):
     clip = get_clip(args, device)
     seed_all(args.seed)
     heads = args.dim // 32 if args.dim < 256 else 8
-    model = DKDETR(args.backbone, clip.dim, args.dim, heads, args.hidden, args.levels, args.encoder, args.decoder, args.queries,
-                   args.dropout, args.masks, args.init, args.bn, args.kd_embed)
+    model = DKDETR(args.backbone, clip.dim, args.dim, heads, args.hidden, args.levels, args.encoder,
+                   args.decoder, args.queries, args.dropout, args.masks, args.init, args.bn, args.kd_embed)
     seed_all(args.seed + rank)  # dropout differs from process to process
     clip_name = str(Path(args.clip).resolve()) if args.clip and Path(args.clip).is_file() else args.clip
     seen = {k: getattr(args, k) for k in SEEN}
-    model.arch.update(seen | dict(clip=clip_name or ""))  # --eval and --predict see images and names as training did
+    model.arch.update(seen | dict(clip=clip_name or ""))  # --eval and --predict see what training saw
     model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
     if args.channels_last:
         model.body.to(memory_format=torch.channels_last)
@@ -933,8 +941,10 @@ def make_pair(args, data, val, rank, world, device):
 def describe_pair(student, clip, args, rank):
     """Sizes of the detector, and of the CLIP that encodes a crop."""
     side = args.image_size
-    describe_model(f"student DK-DETR {args.backbone}", student, torch.zeros(1, 3, side, side), torch.tensor([[side, side]]), rank=rank)
-    describe_model(f"teacher CLIP {clip.name}, of a crop", clip.model.visual, torch.zeros(1, 3, clip.size, clip.size), rank=rank)
+    image, size = torch.zeros(1, 3, side, side), torch.tensor([[side, side]])
+    describe_model(f"student DK-DETR {args.backbone}", student, image, size, rank=rank)
+    crop = torch.zeros(1, 3, clip.size, clip.size)
+    describe_model(f"teacher CLIP {clip.name}, of a crop", clip.model.visual, crop, rank=rank)
 
 
 def parameter_groups(model, lr, decay, backbone=0.1):
@@ -956,8 +966,11 @@ def parameter_groups(model, lr, decay, backbone=0.1):
 
 def method_of(args, clip, base, novel):
     """What is learnt from whom, and when."""
-    when = f"from epoch {args.burn_in + 1}" if args.burn_in < args.epochs else f"never: burn-in {args.burn_in} of {args.epochs} epochs"
-    what = f"SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}, {when}" if distils(args) else "no distillation"
+    what = "no distillation"
+    if distils(args):
+        what = f"SKD {args.skd} RKD {args.rkd} auxiliary queries {args.aux_queries}"
+        what += f", from epoch {args.burn_in + 1}"
+        what += f": never, of {args.epochs} epochs" if args.burn_in >= args.epochs else ""
     return f"CLIP {clip.name} | {what} | {len(base)} base and {len(novel)} novel classes"
 
 
@@ -970,7 +983,8 @@ def begin_as_copy(run, path):
 
 
 def at_epoch(model, distiller, run, device, world):
-    """The module to train in the epoch that begins or goes on: the distiller, wrapped for DDP, anew where distillation begins."""
+    """The module to train in the epoch that begins or goes on: the distiller, wrapped for DDP, anew where
+    distillation begins."""
     start = run.args.burn_in * run.steps
     if run.args.burn_in_to and run.it == start:
         run.save(run.args.burn_in_to)  # where the distilled run of the table starts
@@ -999,9 +1013,11 @@ def learnt(optimizer):
 
 
 def reported(args):
-    """How often a Run evaluates, and what it reports: novel classes, which own data (coco) have not, must not choose the weights."""
+    """How often a Run evaluates, and what it reports: novel classes, which own data (coco) have not, must not
+    choose the weights."""
     return dict(every=args.epochs if args.data == "shapes" else max(1, args.epochs // 14),
-                report="best" if args.dataset == "coco" else "last", metric="AP50" if args.dataset == "ovcoco" else "AP")
+                report="best" if args.dataset == "coco" else "last",
+                metric="AP50" if args.dataset == "ovcoco" else "AP")
 
 
 def rate_factor(args, it, steps):
@@ -1108,12 +1124,14 @@ def scored_names(args, val):
     chosen = set(names_of(args.classes))
     unknown = sorted(chosen - set(val.classes))
     if unknown:
-        raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names are {', '.join(val.classes[:5])}, ...")
+        raise UserError(f"--classes: {', '.join(unknown)} is no class of --dataset {args.dataset}; its names "
+                        f"are {', '.join(val.classes[:5])}, ...")
     return [n for n in val.classes if n in chosen]
 
 
 def evaluate(model, val, clip, rank, world, device, args):
-    """(metrics, detections) on rank 0, (None, None) elsewhere or without a validation set. Novel and base names compete, as in the paper's tables."""
+    """(metrics, detections) on rank 0, (None, None) elsewhere or without a validation set. Novel and base
+    names compete, as in the paper's tables."""
     if val is None:
         return None, None
     model.eval()
@@ -1127,14 +1145,16 @@ def evaluate(model, val, clip, rank, world, device, args):
     results = gather(results)
     if rank != 0:
         return None, None
-    truth = val.truth(None if args.dataset == "lvis" else names, outlines=args.masks)  # LVIS: of an image, it says which names count
+    # LVIS says of each image which of all names count
+    truth = val.truth(None if args.dataset == "lvis" else names, outlines=args.masks)
     metrics = dict(images=len(val), line=f"{len(val)} images")
     for kind in ("bbox", "segm")[:1 + args.masks]:
         prefix, word = ("", "boxes") if kind == "bbox" else ("mask_", "masks")
         stats, keys = score(args, val, truth, results, kind, ids)
         metrics |= {prefix + k: v for k, v in stats.items()}
         metrics["line"] += f" | {word} " + " ".join(f"{k} {stats[k]:.1f}" for k in keys)
-    metrics.update(seconds=time.time() - since, score=metrics["AP50" if args.dataset in ("ovcoco", "voc") else "AP"])
+    chooses = "AP50" if args.dataset in ("ovcoco", "voc") else "AP"
+    metrics.update(seconds=time.time() - since, score=metrics[chooses])
     metrics["line"] += f" | {metrics['seconds']:.0f}s"
     return metrics, results
 
@@ -1145,7 +1165,8 @@ def score(args, val, truth, results, kind, ids):
         return lvis_evaluate(truth, results, kind, ids), ("AP", "APr", "APc", "APf", "AP50", "AP75")
     if args.dataset == "voc":
         at_50, at_75 = (voc_evaluate(truth, results, iou, legacy=True) for iou in (0.5, 0.75))
-        stats = dict(AP50=at_50["AP11"], AP75=at_75["AP11"], AP50_area=at_50["AP"], AP75_area=at_75["AP"], classes=at_50["classes"])
+        stats = dict(AP50=at_50["AP11"], AP75=at_75["AP11"], AP50_area=at_50["AP"], AP75_area=at_75["AP"],
+                     classes=at_50["classes"])
         return stats, ("AP50", "AP75", "AP50_area", "AP75_area")
     stats, (base, novel) = coco_evaluate(truth, results, kind), class_split(args, val.records.categories)
     if not novel:
@@ -1156,13 +1177,14 @@ def score(args, val, truth, results, kind, ids):
 
 
 def follow(args, arch):
-    """The flags of --eval and --predict, resolved: dataset, prompts, seed of shapes and image size are those of the checkpoint's
-    training, where the command names no other."""
+    """The flags of --eval and --predict, resolved: dataset, prompts, seed of shapes and image size are those
+    of the checkpoint's training, where the command names no other."""
     shapes = arch["data"] == "shapes"
     if args.data == "shapes" and not shapes:
         raise UserError("--data shapes: the checkpoint was trained on real classes")
     if shapes and (args.data not in (None, "shapes") or args.dataset in ("voc", "objects365")):
-        raise UserError(f"--data {args.data}, --dataset {args.dataset}: the checkpoint was trained on shapes and knows these only, as ovcoco, coco or lvis")
+        raise UserError(f"--data {args.data}, --dataset {args.dataset}: the checkpoint was trained on "
+                        "shapes and knows these only, as ovcoco, coco or lvis")
     if args.masks and not arch["masks"]:
         raise UserError("--masks: the checkpoint has no mask head")
     known = {name: arch[name] for name in ("dataset", "image_size", "templates", "name_style")}
@@ -1178,10 +1200,12 @@ def follow(args, arch):
 def clip_of(model, args, device):
     """The CLIP that a checkpoint was trained with, unless --clip names another; its width must fit."""
     if model.arch["text_dim"] is None:
-        raise UserError("the checkpoint is of a closed vocabulary: it has no text classifier to give names to")
-    clip = get_clip(argparse.Namespace(clip=args.clip or model.arch["clip"] or None, data=args.data, data_seed=args.data_seed), device)
+        raise UserError("the checkpoint is of a closed vocabulary: it has no text classifier for names")
+    spec = args.clip or model.arch["clip"] or None
+    clip = get_clip(argparse.Namespace(clip=spec, data=args.data, data_seed=args.data_seed), device)
     if clip.dim != model.arch["text_dim"]:
-        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {model.arch['text_dim']}-d")
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint "
+                        f"{model.arch['text_dim']}-d")
     return clip
 
 
@@ -1200,7 +1224,7 @@ def evaluate_file(args, rank, world, device):
 
 
 def predict(args, device):
-    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image into --out."""
+    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and a picture per image."""
     from common.pictures import Pictures
     model, trained = load_detector(args.weights)
     named, args = args.dataset, follow(args, model.arch)
@@ -1219,18 +1243,21 @@ def predict(args, device):
         scale = args.image_size / max(height, width)
         h, w = max(1, round(height * scale)), max(1, round(width * scale))
         image = TF.resize(picture.pixels, [h, w], interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
-        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=(height, width))
-        boxes, scores, labels, codes = run_detector(model, collate([item], args.image_size), device, args, text, masks=args.masks)
+        item = dict(image=image, size=(h, w), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(),
+                    image_id=0, original_size=(height, width))
+        batch = collate([item], args.image_size)
+        boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=args.masks)
         picture.save(boxes, scores, labels, classes, masks=codes)
 
 
-# ================================================================== the embedded dataset: without and with distillation
+# ================================================================== the embedded dataset: with and without KD
 
 def compare(args, rank, world, device):
     """The detector without distillation and DK-DETR, both from one burn-in, side by side."""
     root, rows = Path(args.out), []
     start, method = str(root / "burn-in.pt"), (args.skd, args.rkd)
-    arms = (("without KD", dict(skd="none", rkd="none", burn_in_to=start)), ("DK-DETR", dict(start_from=start, burn_in_to=None)))
+    arms = (("without KD", dict(skd="none", rkd="none", burn_in_to=start)),
+            ("DK-DETR", dict(start_from=start, burn_in_to=None)))
     for name, flags in arms:
         since, out = time.time(), root / name.lower().replace(" ", "-")
         resume = args.resume and (out / "last.pt").exists()
@@ -1261,8 +1288,8 @@ BELONGS = (
     ("w_rkd tau_r rkd_dir rkd_diag", "rkd", ("both", "image", "batch")),
     ("kd_attn kd_ref", "aux_queries", (True,)),
     ("kd_exclude kd_topk kd_dedupe kd_min_size", "kd_boxes", ("encoder", "decoder")))
-DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_dedupe kd_attn kd_ref kd_layers crop_scales crop_fit crop_source
-    shuffle_crops""".split()  # of no effect where there is none
+DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_dedupe kd_attn kd_ref
+    kd_layers crop_scales crop_fit crop_source shuffle_crops""".split()  # of no effect where there is none
 NAMING = "dataset images clip templates name_style masks classes"  # what --eval and --predict read
 
 
@@ -1279,87 +1306,114 @@ def parse_args(argv=None):
     p = parser(__doc__, EXAMPLES)
     both = argparse.BooleanOptionalAction
 
-    def sized(group, name, text, **options):  # a flag of DEFAULTS
-        full, small = DEFAULTS[name.replace("-", "_")]
-        group.add_argument(f"--{name}", help=f"{text} (default {full}" + (f"; shapes {small})" if small != full else ")"), **options)
+    def flag(g, name, text, **options):
+        full, small = DEFAULTS.get(name.replace("-", "_"), (None, None))
+        if full is not None:
+            text += f" (default {full}" + (f"; shapes {small})" if small != full else ")")
+        g.add_argument(f"--{name}", help=text, **options)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=tuple(DATASETS), help="lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, "
-                   "objects365, voc (default lvis; shapes ovcoco; own data coco: all its classes)")
-    g.add_argument("--data", help="its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, data/objects365, data)")
-    g.add_argument("--images", default="data/coco", help="lvis: folder of train2017 and val2017")
-    g.add_argument("--data-seed", type=SEED, default=0, help="shapes: seed of the drawn images and of the tiny CLIP")
-    sized(g, "image-size", "canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it", type=COUNT)
-    sized(g, "jitter", "scales of the jitter", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"))
-    g.add_argument("--rfs", type=number(), default=0.0, help="repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001")
-    g.add_argument("--train-vocab", choices=("base", "all"), default="base", help="names of the classifier in training; all: a control, "
-                   "novel ones as negatives")
+    flag(g, "dataset", "lvis (rare is novel), ovcoco (48 base, 17 novel); to evaluate only: coco, "
+         "objects365, voc (default lvis; shapes ovcoco; own data coco: all its classes)",
+         choices=tuple(DATASETS))
+    flag(g, "data", "its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, "
+         "data/objects365, data)")
+    flag(g, "images", "lvis: folder of train2017 and val2017", default="data/coco")
+    flag(g, "data-seed", "shapes: seed of the drawn images and of the tiny CLIP", type=SEED, default=0)
+    flag(g, "image-size", "canvas: large-scale jitter of 0.1 to 2 times this, cut and padded to it",
+         type=COUNT)
+    flag(g, "jitter", "scales of the jitter", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"))
+    flag(g, "rfs", "repeat-factor sampling threshold, 0 for none; LVIS's own is 0.001", type=number(),
+         default=0.0)
+    flag(g, "train-vocab", "names of the classifier in training; all: a control, novel ones as negatives",
+         choices=("base", "all"), default="base")
     g = p.add_argument_group("model")
-    g.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the tiny CLIP, "
-                   "trained on demand)")
-    sized(g, "templates", "63 prompts a name, or one", choices=("vild", "one"))
-    sized(g, "name-style", "names as in the file, or without underscores, brackets and joined words", choices=("raw", "clean"))
-    sized(g, "backbone", "r50, r101, or tiny8 ... tiny64, which start from nothing", choices=BACKBONES, metavar="NAME")
-    sized(g, "init", "backbone start", choices=("imagenet", "none"))
-    g.add_argument("--bn", choices=("sync", "frozen"), default="sync", help="BatchNorm of layer2-4: batch statistics over all GPUs, or running ones")
-    sized(g, "dim", "width D, a multiple of 32", type=COUNT)
-    sized(g, "hidden", "width of the feed-forward layers", type=COUNT)
-    sized(g, "levels", "levels, from stride 8", type=number(int, 1, 4))
-    sized(g, "encoder", "encoder layers", type=COUNT)
-    sized(g, "decoder", "decoder layers", type=COUNT)
-    sized(g, "queries", "N", type=COUNT)
-    sized(g, "dropout", "of the transformer", type=number(float, 0, 1, below=True))
-    g.add_argument("--masks", action=both, help="SOIT's mask head; boxes without outline are left out (default no; --eval: if the checkpoint "
-                   "has it, on lvis and ovcoco)")
-    g.add_argument("--mask-layers", choices=("all", "last"), default="all", help="decoder layers whose masks are trained")
-    g.add_argument("--tau", type=POSITIVE, default=0.05, help="temperature of the classifier, Eq. 2; evaluation uses the checkpoint's")
-    g.add_argument("--msda", choices=("grid", "gather"), default="grid", help="deformable attention by grid_sample, or by reading corners, "
-                   "for --compile")
-    g.add_argument("--ckpt-msda", action=both, help="compute the encoder's samples again in the backward pass rather than keep them (default "
-                   "yes; shapes no)")
+    flag(g, "clip", "teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; shapes: the "
+         "tiny CLIP, trained on demand)")
+    flag(g, "templates", "63 prompts a name, or one", choices=("vild", "one"))
+    flag(g, "name-style", "names as in the file, or without underscores, brackets and joined words",
+         choices=("raw", "clean"))
+    flag(g, "backbone", "r50, r101, or tiny8 ... tiny64, which start from nothing", choices=BACKBONES,
+         metavar="NAME")
+    flag(g, "init", "backbone start", choices=("imagenet", "none"))
+    flag(g, "bn", "BatchNorm of layer2-4: batch statistics over all GPUs, or running ones",
+         choices=("sync", "frozen"), default="sync")
+    flag(g, "dim", "width D, a multiple of 32", type=COUNT)
+    flag(g, "hidden", "width of the feed-forward layers", type=COUNT)
+    flag(g, "levels", "levels, from stride 8", type=number(int, 1, 4))
+    flag(g, "encoder", "encoder layers", type=COUNT)
+    flag(g, "decoder", "decoder layers", type=COUNT)
+    flag(g, "queries", "N", type=COUNT)
+    flag(g, "dropout", "of the transformer", type=number(float, 0, 1, below=True))
+    flag(g, "masks", "SOIT's mask head; boxes without outline are left out (default no; --eval: if the "
+         "checkpoint has it, on lvis and ovcoco)", action=both)
+    flag(g, "mask-layers", "decoder layers whose masks are trained", choices=("all", "last"), default="all")
+    flag(g, "tau", "temperature of the classifier, Eq. 2; evaluation uses the checkpoint's", type=POSITIVE,
+         default=0.05)
+    flag(g, "msda", "deformable attention by grid_sample, or by reading corners, for --compile",
+         choices=("grid", "gather"), default="grid")
+    flag(g, "ckpt-msda", "compute the encoder's samples again in the backward pass rather than keep them",
+         action=both)
     g = p.add_argument_group("method")
-    g.add_argument("--skd", choices=("bce", "l1", "none"), default="bce", help="semantic distillation: Eq. 4, or Eq. 3 on unit features")
-    g.add_argument("--rkd", choices=("both", "image", "batch", "none"), default="both", help="relational distillation, Eq. 5, Table 7")
-    g.add_argument("--aux-queries", action=both, default=True, help="KD queries; without, the object queries are distilled, Table 5")
-    sized(g, "w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk, so 8 targets need 19/7 of the weight of 20", type=number())
-    g.add_argument("--w-rkd", type=number(), default=2.0, help="lambda_rkd of Eq. 6")
-    g.add_argument("--tau-s", type=POSITIVE, default=0.05, help="temperature of Eq. 4")
-    g.add_argument("--tau-r", type=POSITIVE, default=0.2, help="temperature of Eq. 5")
-    g.add_argument("--burn-in", type=number(int, 0, 2**31), help="epochs without distillation (default 40 of 70, so 4/7 of --epochs)")
-    sized(g, "kd-topk", "targets of an image", type=COUNT)
-    sized(g, "kd-min-size", "smallest side of a target, pixels of the network's input", type=number())
-    g.add_argument("--kd-boxes", choices=("encoder", "decoder", "gt"), default="encoder", help="what is cropped; gt: the hidden novel objects, "
-                   "an oracle")
-    g.add_argument("--kd-exclude", choices=("matched", "iou"), default="matched", help="no targets: matched queries; or also overlaps of an object")
-    g.add_argument("--kd-dedupe", type=number(), default=1.0, help="IoU from which a target is dropped for a better one; 1: none is")
-    g.add_argument("--kd-attn", choices=("obj+kd", "kd"), default="obj+kd", help="what KD queries attend to")
-    g.add_argument("--kd-ref", choices=("shared", "own"), default="shared", help="boxes KD queries look around: the object queries', or their own")
-    g.add_argument("--kd-embed", choices=("per_rank", "shared"), default="per_rank", help="KD embeddings: one a rank, or one")
-    g.add_argument("--kd-layers", choices=("last", "all"), default="last", help="decoder layers that are distilled; all: the mean of their losses")
-    g.add_argument("--crop-scales", type=numbers, default="1", help="crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD")
-    sized(g, "crop-fit", "crops are stretched to CLIP's square, or padded", choices=("warp", "pad"))
-    g.add_argument("--crop-source", choices=("augmented", "original"), default="augmented", help="cut crops from the network's input, or from "
-                   "the file")
-    g.add_argument("--skd-scope", choices=("image", "batch"), default="image", help="targets that are negatives of each other in Eq. 4")
-    g.add_argument("--rkd-dir", choices=("teacher", "student"), default="teacher", help="KL(teacher || student) or the other way round")
-    g.add_argument("--rkd-diag", action=both, default=True, help="the diagonal of the relation maps takes part")
-    g.add_argument("--shuffle-crops", action="store_true", help="control: each target gets the embedding of another image's crop")
+    flag(g, "skd", "semantic distillation: Eq. 4, or Eq. 3 on unit features", choices=("bce", "l1", "none"),
+         default="bce")
+    flag(g, "rkd", "relational distillation, Eq. 5, Table 7", choices=("both", "image", "batch", "none"),
+         default="both")
+    flag(g, "aux-queries", "KD queries; without, the object queries are distilled, Table 5", action=both,
+         default=True)
+    flag(g, "w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk, so 8 targets need 19/7 of the "
+         "weight of 20", type=number())
+    flag(g, "w-rkd", "lambda_rkd of Eq. 6", type=number(), default=2.0)
+    flag(g, "tau-s", "temperature of Eq. 4", type=POSITIVE, default=0.05)
+    flag(g, "tau-r", "temperature of Eq. 5", type=POSITIVE, default=0.2)
+    flag(g, "burn-in", "epochs without distillation (default 40 of 70, so 4/7 of --epochs)",
+         type=number(int, 0, 2 ** 31))
+    flag(g, "kd-topk", "targets of an image", type=COUNT)
+    flag(g, "kd-min-size", "smallest side of a target, pixels of the network's input", type=number())
+    flag(g, "kd-boxes", "what is cropped; gt: the hidden novel objects, an oracle",
+         choices=("encoder", "decoder", "gt"), default="encoder")
+    flag(g, "kd-exclude", "no targets: matched queries; or also overlaps of an object",
+         choices=("matched", "iou"), default="matched")
+    flag(g, "kd-dedupe", "IoU from which a target is dropped for a better one; 1: none is", type=number(),
+         default=1.0)
+    flag(g, "kd-attn", "what KD queries attend to", choices=("obj+kd", "kd"), default="obj+kd")
+    flag(g, "kd-ref", "boxes KD queries look around: the object queries', or their own",
+         choices=("shared", "own"), default="shared")
+    flag(g, "kd-embed", "KD embeddings: one a rank, or one", choices=("per_rank", "shared"),
+         default="per_rank")
+    flag(g, "kd-layers", "decoder layers that are distilled; all: the mean of their losses",
+         choices=("last", "all"), default="last")
+    flag(g, "crop-scales", "crops are enlarged by these, embeddings added: 1, or 1,1.5 as ViLD", type=numbers,
+         default="1")
+    flag(g, "crop-fit", "crops are stretched to CLIP's square, or padded", choices=("warp", "pad"))
+    flag(g, "crop-source", "cut crops from the network's input, or from the file",
+         choices=("augmented", "original"), default="augmented")
+    flag(g, "skd-scope", "targets that are negatives of each other in Eq. 4", choices=("image", "batch"),
+         default="image")
+    flag(g, "rkd-dir", "KL(teacher || student) or the other way round", choices=("teacher", "student"),
+         default="teacher")
+    flag(g, "rkd-diag", "the diagonal of the relation maps takes part", action=both, default=True)
+    flag(g, "shuffle-crops", "control: each target gets the embedding of another image's crop",
+         action="store_true")
     g = p.add_argument_group("schedule")
-    sized(g, "epochs", "the rate falls by 10 at 55/70 of them; the table of shapes takes 18", type=COUNT)
-    sized(g, "batch-size", "images per process and step", type=COUNT)
-    sized(g, "lr", "for a total batch of 128, shapes 16; scaled linearly", type=POSITIVE)
-    sized(g, "backbone-lr", "share of --lr for the backbone", type=number())
-    g.add_argument("--weight-decay", type=number(), default=0.05)
-    sized(g, "warmup", "steps of linear warm-up, at most a tenth of the run", type=number(int, 0, 2**31))
-    g.add_argument("--from", "--start-from", dest="start_from", metavar="LAST.PT", help="begin as a copy of the run of this last.pt, in all but its flags, which "
-                   "are given anew")
-    g.add_argument("--table", action=both, help="train without and with distillation, from one burn-in, and print both (default: on shapes, "
-                   "without --max-iters)")
-    g.add_argument("--classes", help="for --predict and --eval: names, comma-separated (--predict: any; --eval: some of the dataset's)")
+    flag(g, "epochs", "the rate falls by 10 at 55/70 of them; the table of shapes takes 18", type=COUNT)
+    flag(g, "batch-size", "images per process and step", type=COUNT)
+    flag(g, "lr", "for a total batch of 128, shapes 16; scaled linearly", type=POSITIVE)
+    flag(g, "backbone-lr", "share of --lr for the backbone", type=number())
+    flag(g, "weight-decay", "of AdamW", type=number(), default=0.05)
+    flag(g, "warmup", "steps of linear warm-up, at most a tenth of the run", type=number(int, 0, 2 ** 31))
+    g.add_argument("--from", "--start-from", dest="start_from", metavar="LAST.PT", help="begin as a copy of "
+                   "the run of this last.pt, in all but its flags, which are given anew")
+    flag(g, "table", "train without and with distillation, from one burn-in, and print both (default: on "
+         "shapes, without --max-iters)", action=both)
+    flag(g, "classes", "--predict, --eval: names, comma-separated (--predict: any; --eval: some of the "
+         "dataset's)")
     run_flags(p, "dkdetr")
-    p.set_defaults(burn_in_to=None, method=None)  # of --table: where its first run leaves the burn-in, and the (skd, rkd) of its second
-    args = parse(p, argv, "dkdetr", dict(eval=f"{NAMING} val_json val_images", predict=f"{NAMING} weights score"), only="weights score classes",
-                 belongs=BELONGS, apart=("resume start_from", "data train_json"), saved=run_or_table)
+    # of --table: where its first run leaves the burn-in, and the (skd, rkd) of its second
+    p.set_defaults(burn_in_to=None, method=None)
+    modes = dict(eval=f"{NAMING} val_json val_images", predict=f"{NAMING} weights score")
+    args = parse(p, argv, "dkdetr", modes, only="weights score classes", belongs=BELONGS,
+                 apart=("resume start_from", "data train_json"), saved=run_or_table)
     if args.jitter is not None and args.jitter[0] > args.jitter[1]:
         p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected LOW <= HIGH")
     if args.dim is not None and args.dim % 32:
@@ -1398,7 +1452,8 @@ def resolve(args):
     dataset = args.dataset or known["dataset"]
     known["data"] = DATASETS[dataset]
     training = not (args.eval or args.predict)
-    known["table"] = training and shapes and dataset == "ovcoco" and distils(args) and not (args.max_iters or args.start_from)
+    short = args.max_iters or args.start_from
+    known["table"] = training and shapes and dataset == "ovcoco" and distils(args) and not short
     table = known["table"] if args.table is None else args.table
     if table and shapes:
         known["epochs"] = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
@@ -1408,10 +1463,10 @@ def resolve(args):
         raise UserError(f"--backbone {args.backbone}: has no ImageNet weights; use --init none")
     if args.masks and args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
-    unfit = dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or args.max_iters or args.start_from or not distils(args)
+    unfit = dataset != "ovcoco" or not 0 < args.burn_in < args.epochs or short or not distils(args)
     if table and (unfit or args.train_json and not args.val_json):
-        raise UserError("--table: compares on ovcoco or shapes, needs a method, a validation set, 0 < --burn-in < --epochs, and neither "
-                        "--max-iters nor --from")
+        raise UserError("--table: compares on ovcoco or shapes, needs a method, a validation set, "
+                        "0 < --burn-in < --epochs, and neither --max-iters nor --from")
     return args
 
 

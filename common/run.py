@@ -36,7 +36,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -139,7 +139,7 @@ def explain(error):
     """The line that an exception is worth; "" for a fault of ours, whose traceback is wanted."""
     text, system = str(error).strip(), isinstance(error, (OSError, RuntimeError))
     if isinstance(error, UserError):  # a loader process puts a traceback before the line
-        return re.sub(r"^[\w.]+Error: ", "", text.splitlines()[-1])
+        return shorten(re.sub(r"^[\w.]+Error: ", "", text.splitlines()[-1]), 600)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return ("out of GPU memory; lower --batch-size (and raise --accumulate), lower --image-size, "
                 "or use --amp bf16")
@@ -960,8 +960,9 @@ class Run:
             for loader in getattr(self.loader, "loaders", {0: self.loader}).values():
                 workers = getattr(loader, "_iterator", None)
                 if workers is not None:
-                    workers._shutdown_workers()
                     loader._iterator = None
+                    with suppress(Exception):  # without file descriptors this fails, too
+                        workers._shutdown_workers()
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.log.bar.close()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common.datasets import CocoDataset, collate, read_annotations, require_lvis  # noqa: E402
 from common.evaluation import coco_evaluate, lvis_evaluate, to_coco_results  # noqa: E402
-from common.run import UserError  # noqa: E402
+from common.run import UserError, explain  # noqa: E402
 
 DATA = ROOT.parent / "shared/data"
 STRANGE = (None, True, False, -1, 0, 1, 10**400, 1.5, float("nan"), float("inf"), "", "12", "x", "\ud800", "a\nb", [], {}, [1, 2], {"a": 1}, [[[]]], "../x", "/dev/zero")
@@ -131,8 +131,8 @@ def attempts(count, seed, folder, images=4):
         try:
             ap = score(pictures, path, is_lvis, train=rng.random() < 0.5)
         except UserError as e:
-            line = str(e)
-            yield what, "refused" if "\n" not in line and len(line) < 1000 else f"not one line: {line[:500]}"
+            line = explain(e)  # what the script prints
+            yield what, "refused" if "\n" not in str(e).strip() and len(line) < 1000 else f"not one line: {line[:500]}"
         except BaseException:
             yield what, "traceback: " + traceback.format_exc()[-1500:]
         else:

@@ -24,7 +24,7 @@ import dkdetr  # noqa: E402
 import hierkd  # noqa: E402
 import prototype_kd  # noqa: E402
 import simple21k  # noqa: E402
-from common.run import UserError, checksum, save_checkpoint, saved_flags  # noqa: E402
+from common.run import UserError, checksum, explain, save_checkpoint, saved_flags  # noqa: E402
 
 STRANGE = (None, True, -1, 0, 10**20, 1.5, float("nan"), "", "x" * 10000, "gfl\0", [], {}, [None], {"a": 1}, torch.zeros(2), (1, 2))
 
@@ -146,8 +146,8 @@ def attempts(count, seed, folder):
             try:
                 found = action(path)
             except UserError as e:
-                line = str(e)
-                yield what, "refused" if "\n" not in line and len(line) < 1000 else f"not one line: {line[:300]}"
+                line = explain(e)  # what the script prints
+                yield what, "refused" if "\n" not in str(e).strip() and len(line) < 1000 else f"not one line: {line[:300]}"
             except BaseException:
                 yield what, "traceback: " + traceback.format_exc()[-1500:]
             else:

@@ -20,6 +20,7 @@ import os
 import posixpath
 import random
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -1482,6 +1483,11 @@ def eval_loader(dataset, rank, world, workers, pin, most=None):
 def make_loader(dataset, batches, workers, pin, **more):
     # A generator of its own: a loader draws one number per epoch, which must not shift the model's
     # random stream.
+    if workers and Path("/dev/shm").is_dir():
+        free = shutil.disk_usage("/dev/shm").free >> 20
+        if free < 16:  # a loader process that cannot hand over its batch waits for ever
+            raise UserError(f"/dev/shm has {free} MB free, which is too small for loader processes: "
+                            "docker run --shm-size 8g, or --workers 0")
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       collate_fn=partial(collate, divisor=dataset.canvas or 32),
                       worker_init_fn=start_worker, generator=torch.Generator(), **more)

@@ -128,6 +128,7 @@ def started(script):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no destructors: they would wait for the others
         sys.stdout.flush()
         os._exit(code)
+    sys.unraisablehook = lambda *_: None  # what torch's loaders have to say of their own end
     sys.exit(code)
 
 
@@ -789,15 +790,17 @@ class Log:
     Losses come as device tensors and are only looked at every `every` steps, so no step waits for
     the GPU. Then all of them are checked: the first step with a non-finite loss stops the run, on
     all ranks at once, by name. legend: {term: what it is}, printed once, for the terms that there
-    are. later: seconds of what is still to come beside steps.
+    are. later: seconds of what is still to come beside steps. again: the evaluation of step `start`
+    will be done anew.
     """
 
-    def __init__(self, out, rank, total, start=0, every=50, legend={}):
+    def __init__(self, out, rank, total, start=0, every=50, legend={}, again=False):
         self.path, self.rank, self.total, self.every = Path(out) / "log.jsonl", rank, total, every
         self.legend, self.pending, self.data_time, self.later = dict(legend), [], 0.0, 0.0
         self.time = time.time()
         if rank == 0 and self.path.exists():  # drop what was logged after the checkpoint resumed
-            kept = [r for r in read_log(self.path) if r.get("it", 0) <= start]
+            kept = [r for r in read_log(self.path) if r.get("it", 0) <= start and
+                    not (again and r.get("it") == start and "loss" not in r)]
             write_whole(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.bar = tqdm(total=total, initial=start, disable=rank != 0, mininterval=1,
                         dynamic_ncols=True)
@@ -896,7 +899,8 @@ class Run:
         if self.resumed:
             state = load_checkpoint(self.out / "last.pt", plain["script"])
             self.load(state, f"--resume {self.out / 'last.pt'}")
-        self.log = Log(self.out, rank, self.total, self.it, args.log_every, legend)
+        self.log = Log(self.out, rank, self.total, self.it, args.log_every, legend,
+                       self.due)
         if self.resumed and rank == 0 and self.log.path.exists():
             self.eval_seconds = max([r.get("seconds", 0) for r in read_log(self.log.path)], default=0)
         # votes on stopping have a group of their own, so that no work on a GPU waits for them
@@ -1024,7 +1028,7 @@ class Run:
         epoch, done = divmod(self.it, self.steps)
         plan.set_epoch(epoch, done * self.args.accumulate)
         self.loader, source = loader, iter(loader)
-        while not self.finished:
+        while not self.finished and self.it < (epoch + 1) * self.steps:
             self.leave_if_asked()
             since = time.time()
             group = list(islice(source, self.args.accumulate))
@@ -1048,6 +1052,7 @@ class Run:
         self.due = self.finished or self.epoch % self.every == 0
         if self.due:
             self.save()  # before anything of the evaluation can fail
+        self.leave_if_asked()
         self.training = not self.due
 
     def scored(self, metrics, detections=None, dataset=None):

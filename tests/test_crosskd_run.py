@@ -67,7 +67,8 @@ exec(request["before"])
 module.main()
 """
 
-# FLOPs and curves have tests of their own, and one run here that has both; in twenty others they would take a third of the time.
+# FLOPs and curves have tests of their own, and one run here that has both; in twenty others they would take a
+# third of the time.
 QUICK = """
 import common.pictures
 module.describe_model = lambda name, *a, **k: print(f"{name}:")
@@ -76,11 +77,13 @@ common.pictures.plot_curves = lambda *a: None
 
 
 class Forks:
-    """Processes that run a script: forked from one that has imported everything, so that a test of real signals and exit codes takes no imports."""
+    """Processes that run a script: forked from one that has imported everything, so that a test of real
+    signals and exit codes takes no imports."""
 
     def __init__(self, script, folder, *more):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER.replace("QUICK", QUICK), str(ROOT), script, *more], cwd=ROOT, env=env, text=True,
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER.replace("QUICK", QUICK), str(ROOT),
+                                        script, *more], cwd=ROOT, env=env, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.folder, self.number, self.living = folder, itertools.count(), set()
 
@@ -93,7 +96,8 @@ class Forks:
         """A Job for each of `procs` processes. before: Python code that each of them executes first."""
         port, jobs = str(free_port()), []
         for rank in range(procs):
-            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(procs), LOCAL_WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(procs),
+                         LOCAL_WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             jobs.append(Job(self, [str(f) for f in flags], before, {**(group if procs > 1 else {}), **env}))
         return jobs
 
@@ -115,7 +119,8 @@ class Job:
     def __init__(self, forks, flags, before, env):
         self.forks, name = forks, forks.folder / str(next(forks.number))
         self.files = [name.with_suffix(s) for s in (".out", ".err")]
-        self.pid = forks.ask(flags=flags, out=str(self.files[0]), err=str(self.files[1]), before=before, env=env)
+        self.pid = forks.ask(flags=flags, out=str(self.files[0]), err=str(self.files[1]), before=before,
+                             env=env)
         forks.living.add(self.pid)
 
     def wait(self, seconds=120):
@@ -128,12 +133,14 @@ class Job:
     def kill(self, number):
         os.kill(self.pid, number)
 
-    out, err = (property(lambda self, k=k: self.files[k].read_text() if self.files[k].exists() else "") for k in (0, 1))
+    out, err = (property(lambda self, k=k: self.files[k].read_text() if self.files[k].exists() else "")
+                for k in (0, 1))
 
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    server = Forks("crosskd", tmp_path_factory.mktemp("jobs"), "common.tiny", "common.pictures", "common.shapes", "matplotlib", "PIL.ImageFont",
+    server = Forks("crosskd", tmp_path_factory.mktemp("jobs"), "common.tiny", "common.pictures",
+                   "common.shapes", "matplotlib", "PIL.ImageFont",
                    "pycocotools.cocoeval", "torch.distributed.nn.functional")
     yield server
     server.close()
@@ -157,7 +164,8 @@ def fails(*flags):
 def one_line(err):
     """The line of ours on stderr, where beside it only progress bars are."""
     bare = re.sub(r"\x1b\[\w", "", err)  # what moves the cursor
-    lines = [line for line in re.split(r"[\r\n]+", bare) if line.strip() and not re.search(r"it/s|s/it|\?it", line)]
+    lines = [line for line in re.split(r"[\r\n]+", bare) if line.strip() and not re.search(r"it/s|s/it|\?it",
+        line)]
     assert len(lines) == 1 and lines[0].startswith("crosskd.py: "), lines
     return lines[0]
 
@@ -182,11 +190,12 @@ def wait_for_step(out, it):
 
 def losses(out):
     """{iteration: row without times} of a log."""
-    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows(out) if "loss" in r}
+    return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")}
+            for r in rows(out) if "loss" in r}
 
 
 def same_end(a, b):
-    """Two runs ended alike, to the last bit: every step, weights, optimizer, random states of all processes."""
+    """Two runs ended alike, to the last bit: steps, weights, optimizer, random states of all processes."""
     assert losses(a) == losses(b)
     a, b = (load_checkpoint(Path(p) / "last.pt", "crosskd.py") for p in (a, b))
     for state in (a, b):
@@ -218,22 +227,27 @@ def photographs(coco_mini, tmp_path_factory):
     def first(split, n):
         content = json.loads((coco_mini / f"annotations/instances_{split}2017.json").read_text())
         (folder / f"{split}{n}.json").write_text(json.dumps(first_images(content, n)))
-        return [f"--{split}-json", folder / f"{split}{n}.json", f"--{split}-images", coco_mini / f"{split}2017"]
-    return argparse.Namespace(classes=classes, teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"), start=checkpoint(folder / "start.pt", classes, finds=True),
+        return [f"--{split}-json", folder / f"{split}{n}.json", f"--{split}-images",
+                coco_mini / f"{split}2017"]
+    return argparse.Namespace(classes=classes, teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"),
+                              start=checkpoint(folder / "start.pt", classes, finds=True),
                               train=first("train", 24), val=first("val", 6), some=first("val", 11))
 
 
 def first_images(content, count):
     images = content["images"][:count]
     kept = {i["id"] for i in images}
-    return content | dict(images=images, annotations=[a for a in content["annotations"] if a["image_id"] in kept])
+    return content | dict(images=images, annotations=[a for a in content["annotations"]
+                                                      if a["image_id"] in kept])
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """Files as users bring them, of the embedded pictures: 24 + 3 images and 4 classes to train on, 8 images and 3 of the classes, in another order, to validate.
+    """Files as users bring them, of the embedded pictures: 24 + 3 images and 4 classes to train on, 8 images
+    and 3 of the classes, in another order, to validate.
 
-    Ids are of no order, image ids of val are text, annotation ids begin anew in each image; the three images have no boxes.
+    Ids are of no order, image ids of val are text, annotation ids begin anew in each image; the three images
+    have no boxes.
     """
     folder = tmp_path_factory.mktemp("own")
     pictures, every = find_coco(common.shapes.make_shapes().resolve(), "val")
@@ -241,47 +255,63 @@ def own(tmp_path_factory):
     name = {c["id"]: c["name"] for c in content["categories"]}
     names = ["circle", "square", "triangle", "heart"]
     assert set(names) < set(name.values())
-    boxes = {i["id"]: [a for a in content["annotations"] if a["image_id"] == i["id"] and name[a["category_id"]] in names] for i in content["images"]}
-    annotated = [i for i in content["images"] if any(name[a["category_id"]] in names[:3] for a in boxes[i["id"]])]
+    boxes = {i["id"]: [a for a in content["annotations"] if a["image_id"] == i["id"]
+                       and name[a["category_id"]] in names] for i in content["images"]}
+    annotated = [i for i in content["images"] if any(name[a["category_id"]] in names[:3]
+                                                     for a in boxes[i["id"]])]
     empty = [dict(i) for i in content["images"] if not boxes[i["id"]]][:3]
 
     def write(file, images, ids, key):
         annotations = [dict(a, id=n, image_id=key(i["id"]), category_id=ids[name[a["category_id"]]])
                        for i in images for n, a in enumerate(boxes[i["id"]]) if name[a["category_id"]] in ids]
-        (folder / file).write_text(json.dumps(dict(images=[dict(i, id=key(i["id"])) for i in images], annotations=annotations,
+        (folder / file).write_text(json.dumps(dict(images=[dict(i, id=key(i["id"])) for i in images],
+                                                   annotations=annotations,
                                                    categories=[dict(id=i, name=n) for n, i in ids.items()])))
-    write("train.json", annotated[:24] + empty, dict(heart=40, circle=7, triangle=19, square=3), lambda i: i * 1000)
+    write("train.json", annotated[:24] + empty, dict(heart=40, circle=7, triangle=19, square=3),
+          lambda i: i * 1000)
     write("val.json", annotated[24:32], dict(triangle=5, square=9, circle=2), lambda i: f"photo {i}")
     classes = ["square", "circle", "triangle", "heart"]
     return argparse.Namespace(
-        classes=classes, train=["--train-json", folder / "train.json", "--train-images", pictures], json=folder / "val.json",
-        val=["--val-json", folder / "val.json", "--val-images", pictures], start=checkpoint(folder / "start.pt", classes, finds=True),
+        classes=classes, train=["--train-json", folder / "train.json", "--train-images", pictures],
+        json=folder / "val.json",
+        val=["--val-json", folder / "val.json", "--val-images", pictures],
+        start=checkpoint(folder / "start.pt", classes, finds=True),
         teacher=checkpoint(folder / "teacher.pt", classes, "tiny16"))
 
 
 @pytest.fixture(scope="module")
 def steps(own):
     """Flags of a run whose steps are quick and all alike, without evaluation; an epoch has 6."""
-    return [*own.train, "--student", "gfl_tiny8", "--teacher", own.teacher, "--method", "crosskd+pkd", "--image-size", "64", "--workers", "0", "--init", "none",
+    return [*own.train, "--student", "gfl_tiny8", "--teacher", own.teacher, "--method", "crosskd+pkd",
+            "--image-size", "64", "--workers", "0", "--init", "none",
             "--log-every", "1", "--save-every", "4", "--eval-every", "3", "--batch-size", "4"]
 
 
 # ------------------------------------------------------------------ a run and its files
 
-def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(forks, coco_mini, photographs, tmp_path):
+def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(
+        forks, coco_mini, photographs, tmp_path):
     out = tmp_path / "run"
-    whole = "import importlib, common.pictures, common.run; importlib.reload(common.pictures); module.describe_model = common.run.describe_model"
-    job = forks.run("--data", coco_mini, *photographs.some, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 2, "--max-iters", 12, *TINY,
-                    "--init", photographs.start, "--eval-every", 2, "--no-teacher-check", "--out", out, procs=2, before=whole)
+    whole = """
+import importlib, common.pictures, common.run
+importlib.reload(common.pictures)
+module.describe_model = common.run.describe_model
+"""
+    job = forks.run("--data", coco_mini, *photographs.some, "--teacher", photographs.teacher, "--student",
+                    "gfl_tiny8", "--batch-size", 2, "--max-iters", 12, *TINY,
+                    "--init", photographs.start, "--eval-every", 2, "--no-teacher-check", "--out", out,
+                    procs=2, before=whole)
     lines = job.out.splitlines()
     assert "80 classes" in job.out and "batch 2 x 2 x 1 = 4" in job.out and "11 images" in job.out
-    assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json", "last.pt", "log.jsonl", "results.json", "samples.jpg"]
+    assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json",
+                                                     "last.pt", "log.jsonl", "results.json", "samples.jpg"]
     results = json.loads((out / "results.json").read_text())
     assert len(results["classes"]) == 80 and results["images"] == 11
     # of which checkpoint and epoch they are
     assert (results["checkpoint"], results["epoch"], results["it"]) == ("best.pt", 1, 12)
     best = load_checkpoint(out / "best.pt", "crosskd.py")
-    assert (best["script"], best["epoch"], best["it"], best["format"]) == ("crosskd.py", 1, 12, 1) and "optimizer" not in best
+    assert (best["script"], best["epoch"], best["it"], best["format"]) == ("crosskd.py", 1, 12, 1)
+    assert "optimizer" not in best
     assert Image.open(out / "samples.jpg").info["comment"] == b"best.pt, epoch 1, step 12"
     from pycocotools.coco import COCO
     found = json.loads((out / "detections.json").read_text())
@@ -289,14 +319,19 @@ def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(fo
     assert len(found) > 1000 and all((d["checkpoint"], d["epoch"]) == ("best.pt", 1) for d in found)
     # what stands on the terminal
     start = next(k for k, line in enumerate(lines) if line.startswith("student "))
-    assert re.fullmatch(r"student gfl_tiny8: 651,649 parameters, [\d,]+ trained, \d+\.\d GFLOPs at \d+ x \d+", lines[start])
-    assert re.fullmatch(r"teacher gfl_tiny16: [\d,]+ parameters, 0 trained, \d+\.\d GFLOPs at \d+ x \d+", lines[start + 1])
+    assert re.fullmatch(r"student gfl_tiny8: 651,649 parameters, [\d,]+ trained, \d+\.\d GFLOPs at \d+ x \d+",
+                        lines[start])
+    assert re.fullmatch(r"teacher gfl_tiny16: [\d,]+ parameters, 0 trained, \d+\.\d GFLOPs at \d+ x \d+",
+                        lines[start + 1])
     assert "teacher AP 0.0 on 11 validation images" in lines
     for term in ("cls", "box", "dfl", "kd_cls", "kd_box"):
         assert lines.count(f"{term}: {crosskd.LEGEND[term]}") == 1
-    wide = [line for line in lines[start:] if len(line) > 80 and not re.search(r" \| .* \| |^/|\.json: ", line)]
+    table = re.compile(r" \| .* \| |^/|\.json: ")  # of classes; names of files
+    wide = [line for line in lines[start:] if len(line) > 80 and not table.search(line)]
     assert not wide and all(len(line) < 80 for line in lines if line.startswith(("ep ", "    ", "method ")))
-    assert not any("mem " in line for line in lines) and re.match(r"best AP \d+\.\d \(epoch 1\), last \d+\.\d \| 0:0", lines[-1])
+    assert not any("mem " in line
+                   for line in lines) and re.match(r"best AP \d+\.\d \(epoch 1\), last \d+\.\d \| 0:0",
+                                                   lines[-1])
     assert [r["it"] for r in rows(out) if "loss" not in r] == [12]  # --eval-every
     # and what the checkpoint is good for
     again = run("--eval", out / "best.pt", *photographs.some, *TINY, "--out", tmp_path / "eval")
@@ -305,33 +340,41 @@ def test_two_processes_train_on_real_photographs_evaluate_and_leave_all_files(fo
     assert evaluated["AP"] == pytest.approx(results["AP"], abs=1e-6), again.stdout
     assert (evaluated["checkpoint"], evaluated["epoch"], evaluated["it"]) == (str(out / "best.pt"), 1, 12)
     photo = coco_mini / "val2017/000000000785.jpg"
-    run("--predict", photo if photo.exists() else next((coco_mini / "val2017").iterdir()), "--weights", out / "best.pt", "--score", 0.0, "--image-size", 128,
-        "--out", tmp_path / "predict")
+    photo = photo if photo.exists() else next((coco_mini / "val2017").iterdir())
+    run("--predict", photo, "--weights", out / "best.pt", "--score", 0.0, "--image-size", 128, "--out",
+        tmp_path / "predict")
     (name, boxes), = json.loads((tmp_path / "predict/predictions.json").read_text()).items()
-    assert Path(name).exists() and len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1 and len(boxes) > 10
+    assert Path(name).exists() and len(boxes) > 10
+    assert len(list((tmp_path / "predict").glob("*_boxes.jpg"))) == 1
 
 
 def test_own_files_whose_validation_knows_fewer_classes_in_another_order(own, tmp_path):
-    flags = [*own.train, *own.val, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0", "--init", own.start, "--batch-size", 4,
-             "--epochs", 1]
+    flags = [*own.train, *own.val, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96",
+             "--workers", "0", "--init", own.start, "--batch-size", 4, "--epochs", 1]
     r = run(*flags, "--out", tmp_path / "o")
-    assert re.search(r"27 images, 4 classes \| not used: .*3 images", r.stdout) and "1 epochs of 6 steps" in r.stdout
+    assert re.search(r"27 images, 4 classes \| not used: .*3 images", r.stdout)
+    assert "1 epochs of 6 steps" in r.stdout
     from pycocotools.coco import COCO
-    found, results = (json.loads((tmp_path / "o" / f"{n}.json").read_text()) for n in ("detections", "results"))
+    found, results = (json.loads((tmp_path / f"o/{n}.json").read_text()) for n in ("detections", "results"))
     COCO(own.json).loadRes(found)  # the file's own ids
-    assert {d["category_id"] for d in found} == {2, 5, 9} and all(d["image_id"].startswith("photo ") for d in found) and len(found) > 100
-    assert coco_evaluate(own.json, found)["AP"] == pytest.approx(results["AP"], abs=1e-6) and list(results["classes"]) == ["circle", "triangle", "square"]
-    r = run("--eval", tmp_path / "o/best.pt", *own.val, "--workers", "0", "--out", tmp_path / "e")
-    assert json.loads((tmp_path / "e/results.json").read_text())["AP"] == pytest.approx(results["AP"], abs=1e-6)
+    assert {d["category_id"] for d in found} == {2, 5, 9} and len(found) > 100
+    assert all(d["image_id"].startswith("photo ") for d in found)
+    assert coco_evaluate(own.json, found)["AP"] == pytest.approx(results["AP"], abs=1e-6)
+    assert list(results["classes"]) == ["circle", "triangle", "square"]
+    run("--eval", tmp_path / "o/best.pt", *own.val, "--workers", "0", "--out", tmp_path / "e")
+    again = json.loads((tmp_path / "e/results.json").read_text())
+    assert again["AP"] == pytest.approx(results["AP"], abs=1e-6)
     assert load_checkpoint(tmp_path / "o/best.pt")["classes"] == own.classes
 
 
 def test_ground_truth_is_perfect_in_this_scripts_evaluation(own, monkeypatch):
-    args = crosskd.parse_args([str(f) for f in (*own.train, *own.val, "--image-size", "96", "--workers", "0")])
+    flags = [*own.train, *own.val, "--image-size", "96", "--workers", "0"]
+    args = crosskd.parse_args([str(f) for f in flags])
     val = crosskd.make_data(args, "val", "gfl", like=own.classes)
 
     def truth(model, batch, device, args):
-        (boxes,), (labels,), ((h, w),), (size,) = (batch[k] for k in ("boxes", "labels", "original_sizes", "sizes"))
+        (boxes,), (labels,), (size,) = (batch[k] for k in ("boxes", "labels", "sizes"))
+        (h, w), = batch["original_sizes"]
         scale = torch.tensor([w / size[1], h / size[0]] * 2)
         return [(boxes[labels >= 0] * scale, torch.ones(len(labels))[labels >= 0], labels[labels >= 0])]
     monkeypatch.setattr(crosskd, "run_detector", truth)
@@ -340,12 +383,16 @@ def test_ground_truth_is_perfect_in_this_scripts_evaluation(own, monkeypatch):
 
 
 def test_without_a_validation_set_a_run_trains_says_so_and_best_is_the_last(own, tmp_path):
-    base = [*own.train, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0", "--init", "none", "--batch-size", 4, "--max-iters", 7]
+    base = [*own.train, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0",
+            "--init", "none", "--batch-size", 4, "--max-iters", 7]
     r = run(*base, "--keep-empty", "--out", tmp_path / "o")
-    assert "no validation set: no evaluation, best.pt is the last" in r.stdout and "no validation set: best.pt is the last" in r.stdout.splitlines()[-1]
-    assert not re.search(r"27 images, 4 classes \| .*images", r.stdout) and "12 epochs of 7 steps" in r.stdout  # the empty ones are used
+    assert "no validation set: no evaluation, best.pt is the last" in r.stdout
+    assert "no validation set: best.pt is the last" in r.stdout.splitlines()[-1]
+    assert not re.search(r"27 images, 4 classes \| .*images", r.stdout)  # the empty ones are used
+    assert "12 epochs of 7 steps" in r.stdout
     best, last = (load_checkpoint(tmp_path / "o" / f"{n}.pt") for n in ("best", "last"))
-    assert checksum(best["model"]) == checksum(last["model"]) and best["it"] == last["it"] == 7 and not (tmp_path / "o/results.json").exists()
+    assert checksum(best["model"]) == checksum(last["model"]) and best["it"] == last["it"] == 7
+    assert not (tmp_path / "o/results.json").exists()
 
 
 # ------------------------------------------------------------------ runs that are interrupted
@@ -361,8 +408,10 @@ crosskd.Distiller.forward = slow
 
 
 def test_killed_run_resumes_bit_exactly(forks, coco_mini, photographs, tmp_path):
-    """SIGKILL in the middle of an epoch of 6 steps, after some save. While it lives nobody else runs in its folder, afterwards everybody may."""
-    flags = [*photographs.train, *photographs.val, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 16, *TINY, "--image-size", 64,
+    """SIGKILL in the middle of an epoch of 6 steps, after some save. While it lives nobody else runs in its
+    folder, afterwards everybody may."""
+    flags = [*photographs.train, *photographs.val, "--teacher", photographs.teacher, "--student", "gfl_tiny8",
+             "--batch-size", 4, "--max-iters", 16, *TINY, "--image-size", 64,
              "--log-every", 2, "--save-every", 4, "--method", "crosskd+pkd", "--no-teacher-check"]
     run(*flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
@@ -386,7 +435,8 @@ def test_killed_run_resumes_bit_exactly(forks, coco_mini, photographs, tmp_path)
 
 def stopped(err, name, out, runner):
     """The flags of the command that continues, from the one line of a run that was stopped."""
-    found = re.fullmatch(rf"crosskd.py: stopped by {name} at step (\d+), {out}/last.pt is written; continue: {runner} crosskd.py (.*)", one_line(err))
+    text = rf"crosskd.py: stopped by {name} at step (\d+), {out}/last.pt is written; "
+    found = re.fullmatch(text + f"continue: {runner} crosskd.py (.*)", one_line(err))
     assert found and load_checkpoint(out / "last.pt")["it"] == int(found[1]), err
     return shlex.split(found[2])
 
@@ -409,25 +459,30 @@ def test_a_run_that_signals_stop_continues_bit_exactly_by_the_command_it_prints(
     same_end(out, tmp_path / "whole")
 
 
-def test_two_processes_stop_together_for_torchrun_for_one_rank_and_for_a_lost_one_and_continue_bit_exactly(forks, steps, tmp_path):
+def test_two_processes_stop_together_for_torchrun_a_signal_to_one_or_a_lost_one_and_continue_bit_exactly(
+        forks, steps, tmp_path):
     out, flags = tmp_path / "stopped", [*steps, "--batch-size", 2, "--max-iters", 19]
     forks.run(*flags, "--out", tmp_path / "whole", procs=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "crosskd.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                str(free_port()), "crosskd.py"]
     with open(tmp_path / "err", "w") as err:  # SIGTERM to torchrun, as Slurm sends it
-        process = subprocess.Popen([*torchrun, *map(str, flags), "--out", str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        process = subprocess.Popen([*torchrun, *map(str, flags), "--out", str(out)], cwd=ROOT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                                    stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
         wait_for_step(out, 3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
     lines = [line for line in (tmp_path / "err").read_text().splitlines() if line.startswith("crosskd.py: ")]
     again = stopped("\n".join(lines), "SIGTERM", out, "torchrun --nproc_per_node 2")
-    assert again == [*map(str, flags), "--out", str(out), "--resume"] and "[rank" not in (tmp_path / "err").read_text()
+    assert again == [*map(str, flags), "--out", str(out), "--resume"]
+    assert "[rank" not in (tmp_path / "err").read_text()  # how torch begins a traceback
 
     jobs = forks.start(*again, procs=2, before=SLOW)
     wait_for_step(out, load_checkpoint(out / "last.pt")["it"] + 3)
     jobs[1].kill(signal.SIGINT)
     assert [job.wait() for job in jobs] == [130, 130]
-    assert stopped(jobs[0].err, "SIGINT", out, "torchrun --nproc_per_node 2") == again and jobs[1].err.strip() == ""
+    assert stopped(jobs[0].err, "SIGINT", out, "torchrun --nproc_per_node 2") == again
+    assert jobs[1].err.strip() == ""
 
     jobs = forks.start(*again, procs=2, before=SLOW)
     wait_for_step(out, load_checkpoint(out / "last.pt")["it"] + 3)
@@ -479,15 +534,19 @@ crosskd.make_optimizer = make_broken
 
 @pytest.mark.parametrize("procs", [1, 2])
 def test_weights_that_are_not_finite_never_reach_last_pt(forks, steps, tmp_path, procs):
-    jobs = forks.start(*steps, "--log-every", 50, "--batch-size", 4 // procs, "--max-iters", 26, "--out", tmp_path / "o", procs=procs, before=BROKEN, env=dict(PATH=""))
+    jobs = forks.start(*steps, "--log-every", 50, "--batch-size", 4 // procs, "--max-iters", 26, "--out",
+                       tmp_path / "o", procs=procs, before=BROKEN, env=dict(PATH=""))
     assert [job.wait() for job in jobs] == [1] * procs
     line = one_line(jobs[0].err)
-    assert f"{tmp_path / 'o/last.pt'}: model.body.stages.conv1.weight is not finite at iteration 8" in line and "previous one is intact" in line
+    assert f"{tmp_path / 'o/last.pt'}: model.body.stages.conv1.weight is not finite at iteration 8" in line
+    assert "previous one is intact" in line
     for job in jobs[1:]:
         one_line(job.err)
     last = load_checkpoint(tmp_path / "o/last.pt")
-    assert last["it"] == 4 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
-    assert sorted(p.name for p in (tmp_path / "o").iterdir() if p.suffix != ".pt") == ["args.json", "log.jsonl"]
+    assert last["it"] == 4
+    assert all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
+    others = [p.name for p in (tmp_path / "o").iterdir() if p.suffix != ".pt"]
+    assert sorted(others) == ["args.json", "log.jsonl"]
     assert json.loads((tmp_path / "o/args.json").read_text())["git"] == "none"  # a machine without git
 
 
@@ -495,7 +554,7 @@ FULL = """
 import crosskd, resource
 forward = crosskd.Distiller.forward
 def late(self, batch):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # what a full disk is, from the first step on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a full disk, from the first step on
     return forward(self, batch)
 crosskd.Distiller.forward = late
 """
@@ -517,26 +576,27 @@ def killed(self, key):
     return get(self, key)
 common.datasets.CocoDataset.__getitem__ = killed
 """
+FILES = """
+import os, resource
+n = len(os.listdir("/proc/self/fd")) + 8
+resource.setrlimit(resource.RLIMIT_NOFILE, (n, n))
+"""
 SHM = """
-import os, torch
-main, share = os.getpid(), torch.UntypedStorage._share_fd_cpu_
-def full(self, *a, **k):
-    if os.getpid() != main:  # a loader process hands over a batch
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_99_1_0>: No space left on device (28)")
-    return share(self, *a, **k)
-torch.UntypedStorage._share_fd_cpu_ = full
+import collections, shutil
+usage = collections.namedtuple("usage", "total used free")
+shutil.disk_usage = lambda path: usage(2 << 20, 0, 2 << 20)
 """
 
 
 @pytest.mark.parametrize("before, word", [
-    (KILLED, "a loader process died"), (SHM, "/dev/shm is too small"),
-    ("import resource; n = len(os.listdir('/proc/self/fd')) + 8; resource.setrlimit(resource.RLIMIT_NOFILE, (n, n))", "ulimit -n")],
+    (KILLED, "a loader process died"), (SHM, "/dev/shm has 2 MB free"), (FILES, "ulimit -n")],
     ids=["killed", "shm", "files"])
 def test_starved_loader_processes_are_one_line_with_the_remedy(forks, steps, tmp_path, before, word):
-    job = forks.run(*steps, "--workers", 2, "--batch-size", 8, "--max-iters", 26, "--out", tmp_path / "o", before=before, code=1)
+    job = forks.run(*steps, "--workers", 2, "--batch-size", 8, "--max-iters", 26, "--out", tmp_path / "o",
+                    before=before, code=1)
     line = one_line(job.err)
     assert word in line and "--workers" in line
-    assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0
+    assert before == SHM or load_checkpoint(tmp_path / "o/last.pt")["it"] == 0  # SHM: refused before the run began
 
 
 def test_a_run_with_loader_processes_ends_when_it_is_done(forks, steps, tmp_path):
@@ -564,22 +624,27 @@ crosskd.default_size = lambda *a: "48"
 crosskd.rate_factor = lambda *a: 0.0  # so that the teacher learns nothing
 """
     flags = ["--data", "shapes", "--method", "pkd", "--max-iters", 2, "--workers", 0]
-    jobs = [forks.start(*flags, "--out", tmp_path / "a", "--no-teacher-check", before=before)[0], forks.start(*flags, "--out", tmp_path / "b", before=before)[0]]
+    jobs = [forks.start(*flags, "--out", tmp_path / "a", "--no-teacher-check", before=before)[0],
+            forks.start(*flags, "--out", tmp_path / "b", before=before)[0]]
     assert [job.wait() for job in jobs] == [0, 1]
-    assert sum("trained once, cached" in job.out for job in jobs) == 1 and sorted(os.listdir(tmp_path / "teachers")) == ["gfl_tiny32-s0"]
+    assert sum("trained once, cached" in job.out for job in jobs) == 1
+    assert os.listdir(tmp_path / "teachers") == ["gfl_tiny32-s0"]
     assert all("teacher AP 0.0 on 8 validation images" in job.out for job in jobs)
     line = one_line(jobs[1].err)
-    assert "AP 0.0 on 8 validation images" in line and "--no-teacher-check goes on" in line and rows(tmp_path / "b") == []
+    assert "AP 0.0 on 8 validation images" in line and "--no-teacher-check goes on" in line
+    assert rows(tmp_path / "b") == []
 
 
 # ------------------------------------------------------------------ processes, flags that change speed only
 
 @pytest.mark.parametrize("method", ["none", "crosskd"])
 def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(forks, tmp_path, method):
-    """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding."""
+    """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm
+    sees the padding."""
     pictures, boxes = find_coco(common.shapes.make_shapes().resolve(), "val")  # without evaluation
     teacher = checkpoint(tmp_path / "t.pt", CocoDataset(pictures, boxes, False).classes, "tiny16")
-    flags = ["--train-json", boxes, "--train-images", pictures, "--student", "gfl_tiny8", "--max-iters", 20, "--image-size", 96, "--workers", 0, "--init", "none",
+    flags = ["--train-json", boxes, "--train-images", pictures, "--student", "gfl_tiny8", "--max-iters", 20,
+             "--image-size", 80, "--workers", 0, "--init", "none",
              "--log-every", 1, "--method", method, "--optimizer", "sgd", "--lr", "0.01",
              *(["--teacher", teacher, "--sync-stats"] if method == "crosskd" else [])]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
@@ -594,7 +659,8 @@ def test_one_process_of_four_and_two_of_two_have_the_same_losses_for_20_steps(fo
 def test_resume_before_the_first_checkpoint_starts_at_the_beginning(own, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/log.jsonl").write_text('{"it": 5, "loss": 1.0}\n')
-    r = run(*own.train, "--student", "gfl_tiny8", "--method", "none", "--max-iters", 3, *TINY, "--out", tmp_path / "r", "--resume")
+    r = run(*own.train, "--student", "gfl_tiny8", "--method", "none", "--max-iters", 3, *TINY, "--out",
+            tmp_path / "r", "--resume")
     assert "no last.pt yet" in r.stdout and list(losses(tmp_path / "r")) == [3]
 
 
@@ -603,45 +669,55 @@ def test_evaluation_needs_the_files_of_val_only(coco_mini, photographs, tmp_path
     for name in ("val2017", "annotations/instances_val2017.json"):
         (tmp_path / "data" / name).symlink_to(coco_mini / name)
     weights = checkpoint(tmp_path / "w.pt", photographs.classes)
-    assert "79 images" in run("--eval", weights, "--data", tmp_path / "data", *TINY[:4], "--out", tmp_path / "e").stdout
+    r = run("--eval", weights, "--data", tmp_path / "data", *TINY[:4], "--out", tmp_path / "e")
+    assert "79 images" in r.stdout
 
 
 def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monkeypatch):
     folder = small_shapes(tmp_path / "shapes-1")
     monkeypatch.setattr(common.shapes, "make_shapes", lambda: folder)
-    teacher = checkpoint(tmp_path / "fcos.pt", CocoDataset(*find_coco(folder, "val"), False).classes, "tiny16", "fcos")
-    r = run("--data", "shapes", "--teacher", teacher, "--no-teacher-check", "--max-iters", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
+    teacher = checkpoint(tmp_path / "fcos.pt", CocoDataset(*find_coco(folder, "val"), False).classes,
+                         "tiny16", "fcos")
+    r = run("--data", "shapes", "--teacher", teacher, "--no-teacher-check", "--max-iters", 2,
+            "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
     assert r.stdout.count("student fcos_tiny8:") == 2 and "gfl" not in r.stdout
-    assert [line.split("  ")[0] for line in r.stdout.splitlines()[-4:]] == ["shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]
+    assert [line.split("  ")[0] for line in r.stdout.splitlines()[-4:]] == [
+        "shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]
 
 
 def test_accumulating_two_micro_batches_runs_and_counts_steps(photographs, tmp_path):
-    r = run(*photographs.train, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4, "--accumulate", 2, "--epochs", 1, *TINY, "--out", tmp_path / "a")
+    r = run(*photographs.train, "--student", "fcos_tiny8", "--method", "none", "--batch-size", 4,
+            "--accumulate", 2, "--epochs", 1, *TINY, "--out", tmp_path / "a")
     assert "4 x 1 x 2 = 8" in r.stdout and max(losses(tmp_path / "a")) == 3  # of 24 images
 
 
 @pytest.fixture(scope="module")
 def evaluated(forks, photographs, tmp_path_factory):
-    """Result files of one process."""
+    """Flags of an evaluation, and the result files of one process."""
     out = tmp_path_factory.mktemp("one")
-    forks.run("--eval", photographs.start, *photographs.some, "--image-size", 64, "--workers", 0, "--out", out)
-    return out
+    flags = ["--eval", photographs.start, *photographs.some, "--image-size", 64, "--workers", 0]
+    forks.run(*flags, "--out", out)
+    return flags, out
 
 
 @pytest.mark.parametrize("procs", [2, 3])
-def test_evaluation_is_identical_on_1_2_and_3_processes(forks, photographs, evaluated, tmp_path, procs):
-    forks.run("--eval", photographs.start, *photographs.some, "--image-size", 64, "--workers", 0, "--out", tmp_path, procs=procs)
-    one, many = (json.loads((out / "results.json").read_text()) for out in (evaluated, tmp_path))
-    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in many.items() if k != "seconds"}
+def test_evaluation_is_identical_on_1_2_and_3_processes(forks, evaluated, tmp_path, procs):
+    flags, alone = evaluated
+    forks.run(*flags, "--out", tmp_path, procs=procs)
+    one, many = (json.loads((out / "results.json").read_text()) for out in (alone, tmp_path))
+    del one["seconds"], many["seconds"]
+    assert one == many
     key = lambda d: (d["image_id"], d["category_id"], d["score"], d["bbox"])
-    a, b = (sorted(map(key, json.loads((out / "detections.json").read_text()))) for out in (evaluated, tmp_path))
+    a, b = (sorted(map(key, json.loads((out / "detections.json").read_text()))) for out in (alone, tmp_path))
     assert a == b and len(a) > 1000
 
 
 @pytest.fixture(scope="module")
 def first_steps(photographs, tmp_path_factory):
     """Flags of three steps, and their log."""
-    flags, out = [*photographs.train, "--teacher", photographs.teacher, "--student", "gfl_tiny8", "--batch-size", 2, "--max-iters", 3, *TINY[:-1], 1], tmp_path_factory.mktemp("plain")
+    out = tmp_path_factory.mktemp("plain")
+    flags = [*photographs.train, "--teacher", photographs.teacher, "--student", "gfl_tiny8",
+             "--batch-size", 2, "--max-iters", 3, *TINY[:-1], 1]
     run(*flags, "--out", out)
     return flags, losses(out)
 
@@ -655,30 +731,35 @@ def test_speed_flags_run_and_keep_the_first_losses_close(first_steps, tmp_path, 
         assert fast[k] == pytest.approx(plain[k], rel=0.05 if flags[0] == "--amp" else 1e-4), k
 
 
-# ------------------------------------------------------------------ bad input: one clear line, no traceback, nothing lost
+# ------------------------------------------------------------------ bad input: one line, nothing lost
 
 def test_a_wrong_input_ends_the_process_with_one_line_and_no_traceback(forks, tmp_path):
-    job = forks.run("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out", tmp_path / "o", code=1)
+    job = forks.run("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none",
+                    "--out", tmp_path / "o", code=1)
     assert one_line(job.err).startswith("crosskd.py: --data")
 
 
 def test_missing_data_says_which_file_and_that_shapes_needs_nothing(tmp_path):
-    line = fails("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out", tmp_path / "o")
+    line = fails("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out",
+                 tmp_path / "o")
     assert "instances_train2017.json" in line and "shapes" in line
 
 
-@pytest.mark.parametrize("flags", ["", "--teacher gfl_r50", "--method none", "--method none --student gfl_r18 --init imagenet", "--eval gfl_r101",
-                                   "--predict nothing.jpg --weights gfl_r50", "--train-json {0}/a.json --train-images {0}"])
+@pytest.mark.parametrize("flags", ["", "--teacher gfl_r50", "--method none",
+                                   "--method none --student gfl_r18 --init imagenet", "--eval gfl_r101",
+                                   "--predict nothing.jpg --weights gfl_r50",
+                                   "--train-json {0}/a.json --train-images {0}"])
 def test_what_is_missing_is_told_before_anything_is_downloaded(tmp_path, monkeypatch, flags):
     monkeypatch.setattr(zoo, "fetch", lambda url, sha256="": pytest.fail(f"downloads {url}"))
     line = fails("--data", tmp_path, *flags.format(tmp_path).split(), "--out", tmp_path / "o")
-    assert ("nothing.jpg" if "--predict" in flags else "a.json" if "--train-json" in flags else "--data shapes") in line
+    assert any(word in line for word in ("nothing.jpg", "a.json", "--data shapes"))
 
 
 def test_a_teacher_that_cannot_fit_is_told_before_it_is_downloaded(own, coco_mini, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "fetch", lambda url, sha256="": pytest.fail(f"downloads {url}"))
-    for flags, word in ((own.train, "num_classes 80, --student 4"), (["--data", coco_mini, "--student", "gfl_tiny8"], "channels 256, --student 64"),
-                        (["--data", coco_mini, "--teacher", "gfl_r101", "--student", "atss_r50"], "kind gfl, --student atss")):
+    for flags, word in ((own.train, "num_classes 80, --student 4"),
+                        (["--data", coco_mini, "--student", "gfl_tiny8"], "channels 256, --student 64"),
+                        (["--data", coco_mini, "--teacher", "gfl_r101", "--student", "atss_r50"], "kind gfl")):
         assert word in fails(*flags, "--out", tmp_path / "o")
 
 
@@ -694,30 +775,40 @@ def test_imagenet_weights_that_cannot_be_downloaded_name_the_way_without_them(ow
 def test_an_out_folder_that_cannot_be_made_is_one_line(own, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / ("x" * 300), tmp_path / "file", tmp_path / "file/sub"):
-        for flags in ([*own.train, "--method", "none", "--student", "gfl_tiny8", "--init", "none"], ["--eval", own.start, *own.val],
-                      ["--predict", own.val[3], "--weights", own.start]):
+        for flags in ([*own.train, "--method", "none", "--student", "gfl_tiny8", "--init", "none"],
+                      ["--eval", own.start, *own.val], ["--predict", own.val[3], "--weights", own.start]):
             assert "--out " in fails(*flags, "--out", out)
 
 
-@pytest.mark.parametrize("script, mark", [("hierkd.py", "rpn"), ("dkdetr.py", "queries"), ("prototype_kd.py", "columns"), ("simple21k.py", "pair")])
+@pytest.mark.parametrize("script, mark", [("hierkd.py", "rpn"), ("dkdetr.py", "queries"),
+                                          ("prototype_kd.py", "columns"), ("simple21k.py", "pair")])
 def test_a_checkpoint_of_another_script_is_refused_by_its_name(own, tmp_path, script, mark):
-    save_checkpoint(dict(script=script, arch=dict(backbone="r50"), classes=["a"], model=dict(w=torch.zeros(1)), epoch=1, it=9), tmp_path / "best.pt")
-    torch.save(dict(arch={mark: 1}, model=dict(w=torch.zeros(1))), tmp_path / "old.pt")  # of before checkpoints named their script
+    save_checkpoint(dict(script=script, arch=dict(backbone="r50"), classes=["a"],
+                         model=dict(w=torch.zeros(1)), epoch=1, it=9), tmp_path / "best.pt")
+    # of before checkpoints named their script
+    torch.save(dict(arch={mark: 1}, model=dict(w=torch.zeros(1))), tmp_path / "old.pt")
     for name in ("best.pt", "old.pt"):
-        for flags in (["--eval"], [*own.train, "--student", "gfl_tiny8", "--init"], [*own.train, "--init", "none", "--teacher"],
-                      ["--predict", own.val[3], "--weights"]):
-            more = ["--method", "none"] if "--init" == flags[-1] else []
-            assert f"is a checkpoint of {script}, not of crosskd.py" in fails(*flags, tmp_path / name, *more, "--out", tmp_path / "o")
-    state = dict(script=script, arch=dict(backbone="r50"), model=dict(w=torch.zeros(1)), optimizer={}, rng=[{}], it=9, total_batch=4, args={})
+        path = tmp_path / name
+        for flags in (["--eval", path], ["--predict", own.val[3], "--weights", path],
+                      [*own.train, "--init", "none", "--teacher", path],
+                      [*own.train, "--method", "none", "--student", "gfl_tiny8", "--init", path]):
+            line = fails(*flags, "--out", tmp_path / "o")
+            assert f"is a checkpoint of {script}, not of crosskd.py" in line
+    state = dict(script=script, arch=dict(backbone="r50"), model=dict(w=torch.zeros(1)), optimizer={},
+                 rng=[{}], it=9, total_batch=4, args={})
     save_checkpoint(state, tmp_path / "last.pt")
-    assert f"is a checkpoint of {script}" in fails(*own.train, "--student", "gfl_tiny8", "--init", "none", "--method", "none", "--resume", "--out", tmp_path)
+    assert f"is a checkpoint of {script}" in fails(*own.train, "--student", "gfl_tiny8", "--init", "none",
+                                                   "--method", "none", "--resume", "--out", tmp_path)
 
 
 def test_an_own_checkpoint_that_does_not_fit_together_is_one_line(own, tmp_path):
     whole = load_checkpoint(own.start)
-    for change, word in ((dict(classes=["a"]), "names 1 classes"), (dict(arch=whole["arch"] | dict(kind="yolo")), "does not describe a network"),
-                         (dict(arch=dict(p6="on_input")), "does not describe a network"), (dict(model={}), "missing"), (dict(classes=3), "does not describe"),
-                         (dict(arch=whole["arch"] | dict(num_classes=7)), "of another shape")):
+    arch = whole["arch"]
+    for change, word in (
+            (dict(classes=["a"]), "names 1 classes"), (dict(classes=3), "does not describe a network"),
+            (dict(arch=arch | dict(kind="yolo")), "does not describe a network"),
+            (dict(arch=dict(p6="on_input")), "does not describe a network"),
+            (dict(arch=arch | dict(num_classes=7)), "of another shape"), (dict(model={}), "missing")):
         state = {k: v for k, v in (whole | change).items() if k not in ("format", "checksum")}
         save_checkpoint(state, tmp_path / "w.pt")
         assert word in fails("--predict", own.val[3], "--weights", tmp_path / "w.pt", "--out", tmp_path / "o")
@@ -733,7 +824,8 @@ def test_truncated_jpeg_is_named_also_from_a_loader_worker(coco_mini, tmp_path):
     for image in (data / "train2017").iterdir():
         if image.name != first:  # which a run reads itself, before its loaders, to know its size
             image.write_bytes(image.read_bytes()[:3000])
-    line = fails("--data", data, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--image-size", 64, "--out", tmp_path / "o", "--workers", 1)
+    line = fails("--data", data, "--student", "gfl_tiny8", "--method", "none", "--init", "none",
+                 "--image-size", 64, "--out", tmp_path / "o", "--workers", 1)
     assert re.search(r"train2017/\d{12}\.jpg: cannot be decoded", line)
 
 
@@ -744,21 +836,25 @@ def test_truncated_jpeg_is_named_also_from_a_loader_worker(coco_mini, tmp_path):
     (lambda p: torch.save({"model": p}, p), "pickled pathlib.PosixPath")])
 def test_foreign_or_corrupt_teacher_is_refused(coco_mini, tmp_path, make, word):
     make(tmp_path / "t.pth")
-    assert word in fails("--data", coco_mini, "--teacher", tmp_path / "t.pth", "--out", tmp_path / "o", "--init", "none")
+    assert word in fails("--data", coco_mini, "--teacher", tmp_path / "t.pth", "--out", tmp_path / "o",
+                         "--init", "none")
 
 
 def test_unknown_teacher_name_lists_the_known_ones(coco_mini, tmp_path):
-    assert "retinanet_swint" in fails("--data", coco_mini, "--teacher", "gfl_r999", "--out", tmp_path / "o", "--init", "none")
+    assert "retinanet_swint" in fails("--data", coco_mini, "--teacher", "gfl_r999", "--out", tmp_path / "o",
+                                      "--init", "none")
 
 
 def test_teacher_of_other_class_count_is_refused_before_training(coco_mini, tmp_path):
     checkpoint(tmp_path / "t.pt", list("abcde"))
-    line = fails("--data", coco_mini, "--teacher", tmp_path / "t.pt", "--student", "gfl_tiny8", "--out", tmp_path / "o", "--init", "none")
+    line = fails("--data", coco_mini, "--teacher", tmp_path / "t.pt", "--student", "gfl_tiny8", "--out",
+                 tmp_path / "o", "--init", "none")
     assert "num_classes 5" in line and "80" in line
 
 
 def test_teacher_of_another_kind_is_refused(coco_mini, photographs, tmp_path):
-    assert "kind gfl" in fails("--data", coco_mini, "--teacher", photographs.teacher, "--student", "atss_tiny8", "--out", tmp_path / "o", "--init", "none")
+    assert "kind gfl" in fails("--data", coco_mini, "--teacher", photographs.teacher, "--student",
+                               "atss_tiny8", "--out", tmp_path / "o", "--init", "none")
 
 
 def test_wrong_p6_shape_in_an_mmdet_file_is_named(golden, own, tmp_path):
@@ -766,7 +862,8 @@ def test_wrong_p6_shape_in_an_mmdet_file_is_named(golden, own, tmp_path):
     state = {k: torch.zeros(s, dtype=getattr(torch, d)) for k, (s, d) in keys.items()}
     state["neck.fpn_convs.3.conv.weight"] = torch.zeros(256, 300, 3, 3)
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "p6.pth")
-    assert "p6.weight (256, 300, 3, 3) instead of (256, 512, 3, 3)" in fails("--eval", tmp_path / "p6.pth", *own.val, "--out", tmp_path / "o")
+    assert "p6.weight (256, 300, 3, 3) instead of (256, 512, 3, 3)" in fails("--eval", tmp_path / "p6.pth",
+        *own.val, "--out", tmp_path / "o")
 
 
 def test_missing_key_in_an_mmdet_file_is_named(golden, own, tmp_path):
@@ -774,26 +871,31 @@ def test_missing_key_in_an_mmdet_file_is_named(golden, own, tmp_path):
     state = {k: torch.zeros(s, dtype=getattr(torch, d)) for k, (s, d) in keys.items()}
     del state["bbox_head.cls_convs.2.conv.bias"]
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "k.pth")
-    assert "1 missing (first head.cls_tower.2.conv.bias)" in fails("--eval", tmp_path / "k.pth", *own.val, "--out", tmp_path / "o")
+    assert "1 missing (first head.cls_tower.2.conv.bias)" in fails("--eval", tmp_path / "k.pth", *own.val,
+                                                                   "--out", tmp_path / "o")
 
 
 def test_run_folder_of_another_run_is_not_overwritten(coco_mini, tmp_path):
     (tmp_path / "o").mkdir()
     (tmp_path / "o/log.jsonl").write_text('{"it": 1}\n')
-    assert "--resume" in fails("--data", coco_mini, "--student", "gfl_tiny8", "--method", "none", "--init", "none", "--out", tmp_path / "o")
+    assert "--resume" in fails("--data", coco_mini, "--student", "gfl_tiny8", "--method", "none", "--init",
+                               "none", "--out", tmp_path / "o")
     assert (tmp_path / "o/log.jsonl").read_text() == '{"it": 1}\n'
 
 
 def test_nan_loss_stops_with_step_and_terms_and_keeps_the_last_checkpoint(coco_mini, tmp_path):
-    line = fails("--data", coco_mini, "--student", "gfl_tiny8", "--method", "none", "--batch-size", 2, "--lr", "1e9", "--optimizer", "sgd", *TINY,
+    line = fails("--data", coco_mini, "--student", "gfl_tiny8", "--method", "none", "--batch-size", 2, "--lr",
+                 "1e9", "--optimizer", "sgd", *TINY,
                  "--max-iters", 40, "--epochs", 1, "--out", tmp_path / "o")
     assert re.search(r"not finite at iteration \d+: cls=", line)
     last = torch.load(tmp_path / "o/last.pt", weights_only=True)
-    assert last["it"] == 0 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())  # the start, and nothing bad
+    assert last["it"] == 0 and all(v.isfinite().all() for v in last["model"].values()
+                                   if v.is_floating_point())  # the start, and nothing bad
 
 
 def test_a_rank_without_boxes_trains_on(forks, coco_mini, photographs, tmp_path):
-    """Two processes, one image each; half of the images lose their boxes (crowd-only), so ranks without boxes occur at most steps."""
+    """Two processes, one image each; half of the images lose their boxes (crowd-only), so ranks without boxes
+    occur at most steps."""
     data = tmp_path / "data"
     (data / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
@@ -804,6 +906,8 @@ def test_a_rank_without_boxes_trains_on(forks, coco_mini, photographs, tmp_path)
             if a["iscrowd"] and not isinstance(a["segmentation"], dict):
                 a["segmentation"] = {"size": [1, 1], "counts": [1]}
         (data / f"annotations/instances_{split}2017.json").write_text(json.dumps(raw))
-    forks.run("--train-json", data / "annotations/instances_train2017.json", "--train-images", data / "train2017", "--teacher", photographs.teacher,
-              "--student", "gfl_tiny8", "--batch-size", 1, "--max-iters", 8, *TINY, "--image-size", 64, "--method", "crosskd+pkd", "--out", tmp_path / "o", procs=2)
+    forks.run("--train-json", data / "annotations/instances_train2017.json", "--train-images",
+              data / "train2017", "--teacher", photographs.teacher,
+              "--student", "gfl_tiny8", "--batch-size", 1, "--max-iters", 8, *TINY, "--image-size", 64,
+              "--method", "crosskd+pkd", "--out", tmp_path / "o", procs=2)
     assert len(losses(tmp_path / "o")) >= 1

@@ -586,17 +586,27 @@ import collections, shutil
 usage = collections.namedtuple("usage", "total used free")
 shutil.disk_usage = lambda path: usage(2 << 20, 0, 2 << 20)
 """
+HANDOVER = """
+import os, torch
+main, share = os.getpid(), torch.UntypedStorage._share_fd_cpu_
+def full(self, *a, **k):
+    if os.getpid() != main:  # docker's 64 MB are used up when a loader process hands over its batch
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_9>: No space left (28)")
+    return share(self, *a, **k)
+torch.UntypedStorage._share_fd_cpu_ = full
+"""
 
 
 @pytest.mark.parametrize("before, word", [
-    (KILLED, "a loader process died"), (SHM, "/dev/shm has 2 MB free"), (FILES, "ulimit -n")],
-    ids=["killed", "shm", "files"])
+    (KILLED, "a loader process died"), (SHM, "/dev/shm has 2 MB free"), (HANDOVER, "/dev/shm is too small"),
+    (FILES, "ulimit -n")], ids=["killed", "shm", "handover", "files"])
 def test_starved_loader_processes_are_one_line_with_the_remedy(forks, steps, tmp_path, before, word):
     job = forks.run(*steps, "--workers", 2, "--batch-size", 8, "--max-iters", 26, "--out", tmp_path / "o",
                     before=before, code=1)
     line = one_line(job.err)
     assert word in line and "--workers" in line
-    assert before == SHM or load_checkpoint(tmp_path / "o/last.pt")["it"] == 0  # SHM: refused before the run began
+    if before != SHM:  # which is refused before the run begins
+        assert load_checkpoint(tmp_path / "o/last.pt")["it"] == 0
 
 
 def test_a_run_with_loader_processes_ends_when_it_is_done(forks, steps, tmp_path):
@@ -759,7 +769,7 @@ def test_a_teacher_that_cannot_fit_is_told_before_it_is_downloaded(own, coco_min
     monkeypatch.setattr(zoo, "fetch", lambda url, sha256="": pytest.fail(f"downloads {url}"))
     for flags, word in ((own.train, "num_classes 80, --student 4"),
                         (["--data", coco_mini, "--student", "gfl_tiny8"], "channels 256, --student 64"),
-                        (["--data", coco_mini, "--teacher", "gfl_r101", "--student", "atss_r50"], "kind gfl")):
+                        (["--data", coco_mini, "--teacher", "gfl_r50", "--student", "atss_r50"], "kind gfl")):
         assert word in fails(*flags, "--out", tmp_path / "o")
 
 

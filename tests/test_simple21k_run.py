@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import simple21k
+from common.run import save_checkpoint
 from common.shapes import ALL_CLASSES, CLASSES, IMAGE_ONLY, WNID, make_shapes
 from conftest import ROOT, SHARED, launch
 
@@ -614,7 +615,7 @@ def test_a_resumed_run_follows_its_data_and_refuses_other_flags(small, stage1, t
     assert "is damaged" in run("--resume", *out, fail=True).stderr
     del saved["checksum"], saved["format"]
     saved["args"]["cls_list"] = str(tmp_path / "list.txt")
-    torch.save(saved, tmp_path / "run/last.pt")
+    save_checkpoint(saved, tmp_path / "run/last.pt")
     assert "was trained on other classes than the data have now" in run("--resume", *out, fail=True).stderr
 
 

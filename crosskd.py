@@ -852,7 +852,7 @@ def check_teacher(teacher, val, rank, world, device, args):
     metrics, _ = evaluate(teacher, val, rank, world, device, args, most=100)
     if rank == 0:
         print(f"teacher AP {metrics['AP']:.1f} on {metrics['images']} validation images", flush=True)
-        if metrics["AP"] < 1 and not args.no_teacher_check:
+        if 0 <= metrics["AP"] < 1 and not args.no_teacher_check:  # -1: no box on these images
             raise UserError(f"--teacher {args.teacher or 'of shapes'}: AP {metrics['AP']:.1f} on {metrics['images']} validation "
                             "images: wrong weights, other classes or other pixels? --no-teacher-check goes on")
 

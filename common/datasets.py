@@ -16,6 +16,7 @@ import io
 import json
 import math
 import mmap
+import multiprocessing.queues
 import os
 import posixpath
 import random
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch._utils import ExceptionWrapper
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort, functional as TF
@@ -1463,6 +1465,14 @@ def start_worker(_):
     after 20 seconds in any case."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: signal.alarm(20))
+    multiprocessing.queues.Queue._on_queue_feeder_error = unsent
+
+
+def unsent(queue, error, item):
+    """In a loader process: a batch cannot be handed over, as /dev/shm or the file descriptors are
+    used up. The error is handed over instead: Python only prints it, and the run waits for ever."""
+    info = type(error), error, error.__traceback__
+    queue.put((item[0], ExceptionWrapper(info, where="in a loader process")))
 
 
 def train_loader(dataset, batch_size, rank, world, seed, workers, pin):

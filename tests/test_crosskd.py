@@ -1,5 +1,6 @@
 """The losses and gradients of crosskd.py: hand-computed values, brute force, and what CrossKD promises."""
 import copy
+import functools
 import math
 import re
 
@@ -22,12 +23,19 @@ def make_args(kind="gfl", *flags):
 
 
 def small(kind, seed=0, classes=3, width=8):
+    model, random = prototype(kind, seed, classes, width)
+    torch.set_rng_state(random)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def prototype(kind, seed, classes, width):
     torch.manual_seed(seed)
     model = DETECTORS[kind](f"tiny{width}", classes, 64)
     for p in model.head.parameters():  # a fresh head is nearly constant: give it something to say
         if p.ndim == 4:
             torch.nn.init.normal_(p, std=0.06)
-    return model
+    return model, torch.get_rng_state()
 
 
 def make_batch(boxes=((20, 20, 60, 70), (50, 10, 90, 40)), seed=0, count=2):

@@ -33,7 +33,7 @@ TINY = ["--image-size", "128", "--workers", "0", "--init", "none", "--log-every"
 # ------------------------------------------------------------------ how runs are started
 
 SERVER = r"""
-import importlib, json, os, sys, time
+import atexit, importlib, json, os, sys, time, traceback
 root, script, *more = sys.argv[1:]
 sys.path.insert(0, root)
 module = importlib.import_module(script)
@@ -63,8 +63,20 @@ for fd, name in enumerate((os.devnull, request["out"], request["err"])):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
 os.environ.update(request["env"])
 sys.argv = [f"{script}.py", *request["flags"]]
+code, whole_exit = 0, False
 exec(request["before"])
-module.main()
+try:
+    module.main()
+except SystemExit as e:
+    code = e.code or 0
+except BaseException:
+    traceback.print_exc()
+    code = 1
+if whole_exit:
+    sys.exit(code)
+atexit._run_exitfuncs()  # all of an exit but the second that Python takes to free what it has imported
+sys.stdout.flush()
+os._exit(code)
 """
 
 # FLOPs and curves have tests of their own, and one run here that has both; in twenty others they would take a
@@ -93,7 +105,8 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def start(self, *flags, procs=1, before="", env={}):
-        """A Job for each of `procs` processes. before: Python code that each of them executes first."""
+        """A Job for each of `procs` processes. before: Python code that each of them executes first;
+        "whole_exit = True" is part of it where what Python does at last matters."""
         port, jobs = str(free_port()), []
         for rank in range(procs):
             group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(procs),
@@ -443,7 +456,7 @@ def stopped(err, name, out, runner):
 
 def test_a_run_that_signals_stop_continues_bit_exactly_by_the_command_it_prints(forks, steps, tmp_path):
     """SIGTERM to the process, as kill sends it; SIGINT to its loader process, too, as a terminal does."""
-    out, flags = tmp_path / "stopped", [*steps, "--max-iters", 17]
+    out, flags = tmp_path / "stopped", [*steps, "--max-iters", 15]
     forks.run(*flags, "--out", tmp_path / "whole")
     again = [*map(str, flags), "--out", str(out)]
     for number, code, more in ((signal.SIGTERM, 143, []), (signal.SIGINT, 130, ["--workers", "1"])):
@@ -461,7 +474,7 @@ def test_a_run_that_signals_stop_continues_bit_exactly_by_the_command_it_prints(
 
 def test_two_processes_stop_together_for_torchrun_a_signal_to_one_or_a_lost_one_and_continue_bit_exactly(
         forks, steps, tmp_path):
-    out, flags = tmp_path / "stopped", [*steps, "--batch-size", 2, "--max-iters", 19]
+    out, flags = tmp_path / "stopped", [*steps, "--batch-size", 2, "--max-iters", 17]
     forks.run(*flags, "--out", tmp_path / "whole", procs=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
                 str(free_port()), "crosskd.py"]
@@ -568,6 +581,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(forks, steps, tmp_path):
 
 
 KILLED = """
+whole_exit = True
 import os, signal, common.datasets, torch
 get = common.datasets.CocoDataset.__getitem__
 def killed(self, key):
@@ -577,6 +591,7 @@ def killed(self, key):
 common.datasets.CocoDataset.__getitem__ = killed
 """
 FILES = """
+whole_exit = True
 import os, resource
 n = len(os.listdir("/proc/self/fd")) + 8
 resource.setrlimit(resource.RLIMIT_NOFILE, (n, n))
@@ -587,6 +602,7 @@ usage = collections.namedtuple("usage", "total used free")
 shutil.disk_usage = lambda path: usage(2 << 20, 0, 2 << 20)
 """
 HANDOVER = """
+whole_exit = True
 import os, torch
 main, share = os.getpid(), torch.UntypedStorage._share_fd_cpu_
 def full(self, *a, **k):
@@ -611,7 +627,8 @@ def test_starved_loader_processes_are_one_line_with_the_remedy(forks, steps, tmp
 
 def test_a_run_with_loader_processes_ends_when_it_is_done(forks, steps, tmp_path):
     since = time.time()
-    job = forks.run(*steps, "--workers", 2, "--max-iters", 2, "--out", tmp_path / "o")
+    job = forks.run(*steps, "--workers", 2, "--max-iters", 2, "--out", tmp_path / "o",
+                    before="whole_exit = True")
     assert "Traceback" not in job.err and "Exception" not in job.err and time.time() - since < 20
 
 
@@ -745,7 +762,7 @@ def test_speed_flags_run_and_keep_the_first_losses_close(first_steps, tmp_path, 
 
 def test_a_wrong_input_ends_the_process_with_one_line_and_no_traceback(forks, tmp_path):
     job = forks.run("--data", tmp_path, "--student", "gfl_tiny8", "--method", "none", "--init", "none",
-                    "--out", tmp_path / "o", code=1)
+                    "--out", tmp_path / "o", before="whole_exit = True", code=1)
     assert one_line(job.err).startswith("crosskd.py: --data")
 
 

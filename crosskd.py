@@ -1094,7 +1094,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.002)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     run_flags(p, "crosskd")
-    args = parse(p, argv, "crosskd", dict(eval="val_json val_images", predict="weights score"), belongs=BELONGS)
+    args = parse(p, argv, "crosskd", dict(eval="data workers val_json val_images", predict="weights score"), belongs=BELONGS)
     parts = set((args.method or "crosskd").split("+"))
     if parts - set(METHODS) or ("none" in parts and len(parts) > 1):
         p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +")

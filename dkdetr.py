@@ -1411,7 +1411,8 @@ def parse_args(argv=None):
     run_flags(p, "dkdetr")
     # of --table: where its first run leaves the burn-in, and the (skd, rkd) of its second
     p.set_defaults(burn_in_to=None, method=None)
-    modes = dict(eval=f"{NAMING} val_json val_images", predict=f"{NAMING} weights score")
+    modes = dict(eval=f"{NAMING} data data_seed workers val_json val_images",
+                 predict=f"{NAMING} data data_seed weights score")
     args = parse(p, argv, "dkdetr", modes, only="weights score classes", belongs=BELONGS,
                  apart=("resume start_from", "data train_json"), saved=run_or_table)
     if args.jitter is not None and args.jitter[0] > args.jitter[1]:

@@ -1084,9 +1084,9 @@ def parse_args(argv=None):
     run_flags(p, "hierkd")
     first, given = p.parse_args(argv), given_flags(p, argv)
     crops = f"{CROPS} preset" if first.clip_direct else ""
-    modes = dict(eval=f"clip clip_direct direct_quality nms val_json val_images {crops}",
-                 predict="weights score classes clip nms heat_map",
-                 gt_upper_bound=f"clip split {CROPS} preset val_json val_images")
+    modes = dict(eval=f"data data_seed workers clip clip_direct direct_quality nms val_json val_images {crops}",
+                 predict="data data_seed weights score classes clip nms heat_map",
+                 gt_upper_bound=f"data data_seed clip split {CROPS} preset val_json val_images")
     args = parse(p, argv, "hierkd-rpn" if first.rpn_recall else "hierkd", modes,
                  only="weights score classes heat_map clip_direct direct_quality", belongs=BELONGS,
                  apart=("eval predict gt_upper_bound rpn_recall",), saved=flags_of_run)

@@ -1404,7 +1404,8 @@ def parse_args(argv=None):
                    "and distilled student in one table; --resume wants its flags again (default where no "
                    "--teacher, --init, --max-iters is given)")
     run_flags(p, "prototype_kd")
-    modes = dict(eval="dataset voc_val val_json val_images", predict="weights score")
+    modes = dict(eval="data data_seed workers channels_last dataset voc_val val_json val_images",
+                 predict="channels_last weights score")
     apart = "schedule epochs", "train_json data", "train_json dataset", "val_json dataset"
     args = parse(p, argv, "prototype_kd", modes, belongs=BELONGS, apart=apart, saved=saved_run)
     if args.image_size:

@@ -1808,8 +1808,8 @@ def parse_args(argv=None):
     run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"})
     p.set_defaults(score=0.1)  # of thousands of classes none scores high
     seen = "masks fuse score_thresh max_dets nms_topk"
-    modes = dict(eval=f"setup cls_val val_json val_images val_boxes {seen}",
-                 predict=f"weights score names classes {seen}", make_split="cls_dir cls_list setup seed")
+    modes = dict(eval=f"data data_seed workers setup cls_val val_json val_images val_boxes {seen}",
+                 predict=f"weights score names classes {seen}", make_split="data data_seed cls_dir cls_list setup seed")
     args = parse(p, argv, "simple21k", modes, only="weights score classes", belongs=BELONGS,
                  apart=("val_json val_boxes", "overlap wordnet"), saved=saved_run)
     refuse(p, args, given_flags(p, argv))

@@ -35,6 +35,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -105,6 +106,12 @@ def started(script):
     for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding lacks are no error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    def stop(number, frame):  # before there is a Run, which knows better, and after it
+        if os.getpid() == pid:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name}; no step was under way")
+    pid, before = os.getpid(), None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, stop)
     try:
         yield init_ddp()
         if dist.is_initialized():
@@ -123,6 +130,8 @@ def started(script):
             run.release()
         for folder in list(LOCKS):
             unlock(folder)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     if line:
         print(f"\n{script}: {line}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no destructors: they would wait for the others
@@ -253,7 +262,7 @@ def number(kind=float, low=0, high=math.inf, above=False, below=False):
             raise argparse.ArgumentTypeError(f"{text}: expected {wanted}") from None
         enough = low < value if above else low <= value
         fits = value < high if below else value <= high
-        if not (math.isfinite(value) and enough and fits):
+        if not (abs(value) <= 1e30 and enough and fits):  # float32 ends at 3e38, squares before
             raise argparse.ArgumentTypeError(f"{text}: must be {what}")
         return value
     return parse
@@ -311,7 +320,7 @@ def run_flags(p, name, aliases={}):
 ADJUSTABLE = """out max_iters eval_every accumulate batch_size stage1_batch workers amp compile
     channels_last log_every save_every resume data train_json train_images val_json val_images epochs
     stage1_epochs lr stage1_lr weight_decay no_teacher_check table checkpoint""".split()
-ALWAYS = "out workers amp channels_last data data_seed image_size".split()  # every mode reads them
+ALWAYS = "out amp image_size".split()  # every mode reads them
 
 
 def dash(flag):
@@ -355,7 +364,7 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         p.error(f"{dash(flag)}: belongs to {theirs}")
     if args.resume:
         last = Path(args.out) / "last.pt"
-        old = saved(args) if saved else saved_flags(last) if last.exists() else {}
+        old = saved(args) if saved else saved_flags(last, f"{name}.py") if last.exists() else {}
         p.set_defaults(**{k: v for k, v in old.items() if k not in ("resume", "out")})
         args = argparse.Namespace(**vars(p.parse_args(argv)) | dict(out=args.out))
         for flag in sorted(given - set(ADJUSTABLE)):
@@ -391,6 +400,8 @@ def refuse_pairs(p, args, given, mode, modes, apart):
     for flag, other in (("train_json", "train_images"), ("val_json", "val_images")):
         if flag in given and getattr(args, other) is None and not args.resume:
             p.error(f"{dash(flag)} needs {dash(other)}, the folder of its images")
+        if other in given and getattr(args, flag) is None and not args.resume and not hasattr(args, "val_boxes"):
+            p.error(f"{dash(other)} needs {dash(flag)}, the boxes of its images")  # simple21k.py: has others
 
 
 # ------------------------------------------------------------------ checkpoints of ours
@@ -634,6 +645,10 @@ def lock(folder, wait=False):
     except OSError:  # a disk without locks
         file.close()
         return True
+    if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+        file.close()  # its owner took the file away meanwhile: this lock is of a file without a name
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return lock(folder, wait)
     file.truncate(0)
     file.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname())))
     file.flush()
@@ -1129,4 +1144,4 @@ def describe_model(name, model, *inputs, rank=0):
         flops = f"{counter.get_total_flops() / 1e9:,.1f} GFLOPs at {size}"
     except (RuntimeError, NotImplementedError, TypeError) as e:
         flops = f"FLOPs not counted ({why(e)})"
-    print(f"{name}: {every:,} parameters, {trained:,} trained, {flops}", flush=True)
+    print(fold([f"{name}:", f"{every:,} parameters,", f"{trained:,} trained,", flops]), flush=True)

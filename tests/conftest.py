@@ -50,7 +50,7 @@ def launch(script, flags, procs=1, fail=False):
         os.chdir(ROOT)
         try:
             with (mock.patch.object(sys, "argv", [f"{script}.py", *flags]), mock.patch("torch.cuda.is_available", return_value=False),
-                  redirect_stdout(out), redirect_stderr(err)):
+                  mock.patch.object(sys, "unraisablehook", sys.unraisablehook), redirect_stdout(out), redirect_stderr(err)):
                 importlib.import_module(script).main()
         except SystemExit as e:  # an exit with a text is what prints one line; any other exception is a traceback and fails the test
             code = 1 if isinstance(e.code, str) else e.code or 0

@@ -400,8 +400,9 @@ def refuse_pairs(p, args, given, mode, modes, apart):
     for flag, other in (("train_json", "train_images"), ("val_json", "val_images")):
         if flag in given and getattr(args, other) is None and not args.resume:
             p.error(f"{dash(flag)} needs {dash(other)}, the folder of its images")
-        if other in given and getattr(args, flag) is None and not args.resume and not hasattr(args, "val_boxes"):
-            p.error(f"{dash(other)} needs {dash(flag)}, the boxes of its images")  # simple21k.py: has others
+        others = hasattr(args, "val_boxes")  # simple21k.py: boxes of another kind
+        if other in given and getattr(args, flag) is None and not args.resume and not others:
+            p.error(f"{dash(other)} needs {dash(flag)}, the boxes of its images")
 
 
 # ------------------------------------------------------------------ checkpoints of ours

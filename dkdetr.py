@@ -1286,7 +1286,7 @@ BELONGS = (
     ("tau_s skd_scope", "skd", ("bce",)),
     ("w_skd", "skd", ("bce", "l1")),
     ("w_rkd tau_r rkd_dir rkd_diag", "rkd", ("both", "image", "batch")),
-    ("kd_attn kd_ref", "aux_queries", (True,)),
+    ("kd_attn kd_ref kd_embed", "aux_queries", (True,)),
     ("kd_exclude kd_topk kd_dedupe kd_min_size", "kd_boxes", ("encoder", "decoder")))
 DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_dedupe kd_attn kd_ref
     kd_layers crop_scales crop_fit crop_source shuffle_crops""".split()  # of no effect where there is none
@@ -1454,9 +1454,10 @@ def resolve(args):
     known["data"] = DATASETS[dataset]
     training = not (args.eval or args.predict)
     short = args.max_iters or args.start_from
-    known["table"] = training and shapes and dataset == "ovcoco" and distils(args) and not short
+    quick = training and shapes and dataset == "ovcoco" and distils(args)
+    known["table"] = quick and not short
     table = known["table"] if args.table is None else args.table
-    if table and shapes:
+    if shapes and (table or quick and args.table is None):  # --max-iters: the start of that run
         known["epochs"] = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
     known["burn_in"] = (args.epochs or known["epochs"]) * 40 // 70
     args = argparse.Namespace(**vars(args) | {k: v for k, v in known.items() if getattr(args, k) is None})

@@ -1439,13 +1439,19 @@ def check_method(p, args, given, method):
         p.error(f"--control {args.control}: compares on a validation set, which --val-json names")
     values = argparse.Namespace(**vars(args) | from_preset(args))
     weights = [values.alpha_global, values.alpha_feat, values.alpha_resp]
-    if args.teacher and not any(weights):
-        p.error(f"--teacher {args.teacher}: has no effect, --alpha-global, --alpha-feat and --alpha-resp "
-                "are 0; --teacher none says so")
+    if not any(weights):
+        p.error("--alpha-global, --alpha-feat and --alpha-resp are 0, nothing is distilled: --teacher none says "
+                "so, with --init where the student starts")
     for flags, weight in WEIGHED:
         idle = [f for f in flags.split() if f in given and not getattr(values, weight)]
         if idle:
             p.error(f"{dash(idle[0])}: belongs to {dash(weight)} above 0, here it is 0")
+    compares = values.alpha_feat or values.alpha_global  # Eqs. 6 and 7
+    levels = values.alpha_feat or values.alpha_global and values.kd_relation == "global"
+    for flag, reads in (("kd_decay", compares), ("level_assign", levels),
+                        ("instances", compares or values.sigma != "none")):
+        if flag in given and not reads:
+            p.error(f"{dash(flag)}: belongs to losses that these weights leave out")
     idle = [f for f in OF_BANK if f in given]
     if idle and not needs_prototypes(values):
         p.error(f"{dash(idle[0])}: belongs to losses that use prototypes, Eq. 6 or --sigma in the two others")

@@ -904,8 +904,9 @@ def make_vocabulary(args, quiet=False, before=None):
         cls, names = list(before["cls"]), list(before["cls_names"])
     if args.setup == "s1":
         names = [name_of.get(w, w) for w in cls]
-        det = [c["name"] for c in records.categories if c["name"] in set(names) and c["frequency"] != "r"]
-        if not quiet:
+        pictured = set(names) if cls else set(records.classes)  # boxes alone: every class that is not rare
+        det = [c["name"] for c in records.categories if c["name"] in pictured and c["frequency"] != "r"]
+        if cls and not quiet:
             print(f"{len(cls)} of {len(wnid_of):,} LVIS classes have images: {len(det)} base, "
                   f"{len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)", flush=True)
         if not det:
@@ -1679,11 +1680,11 @@ PATHS = "train_json train_images cls_dir cls_val val_json val_images val_boxes".
 BELONGS = (
     (STAGE1, "stage", (1, None)),
     (STAGE2, "stage", (2, None)),
-    ("stage1_level", "stage1_head", ("roi",)),
+    ("stage1_level head", "stage1_head", ("roi",)),
     ("wordnet extra_as_fg", "setup", ("s1",)),
     ("names", "setup", ("s2", "s3", "own", None)),  # s1: LVIS's own
     ("keep_empty", "setup", COMPLETE),
-    (f"{STAGE1} {IMAGES2} cls_dir cls_list overlap cls_ratio reinit_cls", "setup", LABELLED),
+    (f"{STAGE1} {IMAGES2} cls_dir cls_list overlap cls_ratio reinit_cls fuse", "setup", LABELLED),
     ("data_seed table", "data", ("shapes",)))
 
 

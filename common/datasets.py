@@ -10,6 +10,7 @@ and a resumed run sees exactly the images that the uninterrupted run would have 
 
 Of `common` this file needs the error class of run.py.
 """
+import errno
 import gzip
 import hashlib
 import io
@@ -220,6 +221,7 @@ class Texts(Sequence):
         return self.content[start:self.ends[i]].tobytes()
 
     def __getitem__(self, i):
+        i = range(len(self))[i]
         return os.fsdecode(self.raw(i))  # a file's name as this machine's locale spells it
 
 
@@ -466,7 +468,7 @@ class Collector:
             self.box_of(a)
         self.areas.append(area)
         self.crowd.append(crowd)
-        self.difficult.append(as_number(a.get("difficult")) not in (None, 0))
+        self.difficult.append(a.get("difficult") is True or as_number(a.get("difficult")) not in (None, 0))
         self.outlines.append(outline_kind(a.get("segmentation")))
         self.spans.append(start)
         self.spans.append(end)
@@ -893,10 +895,16 @@ def opened(path, content=None):
             f.seek(0)
             with Image.open(f) as image:
                 yield image
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: image is missing") from None
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # of the machine, not of the picture
+            raise
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{path}: cannot be decoded ({one_line(e)}); fetch the file again") from None
     except Image.DecompressionBombError as e:
         raise UserError(f"{path}: is larger than Pillow reads ({e}); scale it down first") from None
     except Exception as e:  # a damaged picture makes Pillow's plugins raise anything
@@ -923,6 +931,9 @@ def eight_bit(image, path):
     if levels.size and not 0 <= levels.min() <= levels.max() <= 65535:
         raise UserError(f"{path}: holds grey levels {levels.min()} to {levels.max()}, more than "
                         "16 bit; convert it to 8 bit")
+    if image.mode == "I" and image.format == "TIFF" and 0 < levels.max() < 256:
+        raise UserError(f"{path}: holds 32-bit pixels up to {levels.max()}: of 8 bit, or of 16? "
+                        "convert it to 8 bit")
     return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
@@ -1018,6 +1029,7 @@ class CocoDataset(Dataset):
         if captions:
             sentences = read_captions(captions, self.records)
             self.captions = [sentences[row] for row in self.kept.tolist()]
+            self.silent = sum(not s for s in self.captions)
         self.repeats = None  # per image: how often it stands in an epoch
         width, height = self.records.sizes[self.kept].T
         self.landscape = (width >= height).tolist()
@@ -1120,6 +1132,8 @@ class CocoDataset(Dataset):
         """Lines for the start of a run: the file, what was repaired or left out, a warning."""
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n)
         line = self.records.report() + (f" | not used: {dropped}" if dropped else "")
+        if self.captions is not None and self.silent:
+            line += f" | {self.silent:,} images have no caption"
         warning = self.records.warning()
         return f"{line}\n{warning}" if warning else line
 
@@ -1187,7 +1201,7 @@ class CocoDataset(Dataset):
             boxes[:, 0::2] = w - boxes[:, 0::2].flip(1)
         if self.distort:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
-                torch.manual_seed(rng.getrandbits(62))
+                torch.default_generator.manual_seed(rng.getrandbits(62))
                 image = self.distort(image)
         item = dict(image=image, size=(h, w), boxes=boxes, labels=torch.from_numpy(labels),
                     image_id=image_id, original_size=(height, width))
@@ -1228,7 +1242,7 @@ class CocoDataset(Dataset):
             keep = ((moved[:, 2:] - moved[:, :2]) > 0.01).all(1)
             if not self.train:  # whatever is evaluated
                 keep[:] = True
-            if not self.train or keep.any():
+            if not self.train or keep.any() or not len(boxes):
                 break
         original, flip = image, rng.random() < self.flip
         if (h, w) != (height, width):
@@ -1275,6 +1289,9 @@ def read_captions(path, records):
         row, text = row_of.get(c["image_id"]), c.get("caption")
         if row is not None and isinstance(text, str) and text.strip():
             sentences[row].append(text.strip())
+    if not any(sentences):
+        raise UserError(f"{path}: has no sentence for any image of {records.path}; captions of another "
+                        "split, or ids that are text in one of them?")
     return sentences
 
 

@@ -133,7 +133,7 @@ def class_agnostic_recall(annotations, results, most, ious):
         ev.evaluate()
         ev.accumulate()
     recall = ev.eval["recall"]
-    return {(iou, n): 100 * float(recall[i, 0, 0, k])
+    return {(iou, n): percent(recall[i, 0, 0, k])
             for i, iou in enumerate(ious) for k, n in enumerate(most)}
 
 

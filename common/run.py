@@ -148,12 +148,14 @@ LOST = (r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Gg]loo|NCCL|Proce
 def explain(error):
     """The line that an exception is worth; "" for a fault of ours, whose traceback is wanted."""
     text, system = str(error).strip(), isinstance(error, (OSError, RuntimeError))
-    if isinstance(error, UserError):  # a loader process puts a traceback before the line
+    if text.startswith("Caught "):  # by a loader process, whose traceback stands before its last line
+        text = text.splitlines()[-1]
+    if isinstance(error, UserError):
         return shorten(re.sub(r"^[\w.]+Error: ", "", text.splitlines()[-1]), 600)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return ("out of GPU memory; lower --batch-size (and raise --accumulate), lower --image-size, "
                 "or use --amp bf16")
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or system and "can't allocate memory" in text:
         return "out of memory; lower --batch-size or --workers"
     if system and re.search(r"Too many open files|ancdata", text):
         return ("too few file descriptors for the loader processes: raise `ulimit -n`, or use "
@@ -161,7 +163,7 @@ def explain(error):
     if system and re.search(r"Bus error|shared memory|/dev/shm|</?torch_|shm_open", text):
         return ("/dev/shm is too small for the loader processes: docker run --shm-size 8g, or use "
                 "--workers 0")
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    if isinstance(error, RuntimeError) and re.search(r"DataLoader worker \(pid", text):
         return (f"a loader process died ({why(error)}); out of memory? Use fewer --workers; "
                 "last.pt is intact: --resume")
     if isinstance(error, dist.DistError) or (
@@ -170,7 +172,7 @@ def explain(error):
                 "line says why, last.pt is intact: --resume continues")
     if isinstance(error, OSError):
         names = [shorten(str(n)) for n in (error.filename, error.filename2) if n is not None]
-        return f"{' -> '.join(names) or 'the system'}: {error.strerror or why(error)}"
+        return f"{' -> '.join(names) or 'the system'}: {error.strerror or why(text or error)}"
     return ""
 
 
@@ -365,7 +367,7 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
     if args.resume:
         last = Path(args.out) / "last.pt"
         old = saved(args) if saved else saved_flags(last, f"{name}.py") if last.exists() else {}
-        p.set_defaults(**{k: v for k, v in old.items() if k not in ("resume", "out")})
+        p.set_defaults(**{k: v for k, v in old.items() if k not in {"resume", "out", *given}})
         args = argparse.Namespace(**vars(p.parse_args(argv)) | dict(out=args.out))
         for flag in sorted(given - set(ADJUSTABLE)):
             if flag in old and getattr(args, flag) != old[flag]:
@@ -682,28 +684,28 @@ def made_once(path, rank):
     path = Path(path)
     guard = path.with_name(f".{path.name}.making")
     if rank == 0 and not path.exists():
-        make_folder(guard)
+        make_folder(guard, str(path.parent))
         lock(guard, wait=True)
     barrier()
     try:
         yield not path.exists()
     finally:
         if rank == 0 and guard.exists():
-            unlock(guard)
             shutil.rmtree(guard, ignore_errors=True)
+            unlock(guard)
     barrier()
 
 
-def make_folder(out):
-    """The folder, if this process can write there."""
+def make_folder(out, what=""):
+    """The folder, if this process can write there. what: its name in an error, if it is not --out."""
     probe = Path(out) / f".{os.getpid()}.tmp"
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise UserError(f"--out {shorten(str(out))}: cannot be made or written to ({e.strerror}); "
-                        "choose another folder") from None
+        raise UserError(f"{what or '--out ' + shorten(str(out))}: cannot be made or written to "
+                        f"({e.strerror}); choose another folder") from None
 
 
 def holds_run(out):
@@ -868,7 +870,7 @@ class Log:
 
     def write(self, row, line):
         if self.rank == 0:
-            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            row = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in row.items()}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             self.bar.write(line, file=sys.stdout)
@@ -960,6 +962,7 @@ class Run:
         """All processes agree by a vote that takes a step to arrive, so that none waits for it."""
         number = self.signal or 0
         if self.world > 1:
+            number = 0  # of this process alone it says nothing
             if self.vote:
                 self.vote.wait()
                 number = int(self.ballot)
@@ -1017,7 +1020,9 @@ class Run:
             group.update(values)
         self.it, self.state = state["it"], state  # for what a script keeps beside
         if not copy:
-            self.best, self.best_epoch = state["best"], state["best_epoch"]
+            same = state["args"].get("val_json") == vars(self.args).get("val_json")
+            if same and math.isfinite(state["best"]):  # not of another validation set, or of none
+                self.best, self.best_epoch = state["best"], state["best_epoch"]
             self.due = state["due"] or self.finished
             self.training = not self.due
         if self.rank < len(state["rng"]):
@@ -1050,7 +1055,7 @@ class Run:
             group = list(islice(source, self.args.accumulate))
             self.data_time = time.time() - since
             if not group:
-                return
+                raise RuntimeError(f"the loader ended after {self.it % self.steps} of {self.steps} steps")
             yield group
 
     def step(self, losses, lr, watch={}):
@@ -1061,14 +1066,17 @@ class Run:
         if self.it % self.args.save_every == 0 and self.it % self.steps and not self.finished:
             self.log.flush(self.it, self.epoch, lr)  # looks for NaN: never save what it left behind
             self.save()
+            self.log.restart_clock()
 
     def end_epoch(self):
         """An epoch is over; after `every` of them, and after the last, an evaluation is due."""
         self.log.flush(self.it, self.epoch, self.lr)
         self.due = self.finished or self.epoch % self.every == 0
-        if self.due:
+        if self.due or self.it % self.args.save_every == 0:
             self.save()  # before anything of the evaluation can fail
         self.leave_if_asked()
+        if self.due and self.world > 1:  # and the vote that was cast just now: an evaluation is long
+            self.leave_if_asked()
         self.training = not self.due
 
     def scored(self, metrics, detections=None, dataset=None):

@@ -784,6 +784,8 @@ def test_16_bit_grey_is_scaled_to_8_bit(tmp_path):
     Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "c.tif")
     assert error_of(lambda: read_image(tmp_path / "c.tif")) == (
         f"{tmp_path / 'c.tif'}: holds grey levels 70000 to 70000, more than 16 bit; convert it to 8 bit")
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "e.tif")
+    assert "32-bit pixels up to 200" in error_of(lambda: read_image(tmp_path / "e.tif"))
     exif = Image.Exif()
     exif[0x112] = 6
     Image.fromarray(grey[:32]).save(tmp_path / "d.png", exif=exif)

@@ -417,7 +417,7 @@ def test_another_scripts_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--skd", "none", "--w-skd", "1"], "--w-skd: belongs to --skd"), (["--rkd", "none", "--tau-r", "1"], "--tau-r: belongs to --rkd"),
     (["--mask-layers", "last"], "--mask-layers: belongs to --masks"), (["--dataset", "ovcoco", "--images", "x"], "--images: belongs to --dataset lvis"),
-    (["--no-aux-queries", "--kd-ref", "own"], "--kd-ref: belongs to --aux-queries"), (["--kd-boxes", "gt", "--kd-topk", "3"], "--kd-topk: belongs to --kd-boxes"),
+    (["--no-aux-queries", "--kd-ref", "own"], "--kd-ref: belongs to --aux-queries"), (["--no-aux-queries", "--kd-embed", "shared"], "--kd-embed: belongs"), (["--kd-boxes", "gt", "--kd-topk", "3"], "--kd-topk: belongs to --kd-boxes"),
     (["--skd", "none", "--rkd", "none", "--burn-in", "3"], "--burn-in: belongs to --skd or --rkd"), (["--classes", "dog"], "--classes: belongs to --eval or --predict"),
     (["--eval", "x.pt", "--resume"], "--resume: continues a training"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes")])
 def test_flags_that_would_have_no_effect_are_refused(flags, words, monkeypatch, capsys):

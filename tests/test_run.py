@@ -705,6 +705,77 @@ def test_a_run_needs_no_git(tmp_path, monkeypatch):
     unlock(tmp_path / "run")
 
 
+# ------------------------------------------------------------------ a run
+
+def small_run(out, total_batch=2, batches=10, **flags):
+    """A Run of one linear layer, `batches` an epoch."""
+    values = dict(out=str(out), accumulate=1, epochs=3, max_iters=None, eval_every=None, log_every=1000, save_every=5, resume=False, val_json=None)
+    args = argparse.Namespace(**values | flags)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    open_run(args, 0, args.resume)
+    return run.Run(args, model, optimizer, dict(script="crosskd.py", arch={}), batches, total_batch, 0, 1, torch.device("cpu"))
+
+
+class Plan:
+    def set_epoch(self, epoch, start):
+        self.start = start
+
+
+def steps(it, count=10**6):
+    """The loop of the scripts, for `count` steps at most, without a network."""
+    for batch in it.batches(range(10), Plan()):
+        it.step(dict(cls=torch.tensor(1.0)), 4e-7)
+        count -= 1
+        if count == 0:
+            return
+
+
+def test_last_pt_is_written_every_so_often_also_at_the_end_of_an_epoch(tmp_path):
+    it = small_run(tmp_path, eval_every=3, save_every=10)  # every multiple of 10 ends an epoch
+    steps(it)
+    it.end_epoch()
+    assert not it.due and load_checkpoint(tmp_path / "last.pt")["it"] == 10
+    it.release()
+    rows = read_log(tmp_path / "log.jsonl")
+    assert rows[0]["lr"] == 4e-7  # not 0
+
+
+def test_best_is_forgotten_where_the_validation_set_is_another_one(tmp_path):
+    it = small_run(tmp_path)
+    steps(it)
+    it.end_epoch()
+    it.scored(None)  # no validation set
+    assert it.best == float("inf")
+    it.release()
+    again = small_run(tmp_path, resume=True, val_json="b.json")
+    assert (again.it, again.best) == (10, -2.0)
+    again.best = 31.0
+    again.save()
+    again.release()
+    same, other = (small_run(tmp_path, resume=True, val_json=name) for name in ("b.json", "c.json"))
+    assert (same.best, other.best) == (31.0, -2.0)
+    same.release(), other.release()
+
+
+def test_a_loader_that_ends_too_early_is_no_endless_loop(tmp_path):
+    it = small_run(tmp_path, batches=12)
+    with pytest.raises(RuntimeError, match="ended after 10 of 12"):
+        steps(it)
+    it.release()
+
+
+def test_flags_that_are_repeated_do_not_pile_up_when_a_run_is_resumed(tmp_path):
+    def names(*argv):
+        p = parser("Doc.", "a")
+        p.add_argument("--name", action="append")
+        run_flags(p, "crosskd")
+        return parse(p, ["--out", str(tmp_path), *argv], "crosskd", dict(eval=""))
+    saved = dict(vars(names("--name", "a", "--name", "b")))
+    save_checkpoint(dict(script="crosskd.py", model={}, optimizer={}, rng=[], it=1, args=saved), tmp_path / "last.pt")
+    assert names("--resume", "--name", "a", "--name", "b").name == names("--resume").name == ["a", "b"]
+
+
 # ------------------------------------------------------------------ lines
 
 def test_log_lines_fit_80_columns_and_the_legend_comes_once(tmp_path, capsys, monkeypatch):
@@ -733,6 +804,8 @@ def test_a_log_with_damaged_lines_is_read_as_far_as_it_goes(tmp_path):
     (RuntimeError("unable to write to file </torch_123_456>: No space left on device (28)"), "--shm-size"), (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
     (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"), (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "--workers"),
     (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "/data/x: No space left"), (MemoryError(), "out of memory"),
+    (OSError("Caught PermissionError in DataLoader worker process 0.\nTraceback\nPermissionError: [Errno 13] Permission denied: 'a.jpg'"), "a.jpg"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
     (UserError("Caught UserError in DataLoader worker process 0.\nTraceback\ncommon.run.UserError: a.jpg: image is missing"), "a.jpg: image is missing")])
 def test_what_the_machine_does_is_one_line(error, words):
     line = explain(error)
@@ -740,4 +813,5 @@ def test_what_the_machine_does_is_one_line(error, words):
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
+    assert explain(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: shape mismatch")) == ""
     assert explain(KeyError("kind")) == explain(RuntimeError("shape mismatch")) == explain(TypeError("x")) == ""

@@ -814,6 +814,8 @@ def test_extra_objects_are_those_of_classes_outside_both_vocabularies(lists, tmp
     (["--init", "x.pt", "--crop", "0.5"], "--crop: belongs to stage I"),
     (["--stage", "1", "--epochs", "3"], "--epochs: belongs to --stage 2, here it is 1"),
     (["--stage1-head", "gap", "--stage1-level", "all"], "--stage1-level: belongs to --stage1-head roi, here it is gap"),
+    (["--stage1-head", "gap", "--head", "4conv1fc"], "--head: belongs to --stage1-head roi"),
+    (["--setup", "lvis", "--init", "x", "--fuse", "0.5"], "--fuse: belongs to"),
     (["--wordnet", "a"], "--wordnet: belongs to --setup s1"), (["--setup", "s1", "--names", "a"], "--names: belongs to"),
     (["--setup", "s1", "--wordnet", "a", "--overlap", "b"], "one of them"),
     (["--setup", "lvis", "--init", "x", "--cls-dir", "a"], "--cls-dir: belongs to"),

@@ -211,6 +211,11 @@ def test_a_second_run_waits_for_the_first_to_train(root, tmp_path, capsys):
     assert made.stat().st_size == 0 and run.LOCKS == {}  # nothing was trained here
 
 
+@pytest.fixture(autouse=True)
+def no_locks_of_other_tests(monkeypatch):
+    monkeypatch.setattr(run, "LOCKS", {})
+
+
 def test_a_training_that_fails_lets_the_next_one_in(tmp_path):
     with pytest.raises(OSError):
         tiny_clip(tmp_path / "no shapes", tmp_path, **SMALL)

@@ -65,9 +65,10 @@ from common.clip import load_clip
 from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, collate, eval_loader, find_coco, find_lvis, objects365,
                              own_files, read_annotations, read_voc, repeat_factors, require_lvis, train_loader)
 from common.evaluation import class_mean, coco_evaluate, encode_mask, import_lvis, lvis_evaluate, to_coco_results, voc_evaluate
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model, gather, given_flags,
-                        load_checkpoint, load_strict, number, open_run, parse, parser, rebuilding, reduce_mean, run_flags,
-                        saved_flags, seed_all, started, warmup_multistep, wrap_ddp)
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model,
+                        fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number, open_run,
+                        parse, parser, rebuilding, reduce_mean, run_flags, saved_flags, seed_all, started,
+                        warmup_multistep, wrap_ddp)
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 QUALITIES = "good, bad, bright, dark, low resolution, cropped, close-up, jpeg corrupted, blurry, pixelated, black and white".split(", ")
@@ -608,7 +609,7 @@ class Distiller(nn.Module):
         a, labels, sizes = self.a, batch["labels"], batch["sizes"]
         x = normalise(batch["images"], sizes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
-            out = self.model(x.to(memory_format=torch.channels_last) if a.channels_last else x, sizes)
+            out = self.model(x, sizes)
         scale = sizes.flip(1).repeat(1, 2)[:, None].to(x.dtype)                                                 # (B, 1, 4) w, h, w, h
         gt_boxes = box_convert(batch["boxes"], "xyxy", "cxcywh") / scale
         logits = classify(out["features"], self.text, a.tau)                                                   # (layers, B, N, K)
@@ -933,8 +934,7 @@ def make_pair(args, data, val, rank, world, device):
     seen = {k: getattr(args, k) for k in SEEN}
     model.arch.update(seen | dict(clip=clip_name or ""))  # --eval and --predict see what training saw
     model.core, model.save_memory = dict(grid=msda_grid, gather=msda_gather)[args.msda], args.ckpt_msda
-    if args.channels_last:
-        model.body.to(memory_format=torch.channels_last)
+    fast_layout(model.body, device)
     return model.to(device), clip
 
 
@@ -1034,11 +1034,11 @@ def train(args, rank, world, device):
     student, teacher = make_pair(args, data, val, rank, world, device)
     distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = None  # see at_epoch
-    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers)
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 16 if args.data == "shapes" else 128
     lr = args.lr * total_batch / paper_batch
-    optimizer = torch.optim.AdamW(parameter_groups(student, lr, args.weight_decay, args.backbone_lr))
+    optimizer = torch.optim.AdamW(parameter_groups(student, lr, args.weight_decay, args.backbone_lr), **fused())
     run = Run(args, student, optimizer, plain_of(student, base + novel), len(plan), total_batch, rank, world, device,
               legend=LEGEND, **reported(args))
     if args.start_from and run.it == 0:  # also where a kill came before the copy was saved
@@ -1137,7 +1137,7 @@ def evaluate(model, val, clip, rank, world, device, args):
     model.eval()
     since, results, names = time.time(), [], scored_names(args, val)
     ids, text = [val.category_ids[val.classes.index(n)] for n in names], text_matrix(clip, names, args)
-    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         boxes, scores, labels, codes = run_detector(model, batch, device, args, text, masks=args.masks)
         found = to_coco_results(batch["image_ids"][0], boxes, scores, labels, ids)

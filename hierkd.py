@@ -57,9 +57,10 @@ from common.clip import load_clip
 from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, collate, eval_loader, find_coco, own_files,
                              parse_image_size, read_annotations, read_image, resize, train_loader)
 from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, to_coco_results
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model, gather,
-                        given_flags, load_checkpoint, load_strict, number, open_run, parse, parser, rebuilding,
-                        reduce_mean, run_flags, saved_flags, seed_all, started, warmup_multistep, wrap_ddp)
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model,
+                        fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number, open_run,
+                        parse, parser, rebuilding, reduce_mean, run_flags, saved_flags, seed_all, started,
+                        warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
@@ -317,7 +318,7 @@ class Distiller(nn.Module):
         model.unit_background()
         x = normalise(batch["images"], batch["sizes"])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=a.amp == "bf16"):
-            maps = model(x.to(memory_format=torch.channels_last) if a.channels_last else x)
+            maps = model(x)
         out = model.flatten(maps)
         anchors, level_sizes, counts = anchors_of(maps)
         valid = batch["labels"] >= 0
@@ -560,12 +561,14 @@ def make_optimizer(model, algorithm, lr, weight_decay):
     """SGD with momentum 0.9, or AdamW, for the weights that learn."""
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=weights, lr=lr, base_lr=lr, weight_decay=weight_decay)]
-    return torch.optim.SGD(groups, lr, momentum=0.9) if algorithm == "sgd" else torch.optim.AdamW(groups, lr)
+    if algorithm == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, **fused())
+    return torch.optim.AdamW(groups, lr, **fused())
 
 
 def prepare(args, data, val, student, teacher, rank, world, device):
     """The Distiller, or Table 1's RPNLearner; the student described and compiled."""
-    student.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    fast_layout(student, device)
     example = collate([data[0, 0]])["images"].float()
     describe_model(f"student {type(student).__name__}_{args.backbone}", student, example, rank=rank)
     if args.compile:
@@ -592,7 +595,7 @@ def train(args, rank, world, device):
     student, teacher = make_pair(args, data, val, rank, world, device)
     distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = wrap_ddp(distiller, device, world)
-    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers)
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 32 if args.gkd and args.data != "shapes" else 16
     lr = args.lr * total_batch / paper_batch
@@ -716,7 +719,7 @@ def evaluate(clip, model, val, rank, world, device, args):
     texts = {p: clip.class_embeddings(names[p]) for p in names}
     wanted = {p: {i["id"] for i in truth[p]["images"]} for p in names}
     results = {p: [] for p in names}
-    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         image_id = batch["image_ids"][0]
         asked = [p for p in names if image_id in wanted[p]]
@@ -896,7 +899,7 @@ def measure_recall(model, val, rank, world, device, args, most=(100, 300, 1000),
     since, names = time.time(), [n for n in val.classes if n not in model.arch["base"]]
     truth, results = truth_of(val, names), []
     wanted = {i["id"] for i in truth["images"]}
-    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="recall", disable=rank != 0, leave=False, mininterval=1):
         if batch["image_ids"][0] in wanted:
             batch = to_device(batch, device)

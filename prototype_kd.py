@@ -56,10 +56,10 @@ from common.datasets import (CocoDataset, collate, eval_loader, find_coco, own_f
                              read_annotations, read_json, read_voc, resize, start_worker, to_corners,
                              train_loader)
 from common.evaluation import class_table, coco_evaluate, to_coco_results, voc_evaluate
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, dash, describe_model, fold,
-                        gather, given_flags, load_checkpoint, load_strict, made_once, number, open_run, parse,
-                        parser, rebuilding, reduce_mean, run_flags, saved_flags, seed_all, started,
-                        warmup_multistep, wrap_ddp)
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, dash, describe_model,
+                        fast_layout, fused, fold, gather, given_flags, load_checkpoint, load_strict, made_once,
+                        number, open_run, parse, parser, rebuilding, reduce_mean, run_flags, saved_flags,
+                        seed_all, started, warmup_multistep, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 # Where the paper and the authors' code differ; each is a flag of its own. Choices of ours, in both presets:
@@ -337,13 +337,13 @@ def is_cascade(heads):
     return hasattr(heads, "logits")  # CascadeHeads of common/zoo.py, which is not imported here
 
 
-def images_of(batch, layout=torch.contiguous_format):
+def images_of(batch):
     """torchvision's ImageList of a collated batch: what its own transform makes of the same pixels, to the last bit."""
     x = batch["images"]
     mean, std = (constant(v, x.device, torch.float32).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     rows = torch.arange(x.shape[2], device=x.device) < batch["sizes"][:, :1]
     cols = torch.arange(x.shape[3], device=x.device) < batch["sizes"][:, 1:]
-    return ImageList(((x / 255 - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])).contiguous(memory_format=layout), batch["image_sizes"])
+    return ImageList((x / 255 - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :]), batch["image_sizes"])
 
 
 def two_stage(model, images, maps, targets):
@@ -684,7 +684,6 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.args, self.kind = student, args, kind_of(student)
         self.outside, self.decay, self.watch = dict(teacher=teacher, bank=bank), 1.0, {}
-        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         if teacher is not None and args.alpha_feat:
             dims = student.backbone.out_channels, teacher.backbone.out_channels
             layer = dict(conv1x1relu=lambda: nn.Sequential(nn.Conv2d(*dims, 1), nn.ReLU()), conv1x1=lambda: nn.Conv2d(*dims, 1),
@@ -704,7 +703,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch):
         args, student, teacher = self.args, self.student, self.outside["teacher"]
-        images = images_of(batch, self.layout)
+        images = images_of(batch)
         columns = constant(student.arch["columns"], images.tensors.device, torch.long)
         targets = [dict(boxes=b[:n], labels=columns[k[:n]]) for b, k, n in zip(batch["boxes"], batch["labels"], batch["counts"])]
         with torch.autocast(images.tensors.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
@@ -940,9 +939,9 @@ def make_optimizer(model, algorithm, lr, weight_decay):
     """SGD with momentum 0.9, or AdamW, for all that is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if algorithm == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, **fused())
     else:
-        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, **fused())
     for g in optimizer.param_groups:
         g["base_lr"] = g["lr"]
     return optimizer
@@ -1006,11 +1005,10 @@ def refresh(run, distiller, device):
 def prepare(args, data, val, student, teacher, rank, world, device):
     """The Distiller with its adapters and its bank; networks described and compiled, the teacher checked, the
     student continued without distillation."""
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
     example = collate([data[0, 0]])["images"].float()
     for name, net in (("student", student), ("teacher", teacher)):
         if net:
-            net.to(memory_format=layout)
+            fast_layout(net, device)
             describe_model(f"{name} {net.arch['name']}", Counted(net), example, rank=rank)
             if args.compile:
                 net.backbone.compile()
@@ -1043,7 +1041,7 @@ def train(args, rank, world, device):
     student, teacher = make_pair(args, data, val, rank, world, device)
     distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = wrap_ddp(distiller, device, world, broadcast_buffers=not getattr(student, "norms_fixed", False))
-    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers, device.type == "cuda")
+    loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers)
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 16
     lr = args.lr * total_batch / paper_batch
@@ -1139,7 +1137,7 @@ def compare(args, rank):
 def run_detector(model, batch, device, args):
     """One collated batch -> per image (boxes in original pixels, scores, classes 0 ... C - 1)."""
     batch, columns = to_device(batch, device), model.arch["columns"]
-    images = images_of(batch, torch.channels_last if args.channels_last else torch.contiguous_format)
+    images = images_of(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model.backbone(images.tensors)
     label_of, answer = torch.full((model.arch["outputs"],), -1, device=device), []
@@ -1158,7 +1156,7 @@ def evaluate(model, val, rank, world, device, args, most=None):
         return None, None
     model.eval()
     since, results = time.time(), []
-    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda", most)
+    loader = eval_loader(val, rank, world, args.workers, most=most)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         (boxes, scores, labels), = run_detector(model, batch, device, args)
         results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, val.category_ids)
@@ -1404,8 +1402,8 @@ def parse_args(argv=None):
                    "and distilled student in one table; --resume wants its flags again (default where no "
                    "--teacher, --init, --max-iters is given)")
     run_flags(p, "prototype_kd")
-    modes = dict(eval="data data_seed workers channels_last dataset voc_val val_json val_images",
-                 predict="channels_last weights score")
+    modes = dict(eval="data data_seed workers dataset voc_val val_json val_images",
+                 predict="weights score")
     apart = "schedule epochs", "train_json data", "train_json dataset", "val_json dataset"
     args = parse(p, argv, "prototype_kd", modes, belongs=BELONGS, apart=apart, saved=saved_run)
     if args.image_size:

@@ -73,9 +73,10 @@ from common.evaluation import (class_mean, class_table, coco_evaluate, encode_ma
                                sparse_ap, to_coco_results)
 from common.imagenet import (ImageIndex, LabelledImages, LocalisationImages, Stream, check_localisation, collate_labelled,
                              hidden, jitter_image, read_ilsvrc, unprintable)
-from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model, gather, given_flags,
-                        holds_run, load_checkpoint, load_strict, number, open_run, parse, parser, reduce_mean, run_flags,
-                        saved_flags, seed_all, started, warmup_multistep, wrap_ddp, write_whole)
+from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model,
+                        fast_layout, fused, gather, given_flags, holds_run, load_checkpoint, load_strict, number,
+                        open_run, parse, parser, reduce_mean, run_flags, saved_flags, seed_all, started,
+                        warmup_multistep, wrap_ddp, write_whole)
 
 STRIDES = (4, 8, 16, 32)  # of P2 ... P5
 SWIN = dict(  # torchvision's name, first width, depths, heads, stochastic depth of stage I and II
@@ -280,13 +281,13 @@ def linear(d, out, std=0.01):
     return layer
 
 
-def normalise(batch, layout=torch.contiguous_format):
+def normalise(batch):
     """uint8 images -> mean 0, deviation 1; 0 in the padding."""
     x = batch["images"]
     mean, std = (constant(v, x.device, torch.float32).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     rows = torch.arange(x.shape[2], device=x.device) < batch["sizes"][:, :1]
     cols = torch.arange(x.shape[3], device=x.device) < batch["sizes"][:, 1:]
-    return ((x / 255 - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])).contiguous(memory_format=layout)
+    return (x / 255 - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])
 
 
 # ================================================================== losses
@@ -368,7 +369,6 @@ class Learner(nn.Module):
     def __init__(self, model, args):
         super().__init__()
         self.model, self.args = model, args
-        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
 
     def autocast(self, x):
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
@@ -378,7 +378,7 @@ class Learner(nn.Module):
 
     def classify(self, batch):
         """Stage I."""
-        images, label = normalise(batch, self.layout), batch["labels"]
+        images, label = normalise(batch), batch["labels"]
         mix = draw_mix(self.args.stage1_size) if self.args.augment == "strong" else None
         if mix:
             images = mix_images(images, mix)
@@ -392,13 +392,13 @@ class Learner(nn.Module):
     def detect(self, det, cls):
         """Stage II: detection and classification images, one pass where they have the same canvas."""
         model, args = self.model, self.args
-        x = normalise(det, self.layout)
+        x = normalise(det)
         joint = cls is not None and cls["images"].shape[-2:] == x.shape[-2:]
         with self.autocast(x):
-            tops = model.top_down(torch.cat([x, normalise(cls, self.layout)]) if joint else x)
+            tops = model.top_down(torch.cat([x, normalise(cls)]) if joint else x)
             first = model.smooth({k: m[:len(x)] for k, m in tops.items()})
             if cls is not None:
-                rest = {k: m[len(x):] for k, m in tops.items()} if joint else model.top_down(normalise(cls, self.layout))
+                rest = {k: m[len(x):] for k, m in tops.items()} if joint else model.top_down(normalise(cls))
                 whole = model.whole_rois(rest, cls["image_sizes"])
         losses, rois, fg, label, gt, owner = self.rpn_and_rois(x, first, det)
         h = model.head(torch.cat([pool(first, rois, model.canonical), *([whole] if cls is not None else [])]))  # x_i of Eqs. 1-3
@@ -549,8 +549,7 @@ def detect(model, batch, device, args, vocabulary, most=None, best=False):
     most: boxes, instead of --max-dets. best: also best (V,), each class's highest log score, and best_boxes (V, 4): its box. No NMS needed: NMS never removes a class's best box.
     """
     batch = to_device(batch, device)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    images, (size,), (original,) = normalise(batch, layout), batch["image_sizes"], batch["original_sizes"]
+    images, (size,), (original,) = normalise(batch), batch["image_sizes"], batch["original_sizes"]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         maps = model.features(images)
     (found,), _ = model.proposals(images, [size], maps)
@@ -1339,7 +1338,9 @@ def parameter_groups(model, decay):
 def make_optimizer(model, recipe, lr):
     """SGD with momentum 0.9, or AdamW."""
     groups = [g | dict(base_lr=lr) for g in parameter_groups(model, recipe.weight_decay)]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9) if recipe.sgd else torch.optim.AdamW(groups, lr=lr)
+    if recipe.sgd:
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, **fused())
+    return torch.optim.AdamW(groups, lr=lr, **fused())
 
 
 def learnt(optimizer):
@@ -1366,7 +1367,8 @@ def rate_factor(args, it, steps):
 def prepare(args, student, rank, world, device):
     """The Learner, its Detector on its device, described, compiled. From here on each process draws random
     numbers of its own."""
-    student.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    student.to(device)
+    fast_layout(student, device)
     pixels = args.stage1_size if args.stage == 1 else args.image_size
     example = torch.zeros(1, 3, pixels, pixels)
     describe_model(f"stage {'I' * args.stage} {args.backbone}", student, example, rank=rank)
@@ -1511,7 +1513,7 @@ def evaluate_boxes(model, val, rank, world, device, args):
     vocabulary.choose([column[n] for n in chosen])
     ids, names = [category[n]["id"] for n in chosen], [category[n]["name"] for n in chosen]
     most = args.max_dets or (300 if val.lvis else 100)
-    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         found = detect(model, batch, device, args, vocabulary, most)
         rows = to_coco_results(batch["image_ids"][0], found["boxes"], found["scores"], found["labels"], ids)
@@ -1545,7 +1547,7 @@ def evaluate_localisation(model, val, rank, world, device, args):
     rows, found = [], []
     vocabulary = Vocabulary(model.arch, device, only_cls=True)
     column = {w: k for k, w in enumerate(model.arch["cls"])}
-    loader = eval_loader(val, rank, world, args.workers, device.type == "cuda")
+    loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         i = batch["image_ids"][0]
         if len(val.boxes[val.info[i]["id"]]) == 0:

@@ -47,7 +47,7 @@ from torchvision.transforms.v2 import RandomPhotometricDistort, functional as TF
 
 from .run import UserError
 
-RULES = 2  # version of the cleaning rules: caches of another version are made anew
+RULES = 3  # version of the cleaning rules: caches of another version are made anew
 
 
 # ------------------------------------------------------------------ where files are
@@ -868,6 +868,22 @@ def read_image(path, content=None, quiet=False):
         return image
 
 
+def as_pixels(image):
+    """(3, H, W) uint8 RGB of a path, a PIL image or such a tensor; upright, 8 bit."""
+    if torch.is_tensor(image):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise UserError(f"image: is {image.dtype} of shape {tuple(image.shape)}, expected uint8 RGB "
+                            "(3, H, W)")
+        return image
+    if isinstance(image, Image.Image):
+        turn = orientation(image)
+        image = image.transpose(TURNS[turn]) if turn in TURNS else image
+        image = eight_bit(image, "image").convert("RGB")
+    else:
+        image = read_image(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def picture_size(path):
     """(width, height) of read_image, from the file's head alone."""
     with opened(path) as image:
@@ -1268,6 +1284,16 @@ class CocoDataset(Dataset):
         return item
 
 
+def check_classes(names, count, classes, flag):
+    """A checkpoint's classes (names or None, count) against the data's; "_" and " " are the same, files
+    without names are trusted."""
+    if count != len(classes):
+        raise UserError(f"{flag}: has {count} classes, --data has {len(classes)}")
+    for k, (theirs, ours) in enumerate(zip(names or classes, classes)):
+        if theirs.replace("_", " ") != ours.replace("_", " "):
+            raise UserError(f"{flag}: its class {k} is {theirs!r}, --data has {ours!r}")
+
+
 def respell(names, like):
     """Names as `like` spells them: "traffic_light" is "traffic light", unless both are there."""
     plain = [n.replace("_", " ") for n in like]
@@ -1492,14 +1518,14 @@ def unsent(queue, error, item):
     queue.put((item[0], ExceptionWrapper(info, where="in a loader process")))
 
 
-def train_loader(dataset, batch_size, rank, world, seed, workers, pin):
+def train_loader(dataset, batch_size, rank, world, seed, workers, pin=None):
     """(loader, plan): call plan.set_epoch before each epoch. Workers need no seeds: the keys carry
     them."""
     plan = BatchPlan(dataset.landscape, batch_size, rank, world, seed, dataset.repeats)
     return make_loader(dataset, plan, workers, pin, persistent_workers=workers > 0), plan
 
 
-def eval_loader(dataset, rank, world, workers, pin, most=None):
+def eval_loader(dataset, rank, world, workers, pin=None, most=None):
     """Images rank, rank + world, ...: each exactly once, one at a time, so that no image's result
     depends on which others share its batch (padding reaches GroupNorm) or on the number of
     processes. most: the first so many only."""
@@ -1515,6 +1541,8 @@ def make_loader(dataset, batches, workers, pin, **more):
         if free < 16:  # a loader process that cannot hand over its batch waits for ever
             raise UserError(f"/dev/shm has {free} MB free, which is too small for loader processes: "
                             "docker run --shm-size 8g, or --workers 0")
+    if pin is None:  # for copies that wait for nothing
+        pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       collate_fn=partial(collate, divisor=dataset.canvas or 32),
                       worker_init_fn=start_worker, generator=torch.Generator(), **more)

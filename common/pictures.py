@@ -5,6 +5,7 @@
         picture.save(boxes, scores, labels, classes)                # notes and draws them
                                                                     # at the end predictions.json
 """
+import colorsys
 import io
 import json
 import math
@@ -15,15 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.utils
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from .run import UserError, write_whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4",
-           "#008080", "#9a6324", "#800000", "#808000", "#000075")
 
 
 def upright(path):
@@ -60,7 +58,7 @@ def write_jpeg(path, image, quality, comment=""):
     if max(image.size) > 65500:  # the format's limit
         image = image.copy()
         image.thumbnail((65500, 65500))
-    image.save(content, "jpeg", quality=quality, comment=comment.encode())
+    image.save(content, "jpeg", quality=quality, subsampling=0, comment=comment.encode())
     write_bytes(path, content.getvalue())
 
 
@@ -81,18 +79,22 @@ def plot_curves(log_path, out_path):
     scores = [n for n in (val[-1] if val else ())
               if n in ("AP", "AP50", "top1", "gt_known") or n.endswith("_AP50")
               or n.startswith("AR1000_")]
-    figure = Figure(figsize=(11, 4))
-    left, right = figure.subplots(1, 2)
-    for name in loss_terms(train):
-        left.plot([r["it"] for r in train], [r.get(name, math.nan) for r in train],
-                  label=name, lw=1)
-    left.set(xlabel="iteration", ylabel="loss", yscale="log")
-    for name in scores:
-        right.plot([r["it"] for r in val], [r.get(name, math.nan) for r in val], "o-", label=name)
-    right.set(xlabel="iteration", ylabel="percent")
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(fontsize=7)
+    series = [[(name, [r["it"] for r in train], [r.get(name, math.nan) for r in train])
+               for name in loss_terms(train)],
+              [(name, [r["it"] for r in val], [r.get(name, math.nan) for r in val])
+               for name in scores]]
+    labels = [dict(ylabel="loss", yscale="log"), dict(ylabel="percent")]
+    # one point is no curve
+    drawn = [(s, label) for s, label in zip(series, labels) if s and len(s[0][1]) > 1]
+    if not drawn:
+        return
+    figure = Figure(figsize=(5.5 * len(drawn), 4))
+    for axis, (lines, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+        for k, (name, x, y) in enumerate(lines):
+            axis.plot(x, y, "o-" if "percent" in label.values() else "-", label=name, lw=1, ms=3,
+                      color="black" if name == "loss" else f"C{k % 10}")
+        axis.set(xlabel="iteration", **label)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=90)
@@ -120,65 +122,161 @@ def adds_up(row, names):
     return abs(row["loss"] - sum(row[n] for n in names)) <= rounding
 
 
-# ------------------------------------------------------------------ boxes, a page of samples
+# ------------------------------------------------------------------ boxes and their names
+
+def colour_of(label):
+    """One colour a class, dark enough for white letters; neighbours differ (golden ratio)."""
+    red, green, blue = colorsys.hls_to_rgb(label * 0.618034 % 1, 0.36, 0.85)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_on(image, boxes, labels, classes, scores=None):
+    """Draws boxes (N, 4) xyxy pixels on a PIL image, each with its name in white on a tab of its
+    colour, inside the image and off the other tabs where there is room; scores (N,) in percent."""
+    draw, taken = ImageDraw.Draw(image), []
+    short = min(image.size)
+    width = max(1, round(short / 130))
+    font = ImageFont.truetype(font_path(), max(9, short // 26))
+    order = list(range(len(boxes)))
+    corners = torch.as_tensor(boxes).tolist()
+    for i in reversed(order):  # the surest on top
+        draw.rectangle(corners[i], outline=colour_of(int(labels[i])), width=width)
+    for i in order:  # and its name where it belongs
+        text = str(classes[int(labels[i])])
+        if scores is not None:
+            text += f" {100 * float(scores[i]):.0f}"
+        left, top, right, bottom = draw.textbbox((0, 0), text, font)
+        size = right - left + 6, bottom - top + 5
+        at = place_tab(corners[i], size, image.size, taken)
+        taken.append((*at, at[0] + size[0], at[1] + size[1]))
+        draw.rectangle(taken[-1], fill=colour_of(int(labels[i])))
+        draw.text((at[0] + 3 - left, at[1] + 2 - top), text, "white", font)
+
+
+def place_tab(box, size, within, taken):
+    """Left top corner of a tab: above its box, below it, at its inner corners; the first of these
+    that lies in the image and on no other tab, else the first, moved into the image."""
+    x1, y1, x2, y2 = box
+    w, h = size
+    spots = [(x1, y1 - h), (x2 - w, y1 - h), (x1, y2), (x2 - w, y2), (x1, y1), (x2 - w, y1),
+             (x1, y2 - h), (x2 - w, y2 - h), (x2, y1), (x1 - w, y1)]
+    moved = [(min(max(x, 0), max(within[0] - w, 0)), min(max(y, 0), max(within[1] - h, 0)))
+             for x, y in spots]
+
+    def free(x, y):
+        return not any(x < b[2] and b[0] < x + w and y < b[3] and b[1] < y + h for b in taken)
+    inside = [m for m, spot in zip(moved, spots) if m == spot]
+    for x, y in [*inside, *moved]:
+        if free(x, y):
+            return x, y
+    return moved[0]
+
 
 def draw_boxes(image, boxes, labels, classes, scores=None):
-    """uint8 (3, H, W) with boxes (N, 4) xyxy pixels and names drawn; scores (N,) in percent."""
+    """uint8 (3, H, W) with boxes drawn, see draw_on."""
     if len(boxes) == 0:
         return image
-    names = [classes[k] for k in labels.tolist()]
-    if scores is not None:
-        names = [f"{name} {100 * score:.0f}" for name, score in zip(names, scores.tolist())]
-    colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
-    short = min(image.shape[1:])
-    return torchvision.utils.draw_bounding_boxes(
-        image, boxes.cpu(), names, colours, width=max(1, short // 200), font=font_path(),
-        font_size=max(9, short // 35))
+    drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
+    draw_on(drawn, boxes.cpu(), labels, classes, scores)
+    return to_tensor(drawn)
 
 
-def save_samples(dataset, results, path, title="", count=6, size=400):
-    """A page of validation images: ground truth on the left, results above 0.3 on the right.
+# ------------------------------------------------------------------ pages of validation images
+
+MOST = 5  # boxes of a picture: the surest
+SURE = 0.3  # a score from which on a box is drawn
+
+
+def by_image(results, dataset):
+    """{image id: its surest MOST results above SURE, of classes that the dataset knows}."""
+    known, found = {c for c in dataset.category_ids if c is not None}, {}
+    for r in sorted(results, key=lambda r: -r["score"]):
+        mine = found.setdefault(r["image_id"], [])
+        if r["score"] > SURE and r["category_id"] in known and len(mine) < MOST:
+            mine.append(r)
+    return found
+
+
+def show(dataset, item, size, results=None):
+    """PIL image, its longer side `size`, of an item of the dataset: with its true boxes, or with
+    results (COCO result dicts). None where the file cannot be read."""
+    _, name, height, width, boxes, labels = item
+    try:
+        image = upright(Path(dataset.folder) / name)
+    except UserError:  # the page is a help, not a result
+        return None
+    scale = size / max(height, width)  # of the annotation's pixels; a file may have others
+    fitted = (max(1, int(width * scale)), max(1, int(height * scale)))
+    image, scores = image.resize(fitted, Image.Resampling.BICUBIC), None
+    if results is not None:
+        label_of = {c: k for k, c in enumerate(dataset.category_ids) if c is not None}
+        boxes = np.array([r["bbox"] for r in results], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [label_of[r["category_id"]] for r in results]
+        scores = [r["score"] for r in results]
+    draw_on(image, np.asarray(boxes) * scale, labels, dataset.classes, scores)
+    return image
+
+
+def write_page(rows, titles, path, comment=""):
+    """A page of PIL images with a title above each column; comment: on top, and in the file."""
+    gap, head = 6, 20
+    font = ImageFont.truetype(font_path(), 13)
+    widths = [max(image.width for image in column) for column in zip(*rows)]
+    heights = [max(image.height for image in row) for row in rows]
+    top = gap + head + (head if comment else 0)
+    page = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1),
+                             sum(heights) + top + gap * len(rows)), "white")
+    draw, x = ImageDraw.Draw(page), gap
+    draw.text((gap, gap // 2), comment, "black", font)
+    for column, (width, title) in enumerate(zip(widths, titles)):
+        draw.text((x, top - head), title, "black", font)
+        y = top
+        for row, height in zip(rows, heights):
+            page.paste(row[column], (x, y))
+            y += height + gap
+        x += width + gap
+    write_jpeg(path, page, 82, comment)
+
+
+def save_samples(dataset, results, path, title="", count=6, size=320):
+    """A page of the first validation images: ground truth, and right of it the surest results.
 
     dataset: items, a sequence of (image_id, name, height, width, boxes (M, 4) xyxy, labels (M,)),
     folder, classes, category_ids, None for a class that the file lacks. results: COCO result dicts.
-    title: stands above the images and in the file's comment. No readable image: no page.
+    title: stands above the page and in the file's comment. No readable image: no page.
     """
-    label_of = {c: k for k, c in enumerate(dataset.category_ids) if c is not None}
-    items = [dataset.items[k] for k in range(min(count, len(dataset.items)))]
-    found = {item[0]: [] for item in items}
-    for r in results:
-        if r["image_id"] in found and r["score"] > 0.3 and r["category_id"] in label_of:
-            found[r["image_id"]].append(r)
-    pictures = []
-    for image_id, name, height, width, boxes, labels in items:
-        try:
-            image = upright(Path(dataset.folder) / name)
-        except UserError:  # the page is a help, not a result
-            continue
-        scale = size / max(height, width)  # of the annotation's pixels; a file may have others
-        fitted = (max(1, int(width * scale)), max(1, int(height * scale)))
-        image = to_tensor(image.resize(fitted, Image.Resampling.BILINEAR))
-        mine = found[image_id]
-        theirs = torch.tensor([r["bbox"] for r in mine], dtype=torch.float32).reshape(-1, 4)
-        theirs[:, 2:] += theirs[:, :2]
-        truth = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        pair = (
-            draw_boxes(image, truth * scale, torch.as_tensor(labels), dataset.classes),
-            draw_boxes(image, theirs * scale,
-                       torch.tensor([label_of[r["category_id"]] for r in mine]),
-                       dataset.classes, torch.tensor([r["score"] for r in mine])))
-        for x in pair:
-            border = (0, size - x.shape[2], 0, size - x.shape[1])
-            pictures.append(torch.nn.functional.pad(x, border))
-    if not pictures:
+    found, pairs = by_image(results, dataset), []
+    for item in (dataset.items[k] for k in range(min(count, len(dataset.items)))):
+        truth = show(dataset, item, size)
+        if truth:
+            pairs.append([truth, show(dataset, item, size, found.get(item[0], []))])
+    if not pairs:
         return
-    grid = torchvision.utils.make_grid(torch.stack(pictures), nrow=4)
-    strip = 24 if title else 0
-    page = Image.new("RGB", (grid.shape[2], grid.shape[1] + strip), "white")
-    page.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, strip))
-    if title:
-        ImageDraw.Draw(page).text((6, 3), title, "black", ImageFont.truetype(font_path(), 14))
-    write_jpeg(path, page, 85, title)
+    names = ["ground truth", "found"] * min(2, len(pairs))
+    rows = [sum(pairs[k:k + 2], []) for k in range(0, len(pairs), 2)]
+    blank = Image.new("RGB", (1, 1), "white")
+    rows[-1] += [blank] * (len(names) - len(rows[-1]))
+    write_page(rows, names, path, title)
+
+
+def save_comparison(dataset, results, out, count=3, size=300):
+    """Path of a page: `count` images with two to MOST objects, a row each; ground truth and what the
+    detectors find. results: {column title: a detections.json}."""
+    found = {title: by_image(json.loads(Path(path).read_text()), dataset)
+             for title, path in results.items()}
+    fit, rows = [], []
+    for k in range(len(dataset.items)):
+        item = dataset.items[k]
+        if 2 <= len(item[4]) <= MOST:
+            fit.append((item[3] < item[2], k))  # landscape first
+    for _, k in sorted(fit)[:count]:
+        item = dataset.items[k]
+        rows.append([show(dataset, item, size)])
+        rows[-1] += [show(dataset, item, size, of.get(item[0], [])) for of in found.values()]
+    path = Path(out) / "comparison.jpg"
+    write_page(rows, ["ground truth", *results], path)
+    return path
 
 
 # ------------------------------------------------------------------ result files

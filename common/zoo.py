@@ -181,6 +181,19 @@ def imagenet_state(name, flag="--init imagenet", caffe=False):
     return read_foreign(path, flag)[0], url
 
 
+def load_imagenet(net, name, caffe=False):
+    """Puts ImageNet's weights into a torchvision classifier; the classifying layer stays as it is."""
+    state, url = imagenet_state(name, caffe=caffe)
+    own = net.state_dict()
+    state = {k: v for k, v in state.items() if k in own}
+    head = ("fc.", "classifier.", "head.")
+    missing = [k for k in own if k not in state and not k.startswith(head)
+               and not k.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(f"{url}: lacks {len(missing)} keys of {name}, first {missing[0]}")
+    net.load_state_dict(state, strict=False)
+
+
 # ------------------------------------------------------------------ files of others, read safely
 
 # Modules of which torch lets nothing stand in: a file that names them wants to run commands.
@@ -633,6 +646,36 @@ def infer_arch(state, where):
     channels, anchors = lateral.shape[0], 9 if kind == "retinanet" else 1
     return dict(kind=kind, backbone=backbone, num_classes=state[cls[0][0]].numel() // anchors,
                 channels=channels, p6="on_output" if p6.shape[1] == channels else "on_input")
+
+
+def dense_arch(spec, flag, script):
+    """What the detector is that a flag of crosskd.py names: a zoo name (nothing is downloaded), a
+    checkpoint of ours or of mmdetection."""
+    if spec in CROSSKD_ZOO:
+        kind, backbone = spec.split("_")[:2]
+        return dict(kind=kind, backbone=backbone, channels=256, num_classes=80)
+    path = zoo_path(spec, CROSSKD_ZOO, flag)
+    whose, content, *_ = load_any(path, flag, script)
+    return content["arch"] if whose == "ours" else infer_arch(content, f"{flag} {path}")
+
+
+def read_dense(spec, flag, script):
+    """(name of the file in errors, arch, state dict, class names or None, (epoch, step) or None each)."""
+    path = zoo_path(spec, CROSSKD_ZOO, flag)
+    whose, content, *meta = load_any(path, flag, script)
+    where = f"{flag} {path}"
+    if whose == "ours":
+        lacks = [k for k in ("arch", "model", "classes") if k not in content]
+        if lacks:
+            raise UserError(f"{where}: does not describe a network of this script (no {lacks[0]})")
+        trained = content.get("epoch"), content.get("it")
+        return where, content["arch"], content["model"], content["classes"], trained
+    arch = infer_arch(content, where)
+    # what the keys cannot tell: these variants have the same names and shapes
+    style = "style='pytorch'" if arch["kind"] == "fcos" else "style='caffe'"
+    settings = ("norm_on_bbox=True", "centerness_on_reg=True", style)
+    guard(config_of(*meta), settings, where, f"this script's {arch['kind']}")
+    return where, arch, from_mmdet(content), classes_of(*meta), (None, None)
 
 
 TORCHVISION = [  # mmdetection 2 and 3 -> torchvision's Faster R-CNN and RetinaNet, and CascadeHeads

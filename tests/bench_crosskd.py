@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import crosskd  # noqa: E402
 from common.datasets import CocoDataset, find_coco, train_loader  # noqa: E402
 from common.evaluation import coco_evaluate  # noqa: E402
-from common.run import init_ddp  # noqa: E402
+from common.run import fast_layout, init_ddp  # noqa: E402
 
 HEIGHT, WIDTH, BATCH = 320, 480, 2
 
@@ -82,7 +82,7 @@ def torchvision_step(kind, batch):
 def bench_torchvision(repeats):
     batch = batch_of()
     for kind in ("retinanet", "fcos"):
-        ours = step_of(crosskd.Distiller(our_student(kind), None, arguments(kind, "--method", "none")).train(), batch)
+        ours = step_of(crosskd.make_distiller(our_student(kind), None, arguments(kind, "--method", "none")).train(), batch)
         a, b = interleaved([ours, torchvision_step(kind, batch)], repeats)
         print(f"(a) {kind}_r50 step, {BATCH} x {HEIGHT} x {WIDTH}: ours {a:.2f} s, torchvision {b:.2f} s, ratio {a / b:.3f}", flush=True)
 
@@ -92,8 +92,8 @@ def bench_crosskd(repeats, device="cpu", batch=None, pairs=(("gfl", "r18", "r50"
     for kind, small, large in pairs:
         teacher = crosskd.DETECTORS[kind](large).eval().requires_grad_(False).to(device)
         student = our_student(kind, small).to(device)
-        plain = crosskd.Distiller(student, None, arguments(kind, "--method", "none")).train()
-        full = crosskd.Distiller(student, teacher, arguments(kind)).train()
+        plain = crosskd.make_distiller(student, None, arguments(kind, "--method", "none")).train()
+        full = crosskd.make_distiller(student, teacher, arguments(kind)).train()
 
         @torch.no_grad()
         def forward():
@@ -133,7 +133,7 @@ def bench_memory():
     for name, method in (("plain", "none"), ("CrossKD", "crosskd")):
         code = ("import sys; sys.path.insert(0, 'tests'); import bench_crosskd as b, crosskd; b.init_ddp()\n"
                 "teacher = crosskd.GFL('r50').eval() if sys.argv[1] != 'none' else None\n"
-                "b.step_of(crosskd.Distiller(b.our_student('gfl', 'r18'), teacher, b.arguments('gfl', '--method', sys.argv[1])).train(), b.batch_of())()\n"
+                "b.step_of(crosskd.make_distiller(b.our_student('gfl', 'r18'), teacher, b.arguments('gfl', '--method', sys.argv[1])).train(), b.batch_of())()\n"
                 "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])")
         peak = int(subprocess.run([sys.executable, "-c", code, method], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         print(f"(d) GFL R18 {name} step, {BATCH} x {HEIGHT} x {WIDTH}: peak {peak / 2**20:.2f} GB resident, weights and libraries included", flush=True)
@@ -142,14 +142,14 @@ def bench_memory():
 def bench_gpu(repeats):
     from torch.profiler import ProfilerActivity, profile
     batch = batch_of(800, 1344, 2, device="cuda")
-    for name, flags in (("fp32", []), ("bf16", ["--amp", "bf16", "--channels-last"]), ("bf16 + compile", ["--amp", "bf16", "--channels-last", "--compile"])):
+    for name, flags in (("fp32", []), ("bf16", ["--amp", "bf16"]), ("bf16 + compile", ["--amp", "bf16", "--compile"])):
         a = arguments("gfl", *flags)
         student, teacher = our_student("gfl").cuda(), crosskd.GFL("r101").cuda()
         for net in (student, teacher):
-            net.to(memory_format=torch.channels_last if a.channels_last else torch.contiguous_format)
+            fast_layout(net, torch.device("cuda"))
             if a.compile:
                 net.compile(), net.head.compile()
-        step = step_of(crosskd.Distiller(student, teacher, a).train(), batch)
+        step = step_of(crosskd.make_distiller(student, teacher, a).train(), batch)
         for _ in range(5):
             step()
         torch.cuda.synchronize()

@@ -42,7 +42,7 @@ def small_models():
                 image_size=96, stage1_size=96, augment="plain", level="canonical")
     word = simple21k.Detector(arch)
     return dict(
-        crosskd=(crosskd.weights_of(gfl, classes), lambda p: crosskd.load_detector(str(p), "--weights")[0]),
+        crosskd=(dict(crosskd.plain_of(gfl, classes), model=gfl.state_dict()), lambda p: crosskd.load(str(p), "--weights")[0]),
         hierkd=(hierkd.weights_of(atss), lambda p: hierkd.load_detector(p, "--weights")),
         dkdetr=(dkdetr.weights_of(detr), lambda p: dkdetr.load_detector(p, "--weights")),
         prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load_detector(str(p), "--weights")),

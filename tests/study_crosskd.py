@@ -56,11 +56,11 @@ def backbone_only():
     """The start of setting pretrained: the trained student with a new FPN and head."""
     import torch
     import crosskd as script
-    trained, classes = script.load_detector(str(RUNS / "start" / "best.pt"))
+    trained, classes = script.load(str(RUNS / "start" / "best.pt"))
     torch.manual_seed(100)
     fresh = script.GFL("tiny8", len(classes), 64)
     fresh.body.load_state_dict(trained.body.state_dict())
-    torch.save(script.weights_of(fresh, classes), RUNS / "start" / "backbone.pt")
+    torch.save(dict(script.plain_of(fresh, classes), model=fresh.state_dict()), RUNS / "start" / "backbone.pt")
 
 
 def run(setting, arm, seed):

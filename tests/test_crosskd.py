@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import crosskd
 from common import zoo
 from common.run import UserError, describe_model
-from crosskd import (ATSS, DETECTORS, FCOS, GFL, Distiller, RetinaNet, align, check_pair,
+from crosskd import (ATSS, DETECTORS, FCOS, GFL, RetinaNet, align, check_arch, kd_options, make_distiller,
                      distribution_focal_loss, kd_losses, ld_losses, make_optimizer, pkd_loss, quality_focal_kd,
                      region_kl)
 
@@ -205,7 +205,7 @@ def test_kd_losses_have_the_weights_and_normalisers_of_the_fact_sheet(kind):
     with torch.no_grad():
         s, t_out = (m.flatten(m(m.normalise(batch["images"], batch["sizes"]))[0]) for m in (student, teacher))
     t = student.assign(LEVELS, batch["sizes"], batch["boxes"], batch["labels"])
-    got = kd_losses(student, s, t_out, t, a)
+    got = kd_losses(student, s, t_out, t, **kd_options(a))
     w = t_out["cls"].sigmoid().amax(-1) * t.weight
     qfl = (quality_focal_kd(s["cls"], t_out["cls"]).sum(-1) * t.weight).sum()
     boxes, t_boxes = (student.decode(o["reg"], t.priors, t.strides).flatten(0, 1) for o in (s, t_out))
@@ -247,7 +247,7 @@ def test_retinanet_ignores_the_band_and_the_padding_but_fcos_counts_the_padding(
 def grads(kind, i, flags=(), seed=0, total=lambda losses: sum(v for k, v in losses.items() if k.startswith("kd"))):
     student, teacher = small(kind, seed), small(kind, seed + 1, width=16)
     layer = () if "--method" in flags else ("--kd-layer", str(i))  # which only crosskd has
-    model = Distiller(student, teacher, make_args(kind, *layer, *flags)).train()
+    model = make_distiller(student, teacher, make_args(kind, *layer, *flags)).train()
     losses = model(make_batch())
     total(losses).backward()
     return student, teacher, losses
@@ -281,7 +281,7 @@ def test_detection_gradient_reaches_every_parameter(kind):
 def test_identical_student_and_teacher_give_the_teachers_predictions_and_no_loss(kind, i, position):
     student = small(kind).double()
     teacher = copy.deepcopy(student)
-    losses = Distiller(student, teacher, make_args(kind, "--kd-layer", str(i), "--align", position)).eval()(make_batch())
+    losses = make_distiller(student, teacher, make_args(kind, "--kd-layer", str(i), "--align", position)).eval()(make_batch())
     scale = losses["cls"].item() + losses["box"].item()
     assert abs(losses["kd_cls"].item()) < 1e-5 * scale
     if kind == "fcos":  # -ln IoU of equal boxes is 0
@@ -297,8 +297,8 @@ def test_cross_head_is_invariant_to_a_positive_gain_on_the_students_feature_and_
         s, t = student(x, (3,)), teacher(x, (3,))
     gain = 0.5 + torch.rand(1, 64, 1, 1, dtype=torch.float64) * 3
     held = {k: [f.clone().requires_grad_() for f in v] for k, v in s[2].items()}
-    plain, _ = crosskd.strategy_predictions(a, student, teacher, (s[0], s[1], held), t)
-    louder, _ = crosskd.strategy_predictions(a, student, teacher, (s[0], s[1], {k: [f * gain for f in v] for k, v in held.items()}), t)
+    plain, _ = crosskd.strategy_maps("a", student, teacher, s._replace(held=held), t, a.kd_layer)
+    louder, _ = crosskd.strategy_maps("a", student, teacher, s._replace(held={k: [f * gain for f in v] for k, v in held.items()}), t, a.kd_layer)
     for p, q in zip(plain["cls"][:3], louder["cls"][:3]):
         torch.testing.assert_close(p, q, atol=1e-3, rtol=1e-3)  # exact but for the 1e-6 beside the std
     sum(m.pow(2).sum() for m in plain["cls"]).backward()
@@ -309,7 +309,7 @@ def test_cross_head_is_invariant_to_a_positive_gain_on_the_students_feature_and_
 def test_teacher_is_byte_identical_after_steps_and_stays_in_eval_and_out_of_the_state():
     student, teacher = small("gfl"), small("gfl", 1)
     before = copy.deepcopy(teacher.state_dict())
-    model = Distiller(student, teacher, make_args("gfl"))
+    model = make_distiller(student, teacher, make_args("gfl"))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
         model.train()
@@ -324,8 +324,8 @@ def test_teacher_is_byte_identical_after_steps_and_stays_in_eval_and_out_of_the_
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_method_none_is_the_plain_detector_and_crosskd_only_adds_terms(kind):
     student, batch = small(kind), make_batch()
-    plain = Distiller(student, None, make_args(kind, "--method", "none"))(batch)
-    full = Distiller(student, small(kind, 1), make_args(kind, "--method", "crosskd+pkd"))(batch)
+    plain = make_distiller(student, None, make_args(kind, "--method", "none"))(batch)
+    full = make_distiller(student, small(kind, 1), make_args(kind, "--method", "crosskd+pkd"))(batch)
     assert all(torch.equal(v, full[k]) for k, v in plain.items())
     assert set(full) - set(plain) == {"kd_cls", "kd_box", "pkd"} | ({"kd_ctr"} if kind == "atss" else set())
 
@@ -333,7 +333,7 @@ def test_method_none_is_the_plain_detector_and_crosskd_only_adds_terms(kind):
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_batch_without_any_box_has_finite_losses_and_gradients_everywhere(kind):
     student = small(kind)
-    model = Distiller(student, small(kind, 1), make_args(kind, "--method", "crosskd+pkd"))
+    model = make_distiller(student, small(kind, 1), make_args(kind, "--method", "crosskd+pkd"))
     losses = model(make_batch(boxes=()))
     assert all(v.isfinite() for v in losses.values())
     assert losses["kd_cls"] < 1e4  # not multiplied by 10^6 (FCOS)
@@ -348,7 +348,7 @@ def test_gfl_box_kd_does_not_change_when_all_region_weights_are_multiplied_but_t
             s, t_out = (m.flatten(m(m.normalise(batch["images"], batch["sizes"]))[0]) for m in (student, teacher))
         t = student.assign(LEVELS, batch["sizes"], batch["boxes"], batch["labels"])
         w = torch.rand(t.weight.shape)
-        one, two = (student.kd_box(s, t_out, t, k * w, a)["kd_box"].item() for k in (1, 2))
+        one, two = (student.kd_box(s, t_out, t, k * w, a.kd_T)["kd_box"].item() for k in (1, 2))
         assert two == pytest.approx(one if kind == "gfl" else 2 * one, rel=1e-5)
 
 
@@ -362,13 +362,13 @@ FLAG_CHANGES = [  # flags, the terms that they change
 @pytest.mark.parametrize("flags, changed", FLAG_CHANGES, ids=[" ".join(f) for f, _ in FLAG_CHANGES])
 def test_each_ablation_flag_changes_exactly_the_terms_it_names(flags, changed):
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    base, other = (Distiller(student, teacher, make_args("gfl", *f))(batch) for f in ([], flags))
+    base, other = (make_distiller(student, teacher, make_args("gfl", *f))(batch) for f in ([], flags))
     assert set(base) == set(other) and {k for k in base if not torch.equal(base[k], other[k])} == changed
 
 
 def test_branch_and_method_flags_switch_whole_terms():
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    terms = lambda *f: set(Distiller(student, teacher, make_args("gfl", *f))(batch)) - {"cls", "box", "dfl"}
+    terms = lambda *f: set(make_distiller(student, teacher, make_args("gfl", *f))(batch)) - {"cls", "box", "dfl"}
     assert terms("--kd-branches", "cls") == {"kd_cls"} and terms("--kd-branches", "reg") == {"kd_box"}
     assert terms("--method", "mimic") == {"mimic_cls", "mimic_box"} and terms("--method", "ld") == {"ld_cls", "ld_box"}
     assert terms("--method", "pkd") == {"pkd"} and terms("--method", "fitnet") == {"fitnet"}
@@ -377,7 +377,7 @@ def test_branch_and_method_flags_switch_whole_terms():
 
 def test_positive_and_negative_regions_add_up():
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    p, n, both = (Distiller(student, teacher, make_args("gfl", "--kd-region", r))(batch)["kd_cls"].item() for r in ("P", "N", "P+N"))
+    p, n, both = (make_distiller(student, teacher, make_args("gfl", "--kd-region", r))(batch)["kd_cls"].item() for r in ("P", "N", "P+N"))
     assert p + n == pytest.approx(both, rel=1e-5) and p > 0 and n > 0
 
 
@@ -491,10 +491,64 @@ def test_detect_respects_threshold_count_clip_and_classwise_nms():
 
 
 def test_mismatched_pairs_are_refused_by_name():
-    for teacher, classes, word in ((small("atss"), None, "kind"), (small("gfl", classes=4), None, "num_classes"),
-                                   (GFL("tiny8", 3, 32), None, "channels"), (small("gfl"), ["a", "x", "c"], "'x'")):
+    args, student = make_args(), small("gfl")
+    for teacher, word in ((small("atss"), "kind"), (small("gfl", classes=4), "num_classes"), (GFL("tiny8", 3, 32), "channels 32, .*--adapt")):
         with pytest.raises(UserError, match=word):
-            check_pair(teacher, classes, small("gfl"), ["a", "b", "c"])
+            check_arch(teacher.arch, student.arch, args)
+    check_arch(GFL("tiny8", 3, 32).arch, student.arch, make_args("gfl", "--adapt"))
+    check_arch(GFL("tiny8", 3, 32).arch, student.arch, make_args("gfl", "--method", "mimic"))  # compares predictions only
+    with pytest.raises(UserError, match="'x'"):
+        crosskd.check_classes(["a", "x", "c"], 3, ["a", "b", "c"], "--teacher")
+
+
+def test_a_narrow_student_learns_through_its_adapter_and_keeps_nothing_of_it():
+    student, teacher = GFL("tiny8", 3, 32), small("gfl", 1)
+    model = make_distiller(student, teacher, make_args("gfl", "--adapt", "--channels", "32")).train()
+    losses = model(make_batch())
+    (losses["kd_cls"] + losses["kd_box"]).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.adapter.parameters())
+    assert student.head.cls_tower[2].conv.weight.grad.abs().max() > 0 and student.head.cls_tower[3].conv.weight.grad is None
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any("adapter" in k for k in student.state_dict()) and {p for p in model.adapter.parameters()} <= set(model.parameters())
+    from_optimizer = {p for g in make_optimizer(model, "sgd", 0.01, 0, "gfl").param_groups for p in g["params"]}
+    assert set(model.adapter.parameters()) <= from_optimizer
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+def test_quality_focal_in_less_memory_is_quality_focal(beta):
+    g = torch.Generator().manual_seed(1)
+    s, t = (torch.randn(9, 7, dtype=torch.float64, generator=g) * 3 for _ in range(2))
+    plain, lean = (s.clone().requires_grad_() for _ in range(2))
+    a, b = crosskd.quality_focal(plain, t, beta), quality_focal_kd(lean, t, beta)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    a.sum().backward(), b.sum().backward()
+    torch.testing.assert_close(plain.grad, lean.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_the_tables_own_forward_gives_the_losses_of_the_algorithm(kind):
+    """Comparison with method crosskd and strategy a is Distiller."""
+    student, teacher, batch = small(kind), small(kind, 1), make_batch()
+    args = make_args(kind)
+    plain = make_distiller(student, teacher, args)
+    assert type(plain) is crosskd.Distiller
+    other = crosskd.Comparison(student, teacher, ["crosskd"], layer=args.kd_layer, phi="post", kd=kd_options(args))
+    a, b = plain(batch), other(batch)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_row_of_the_tables_is_a_run():
+    """Each row's flags parse and resolve; numbers stand beside them."""
+    for name, (number, flags, _) in crosskd.ROWS.items():
+        args = crosskd.parse_args(["--row", name])
+        assert args.row == name and float(number) > 0
+        for word in flags.split()[::2]:
+            assert getattr(args, word[2:].replace("-", "_")) is not None
+        if not args.eval:
+            resolved = crosskd.resolve(args)
+            assert resolved.student.count("_") == 1 and resolved.epochs in (12, 24)
+    args = crosskd.resolve(crosskd.parse_args(["--row", "t10-b", "--epochs", "3"]))
+    assert (args.kd_strategy, args.teacher, args.student, args.epochs) == ("b", "gfl_r50", "gfl_r18", 3)
 
 
 NUMBERS = ["--lr", "--weight-decay", "--kd-T", "--kd-beta", "--pkd-weight", "--score"]
@@ -579,7 +633,7 @@ def test_every_loss_term_has_a_line_that_explains_it_in_80_columns():
     terms = set()
     for kind in DETECTORS:
         for method in ("crosskd+mimic+pkd+fitnet", "crosskd+ld")[:2 if kind == "gfl" else 1]:
-            model = Distiller(small(kind), small(kind, 1), make_args(kind, "--method", method))
+            model = make_distiller(small(kind), small(kind, 1), make_args(kind, "--method", method))
             terms |= set(model(make_batch()))
     assert terms == set(crosskd.LEGEND)
     assert all(len(f"{term}: {text}") < 80 for term, text in crosskd.LEGEND.items())
@@ -608,7 +662,7 @@ def test_parameters_and_flops_of_the_start_are_those_counted_over_the_layers(cap
 
 def test_bf16_kd_losses_are_within_a_few_percent_of_fp32():
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    full, half = (Distiller(student, teacher, make_args("gfl", "--amp", amp))(batch) for amp in ("none", "bf16"))
+    full, half = (make_distiller(student, teacher, make_args("gfl", "--amp", amp))(batch) for amp in ("none", "bf16"))
     for k in full:
         assert half[k].dtype == torch.float32 and half[k].item() == pytest.approx(full[k].item(), rel=0.05), k
 
@@ -632,9 +686,9 @@ def test_fcos_variants_with_the_same_keys_but_another_meaning_are_refused(tmp_pa
         torch.save(content, tmp_path / "f.pth")
         if refused:
             with pytest.raises(UserError, match=setting):
-                crosskd.load_detector(str(tmp_path / "f.pth"))
+                crosskd.load(str(tmp_path / "f.pth"))
         else:
-            assert crosskd.load_detector(str(tmp_path / "f.pth"))[1] == ("a", "b", "c")
+            assert crosskd.load(str(tmp_path / "f.pth"))[1] == ("a", "b", "c")
 
 
 def test_every_zoo_name_builds_and_its_hash_is_in_its_file_name():
@@ -649,24 +703,24 @@ def test_offline_download_is_one_line_with_the_place_to_put_the_file(monkeypatch
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(zoo, "MMDET_URL", "http://127.0.0.1:9/")
     with pytest.raises(UserError, match="Offline.*gfl_r101"):
-        crosskd.load_detector("gfl_r101", "--teacher")
+        crosskd.load("gfl_r101", "--teacher")
     with pytest.raises(UserError, match="authors"):
-        crosskd.load_detector("retinanet_swint", "--teacher")
+        crosskd.load("retinanet_swint", "--teacher")
 
 
 def test_methods_without_teacher_features_keep_none_and_pkd_at_a_tower_is_after_the_relu():
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    assert Distiller(student, teacher, make_args("gfl", "--method", "pkd")).keep == ()
+    assert make_distiller(student, teacher, make_args("gfl", "--method", "pkd")).keep == ()
     for flags in ([], ["--align", "pre"]):
-        pkd = Distiller(student, teacher, make_args("gfl", "--method", "crosskd+pkd", "--pkd-at", "cls", *flags))(batch)["pkd"].item()
-        alone = Distiller(student, teacher, make_args("gfl", "--method", "pkd", "--pkd-at", "cls"))(batch)["pkd"].item()
+        pkd = make_distiller(student, teacher, make_args("gfl", "--method", "crosskd+pkd", "--pkd-at", "cls", *flags))(batch)["pkd"].item()
+        alone = make_distiller(student, teacher, make_args("gfl", "--method", "pkd", "--pkd-at", "cls"))(batch)["pkd"].item()
         assert pkd == pytest.approx(alone, rel=1e-5)
 
 
 def test_compiled_networks_give_the_same_losses():
     """Graph capture and autograd of torch.compile (backend aot_eager: no C++ compiler, seconds instead of minutes)."""
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    model = Distiller(student, teacher, make_args("gfl", "--method", "crosskd+pkd"))
+    model = make_distiller(student, teacher, make_args("gfl", "--method", "crosskd+pkd"))
     plain = model(batch)
     for net in (student, teacher):
         net.compile(backend="aot_eager")

@@ -16,7 +16,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import crosskd
 from common.run import load_strict
 from common.zoo import from_mmdet, infer_arch
-from crosskd import DETECTORS, Distiller, kd_losses, strategy_predictions
+from crosskd import DETECTORS, kd_losses, kd_options, make_distiller, strategy_maps
 
 SIZES = {"full": [[256, 320], [256, 320]], "own": [[256, 320], [230, 270]]}
 
@@ -211,9 +211,9 @@ def test_cross_head_predictions_and_losses_equal_the_authors(golden, pair, align
     a = crosskd_args(align=align)
     with torch.no_grad():
         if align == "pre":  # other features are held of the same pyramid
-            s, t = ((maps, feats, net.head(feats, feats, 0, (3,), True)[1])
+            s, t = (crosskd.Outputs(maps, feats, net.head(feats, feats, 0, (3,), True)[1])
                     for net, (maps, feats, _) in ((student, s), (teacher, t)))
-        cross, target = strategy_predictions(a, student, teacher, s, t)
+        cross, target = strategy_maps(a.kd_strategy, student, teacher, s, t, a.kd_layer, a.align != "none")
     assert target is t[0]
     for group, maps in (("stu", s[0]), ("tea", t[0]), (f"reused{suffix}", cross)):
         step = int(np.atleast_1d(z[f"{group}_step"])[0]) if f"{group}_step" in z else None
@@ -229,7 +229,7 @@ def test_cross_head_predictions_and_losses_equal_the_authors(golden, pair, align
         single = {k: [m.detach().float() for m in v] for k, v in s[0].items()}
         ours, targets = losses_and_gradients(student, single, torch.tensor(SIZES[variant]), *ground_truth(golden, case))
         flat = lambda maps: student.flatten({k: [m.float() for m in v] for k, v in maps.items()})
-        ours.update(kd_losses(student, flat(cross), flat(t[0]), targets, a))
+        ours.update(kd_losses(student, flat(cross), flat(t[0]), targets, **kd_options(a)))
         for term, levels in terms.items():
             name = {"loss_cls_kd": "kd_cls", "loss_reg_kd": "kd_box", **NAME_OF}[term]
             assert float(ours[name]) == pytest.approx(sum(levels), rel=2e-6, abs=1e-7), (key, term)
@@ -240,7 +240,7 @@ def test_gradient_of_the_whole_crosskd_loss_equals_the_authors(golden, fill, pai
     student, teacher, s, t = pair
     variant, case = key.split("_")
     boxes, labels = ground_truth(golden, case)
-    model = Distiller(student, teacher, crosskd_args()).eval()
+    model = make_distiller(student, teacher, crosskd_args()).eval()
     for net, out in ((student, s), (teacher, t)):
         monkeypatch.setattr(net, "normalise", lambda x, sizes: x)  # the golden images are normalised already
         known = {((3,), False): out}

@@ -299,7 +299,7 @@ def test_table_resumes_and_prints_both(small, few, tmp_path):
 
 def test_fast_flags_and_the_oracle_run_together(small, few, tmp_path):
     flags = small[:-2]  # the oracle's boxes have no smallest size
-    run("--dataset", "ovcoco", "--data", few, *flags, "--max-iters", 2, "--burn-in", 0, "--amp", "bf16", "--channels-last", "--accumulate", 2, "--msda", "gather",
+    run("--dataset", "ovcoco", "--data", few, *flags, "--max-iters", 2, "--burn-in", 0, "--amp", "bf16", "--accumulate", 2, "--msda", "gather",
         "--ckpt-msda", "--kd-boxes", "gt", "--dropout", "0.1", "--crop-source", "original", "--out", tmp_path / "x", procs=2)
     assert {"skd", "rkd"} <= set(losses(tmp_path / "x")[2])
 

@@ -58,18 +58,13 @@ def test_curves_are_a_png_with_and_without_evaluations(tmp_path):
     path = tmp_path / "log.jsonl"
     train = [step_row(i, loss_cls=2 / i) for i in range(1, 6)]
     both = train + [dict(it=5, AP=10.0, AP50=20.0)]
-    drawn = {}
-    for name, rows in dict(train=train, both=both, none=[]).items():
+    for name, rows in dict(train=train, both=both + [dict(it=6, AP=11.0, AP50=22.0)], one=both, none=[]).items():
         write_log(path, rows)
         plot_curves(path, tmp_path / f"{name}.png")
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.format == "PNG" and picture.size[0] > 600
-        drawn[name] = pixels(tmp_path / f"{name}.png")
-    half = drawn["both"].shape[1] // 2
-    losses = {name: colourful(p[:, :half]) for name, p in drawn.items()}
-    scores = {name: colourful(p[:, half:]) for name, p in drawn.items()}
-    assert losses["train"] > losses["none"] + 50  # losses on the left
-    assert scores["both"] > scores["train"] + 10  # AP on the right
+    train, both, one = (pixels(tmp_path / f"{name}.png") for name in ("train", "both", "one"))
+    assert both.shape[1] > 1.9 * train.shape[1] and colourful(both[:, both.shape[1] // 2:]) > 50
+    assert one.shape == train.shape and colourful(train) > 50  # a single point is no curve
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("watched", ["norm own other", "tau_c tau_m s", "sigma muted", "top1", ""])
@@ -121,9 +116,25 @@ def test_drawn_boxes_change_their_edges_and_spare_the_rest(scores):
     drawn = draw_boxes(image, boxes, torch.tensor([0, 11]), classes, scores)
     assert drawn.shape == image.shape and drawn.dtype == torch.uint8
     assert (image == 128).all()  # the input is not drawn on
-    assert drawn[:, 70, 20].tolist() == [0xe6, 0x19, 0x4b]
-    assert drawn[:, 50, 110].tolist() == [0x3c, 0xb4, 0x4b]  # class 11 has the colour of class 1
-    assert (drawn[:, 90:] == 128).all() and (drawn[:, 70, 40] == 128).all()
+    assert drawn[:, 70, 20].tolist() == list(pictures.colour_of(0))
+    assert drawn[:, 50, 110].tolist() == list(pictures.colour_of(11))
+    assert (drawn[:, 95:] == 128).all() and (drawn[:, 70, 40] == 128).all()
+
+
+def test_names_are_white_on_their_class_colour_inside_the_image_and_off_each_other():
+    image = torch.full((3, 200, 200), 128, dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0, 60, 60], [2, 2, 62, 62], [150, 150, 200, 200], [-5, 190, 30, 205]])
+    drawn = draw_boxes(image, boxes, torch.tensor([0, 1, 2, 3]), ["one", "two", "a rather long name", "four"])
+    assert drawn.shape == image.shape and (drawn > 220).all(0).sum() > 50
+    size, tabs = (50, 14), []
+    for box in boxes.tolist():
+        x, y = pictures.place_tab(box, size, (200, 200), tabs)
+        assert 0 <= x <= 150 and 0 <= y <= 186
+        assert not any(x < b[2] and b[0] < x + 50 and y < b[3] and b[1] < y + 14 for b in tabs)
+        tabs.append((x, y, x + 50, y + 14))
+    light = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in map(pictures.colour_of, range(300))]
+    assert max(light) < 175  # white can be read on each
+    assert len({pictures.colour_of(k) for k in range(80)}) > 70
 
 
 def test_deprecated_torchvision_io_is_not_used():
@@ -152,15 +163,31 @@ def test_a_page_shows_truth_on_the_left_and_sure_results_on_the_right(tmp_path):
     results = [result(1), result(1, score=0.3, bbox=(60, 10, 30, 10)), result(2)]
     save_samples(data, results, tmp_path / "page.jpg")
     page = pixels(tmp_path / "page.jpg")
-    assert page.shape == (404, 806, 3)  # two pictures of 400 and their borders, no title
-    left, right = page[2:402, 2:402], page[2:402, 404:804]
-    reddish = left[100, 40]  # scale 4: the left edge of (10, 10, 50, 40), class 0
-    assert reddish[0] > reddish[1] + 50
-    blueish = right[200, 80]  # the left edge of (20, 30, 70, 70), class 2
-    assert blueish[2] > blueish[0] + 30
-    assert colourful(right[40:80, 200:]) == 0  # not the one of 0.3
-    assert colourful(left[280:320]) == 0 and (abs(left[280:318] - 128) < 20).all()
-    assert (left[330:] < 30).all()  # below the picture
+    assert page.shape == (288, 658, 3)  # two pictures of 320 x 256, gaps of 6, column titles
+    left, right = page[26:282, 6:326], page[26:282, 332:652]
+    assert colourful(left[100, 30:34]) and colourful(right[180, 62:66])  # scale 3.2: left edges, x = 32 and 64
+    assert colourful(right[32:64, 200:]) == 0  # not the one of 0.3
+    assert colourful(left[225:]) == 0 and (abs(left[225:] - 128) < 20).all()
+    assert (page[:24, 6:100] < 60).any() and (page[:24, 332:400] < 60).any()  # the columns' titles
+
+
+def test_a_page_shows_the_five_surest_boxes_of_an_image(tmp_path):
+    data = dataset_of(tmp_path, [(100, 80)])
+    results = [result(1, score=0.4 + 0.01 * k, bbox=(k, k, 10, 10)) for k in range(9)]
+    found = pictures.by_image(results, data)[1]
+    assert [round(r["score"], 2) for r in found] == [0.48, 0.47, 0.46, 0.45, 0.44]
+
+
+def test_a_comparison_has_a_column_for_the_truth_and_one_for_each_detector(tmp_path):
+    data = dataset_of(tmp_path, [(100, 80)] * 5)
+    data.items[0] = (*data.items[0][:4], data.items[0][4][:1], data.items[0][5][:1])  # one object only: not taken
+    for name, rows in (("a", []), ("b", [result(2), result(3)])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    path = pictures.save_comparison(data, {"alone": tmp_path / "a.json", "distilled": tmp_path / "b.json"}, tmp_path)
+    page = pixels(path)
+    assert page.shape == (26 + 3 * 246, 3 * 306 + 6, 3)
+    columns = [page[26:, x:x + 300] for x in (6, 312, 618)]
+    assert [colourful(c) > 0 for c in columns] == [True, False, True] and colourful(columns[2][500:]) == 0
 
 
 def test_title_stands_above_the_page_and_in_the_files_comment(tmp_path):
@@ -181,8 +208,8 @@ def test_a_page_leaves_out_what_cannot_be_read_and_what_the_file_has_no_class_fo
     unknown = [result(2, category_id=None), result(2, category_id=-1)]
     save_samples(data, unknown, tmp_path / "page.jpg")
     page = pixels(tmp_path / "page.jpg")
-    assert page.shape == (404, 806, 3)
-    assert colourful(page[:, 404:]) == 0
+    assert page.shape == (288, 658, 3)
+    assert colourful(page[:, 330:]) == 0
     (tmp_path / "2.png").unlink()
     save_samples(data, [], tmp_path / "none.jpg")
     assert not (tmp_path / "none.jpg").exists()
@@ -193,14 +220,14 @@ def test_boxes_are_of_the_annotations_pixels_where_the_file_has_others(tmp_path)
     data = dataset_of(tmp_path, [(200, 160)])
     photo(tmp_path / "1.png", (128, 128, 128), (100, 80))
     save_samples(data, [result(1, bbox=(100, 80, 80, 60))], tmp_path / "page.jpg")
-    edge = pixels(tmp_path / "page.jpg")[2 + 220, 404 + 200]
-    assert edge[2] > edge[0] + 30
+    edge = pixels(tmp_path / "page.jpg")[26 + 200, 332 + 158:332 + 163]  # scale 1.6 of 200 pixels: x = 160
+    assert colourful(edge)
 
 
 def test_a_page_takes_the_first_images_only(tmp_path):
     data = dataset_of(tmp_path, [(30, 40)] * 5)
     save_samples(data, [], tmp_path / "page.jpg", count=3, size=100)
-    assert pixels(tmp_path / "page.jpg").shape == (2 * 102 + 2, 4 * 102 + 2, 3)
+    assert pixels(tmp_path / "page.jpg").shape == (26 + 2 * 106, 4 * 81 + 6, 3)  # each 75 x 100
 
 
 # ------------------------------------------------------------------ result files

@@ -108,7 +108,7 @@ def test_table_of_the_embedded_dataset(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--stage1-level", "random"], ["--stage1-level", "all"], ["--head", "4conv1fc"],
-                                  ["--augment", "strong", "--accumulate", "2", "--channels-last"]])
+                                  ["--augment", "strong", "--accumulate", "2"]])
 def test_variants_of_stage_one_lead_into_stage_two(small, more, tmp_path):
     flags = [*small[1], *more, "--max-iters", "2", "--out"]
     run(*flags, tmp_path / "run")

@@ -13,36 +13,38 @@ Deformable DETR, for which no tuned code was published; they are not here.
 
     Eq. 1  imitation of features          fitnet_loss, pkd_loss
     Eq. 2  imitation of predictions       kd_losses on the student's own ("mimic"), ld_losses (LD)
-    Eq. 3  CrossKD                        cross_head (with align, the phi of the code), kd_losses
+    Eq. 3  CrossKD                        cross_head (with align), kd_losses
     Eq. 4  sum of all losses              Distiller.forward, summed in train
     Eq. 5  distance of boxes, 1 - GIoU    kd_box of ATSS and RetinaNet; of FCOS: -ln IoU
     Eq. 6  distance of binned edges, KL   region_kl, kd_box of GFL
     Eq. 7  distance of class scores, QFL  quality_focal; quality_focal_kd is the same in less memory
 
-Differs from the paper. Where text and released code disagree, the code is followed, since it made the
-numbers:
-  1. phi (statistics per level, tower and channel) is not in the paper. --align post|pre|none. The code
-     takes f_i after its ReLU (an in-place ReLU overwrites what it meant to keep): post is the default.
-  2. Eq. 3, box branch: paper S = foreground indicator; code S = teacher's top class score.
-     --kd-reg-mask soft|fg.
-  3. FCOS: paper GIoU and i = 3; code -ln IoU, i = 2, weights 0.4 / 0.75. ATSS: the code adds a
+Differs from the paper. Where its text and the authors' code disagree, their code is followed, since it
+made the numbers:
+  1. phi, align below: before it enters the teacher's head each channel of f_i^s gets the mean and
+     deviation of f_i^t. Not in the paper. --align post|pre|none. Their code takes f_i after its ReLU
+     (an in-place ReLU overwrites what it meant to keep): post is the default.
+  2. Eq. 3 divides by |S|. Their code divides by the positives of the labels, as the detection losses do
+     (FCOS: by the sum of centerness); only GFL's box term divides by the sum of S.
+  3. Eq. 3, S: paper 1 for classes, the foreground for boxes; their code 1 but for ignored priors, and the
+     teacher's top class score. --kd-reg-mask soft|fg.
+  4. FCOS: paper GIoU and i = 3; code -ln IoU, i = 2, weights 0.4 and 0.75. ATSS: the code adds a
      centerness term.
-  4. RetinaNet students make P6 from P5, their teachers from C5, as in the code.
-and from the code:
-  5. Normalisers are means over all processes (two of the code's are local: GFL's sum of S, RetinaNet's
-     positives), and their lower bound of 1 holds for the sum over processes, not the mean. FCOS
-     distillation divides by at least 1. Local to a process, as in the code: the statistics of phi and
-     PKD (--sync-stats makes them global), and LD's box term, a sum without normaliser: N processes of
-     B images weigh it 1/N of what one process of N x B images does.
-  6. Not published, our choice: strategies b-d (a figure only), the LD rows (--method ld joins
-     mmdetection's box term and the LD authors' class term, main region; --method mimic is i = n with
+  5. RetinaNet students make P6 from P5, their teachers from C5, as in the code.
+and from their code:
+  6. Normalisers are means over all processes (GFL's sum of S and RetinaNet's positives are local there);
+     where 1 is their lower bound it bounds the sum over processes. FCOS distillation divides by at least 1.
+     Local, as there: the statistics of phi and PKD (--sync-stats makes them global), and LD's box term,
+     which has no normaliser: N processes of B images weigh it 1/N of what one of N x B images does.
+  7. Not published, our choice: strategies b-d (a figure only), the LD rows (--method ld joins
+     mmdetection's box term and the LD authors' class term, main region; --method mimic is i = 5 with
      CrossKD's own losses), the weight of PKD alone (that of CrossKD+PKD), MobileNetV2 (torchvision's
-     weights, BatchNorm frozen, nothing else), --adapt (a 1x1 convolution a tower for heads of another
-     width; the authors call it possible).
+     weights, running statistics fixed), --adapt (a 1x1 convolution a tower, for heads of another width;
+     the authors call it possible).
 
 Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes
 (padded), K classes, R = 17 bins of a box edge; prefix t_ teacher, s_ student, cross_ cross-head.
-Boxes are xyxy pixels of the network's input.
+S the region weight of Eq. 3. Boxes are xyxy pixels of the network's input.
 
     torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101    # GFL R101 -> R50, 12 epochs, data/coco
     torchrun --nproc_per_node 8 crosskd.py --row t1-i3           # a row of a table; --rows lists them
@@ -50,6 +52,8 @@ Boxes are xyxy pixels of the network's input.
     python crosskd.py --eval gfl_r101
     python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
     python crosskd.py --export student.pt2 --weights runs/crosskd/best.pt
+Own data: train a teacher (--method none --student gfl_r101 --train-json a.json --train-images a/ ...), then
+give it as --teacher runs/teacher/best.pt; see README.md.
 
 Expected, COCO val2017 AP (paper; 8 GPUs x 2 images, 12 epochs): GFL R50 teacher 40.2, R18 alone 35.8,
 CrossKD 38.7; GFL R101 teacher 44.9, R50 alone 40.2, CrossKD 43.7, with PKD 43.9. Measured here: COCO
@@ -68,6 +72,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from tqdm import tqdm
@@ -91,9 +96,26 @@ BINS = 17  # of a box edge
 
 class Outputs(NamedTuple):
     """What a detector's forward pass gives."""
-    maps: dict   # {"cls", "reg", "ctr"} -> L raw maps (B, width, H_l, W_l)
+    maps: dict   # {"cls", "reg", "ctr"} -> L raw maps (B, outputs, H_l, W_l)
     feats: list  # FPN: L maps (B, C, H_l, W_l)
     held: dict   # {(tower, i): L maps f_i}, tower "cls" or "reg", for the i that were asked for
+
+
+class Targets(NamedTuple):
+    """What the labels say about each prior. All on the device: making them waits for nothing."""
+    priors: torch.Tensor    # (A, 4) anchors, or (A, 2) points
+    strides: torch.Tensor   # (A, 1)
+    positive: torch.Tensor  # (B, A) bool
+    weight: torch.Tensor    # (B, A) label weight: 0 where ignored
+    onehot: torch.Tensor    # (B, A, K) 1 at the class of a positive
+    boxes: torch.Tensor     # (B, A, 4) the assigned box (arbitrary where not positive)
+    centerness: torch.Tensor  # (B, A) target in [0, 1], 0 where not positive
+    count: torch.Tensor     # () normaliser of the classification loss, mean over processes
+
+
+def fp32(x):
+    """bf16 maps of autocast -> fp32, in which all statistics and losses are computed; fp64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def quality_focal(cross_logits, t_logits, beta=1.0):
@@ -103,7 +125,7 @@ def quality_focal(cross_logits, t_logits, beta=1.0):
     gradient; beta 0 is plain BCE. Returns (...,  K), 0 where both are equal (beta > 0).
     Source: Li et al. 2020 (GFL), Eq. 2. `quality_focal_kd` below is the same in less memory.
     """
-    t = t_logits.detach().sigmoid()
+    cross_logits, t = fp32(cross_logits), fp32(t_logits.detach()).sigmoid()
     bce = F.binary_cross_entropy_with_logits(cross_logits, t, reduction="none")
     return (cross_logits.sigmoid() - t).abs().pow(beta) * bce  # Eq. 7
 
@@ -136,13 +158,14 @@ class QualityFocal(torch.autograd.Function):
         return bce.mul_(power(beta))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         return upstream * ctx.saved_tensors[0], None, None
 
 
 def quality_focal_kd(cross_logits, t_logits, beta=1.0):
-    """Eq. 7 as `quality_focal`, at an eighth of its memory."""
-    return QualityFocal.apply(cross_logits, t_logits.detach().sigmoid(), beta)
+    """Eq. 7 as `quality_focal`; this one is used."""
+    return QualityFocal.apply(fp32(cross_logits), fp32(t_logits.detach()).sigmoid(), beta)
 
 
 def region_kl(cross_logits, t_logits, T=1.0):
@@ -165,7 +188,7 @@ def channel_stats(x, sync=False):
         var = all_reduce((x - mean).pow(2).sum((0, 2, 3), keepdim=True)) / (n - 1).clamp(min=1)
     else:
         var, mean = torch.var_mean(x, (0, 2, 3), correction=1 if n > 1 else 0, keepdim=True)
-    return mean, var.clamp(min=1e-20).sqrt()  # the clamp gives a constant channel gradient 0 instead of NaN
+    return mean, var.clamp(min=1e-20).sqrt()  # clamped: sqrt of a constant channel's 0 has gradient inf
 
 
 def align(source, target, sync=False, eps=1e-6):
@@ -180,86 +203,87 @@ def align(source, target, sync=False, eps=1e-6):
     return (source - s_mean) / (s_std + eps) * t_std + t_mean
 
 
-def cross_head(head, source, target, i, phi=True, sync=False):
-    """Cross-head predictions: C_{i+1} .. C_5 of `head` on phi(source; target). For Eq. 3.
+def cross_head(head, s_held, t_held, i, aligned=True, sync=False, act=torch.relu):
+    """Cross-head predictions of Eq. 3: C_{i+1} .. C_5 of `head` on phi(f_i^s; f_i^t). Returns maps.
 
-    head: the frozen teacher's Head. source, target: Outputs.held of student and teacher. Returns maps.
-    Frozen, but never under no_grad: the gradient passes through the head to the student's f_i.
+    head: the frozen teacher's Head (below). s_held, t_held: Outputs.held of student and teacher. Frozen, but
+    never under no_grad: the gradient passes through the head to the student's f_i.
 
-    To lift it: `align`, `channel_stats` and these lines are all; another detector's head needs a forward
-    that starts behind block i, as nn.Sequential(*blocks[i:], prediction) does, once for each level.
+    To lift it: these lines, align, channel_stats, fp32. Another detector's head needs a forward that starts
+    behind block i, as nn.Sequential(*blocks[i:], prediction) is, called level by level. act: that head's
+    activation. Its BatchNorm, if any, must stay in eval mode.
     """
     towers = []
     for tower in ("cls", "reg"):
         feats = []
-        for s_feat, t_feat in zip(source[tower, i], target[tower, i]):
-            x = align(s_feat, t_feat, sync) if phi else s_feat
+        for s_feat, t_feat in zip(s_held[tower, i], t_held[tower, i], strict=True):
+            x = align(s_feat, t_feat, sync) if aligned else s_feat
             # phi can leave negative values, which no block after a ReLU has ever seen; f_0, the FPN
             # map, has no ReLU
-            feats.append(x.relu() if i > 0 else x)
+            feats.append(act(x) if i > 0 else x)
         towers.append(feats)
     return head(*towers, start=i)[0]
 
 
-def kd_losses(detector, cross, teacher, targets, *, branches="both", distance="qfl", region="P+N",
-              reg_mask="soft", beta=1.0, T=1.0, scores=None):
-    """Eq. 3 for both branches: 1/|S| * sum over positions of S(r) * D(cross(r), teacher(r)).
+def kd_losses(cross, teacher, targets, box_loss, cls_weight, *, branches="both", distance="qfl",
+              region="P+N", reg_mask="soft", beta=1.0, T=1.0, class_logits=None):
+    """Eq. 3 for both branches: sum over priors of S(r) * D(cross(r), teacher(r)), normalised.
 
-    cross, teacher: flattened head outputs (Detector.flatten), teacher without gradient. targets: of
-    detector.assign. Classes: S by region (all, P or N), D = QFL, Eq. 7, or BCE. Boxes: D by detector,
-    its kd_box, Eq. 5 or 6; S = the teacher's top class score ("soft") or the foreground ("fg").
-    scores: the teacher's class logits where `teacher` holds other predictions. Returns {name: scalar}.
+    cross, teacher: flattened head outputs {"cls": (B, A, K), "reg": (B, A, ...)}, one sigmoid logit a class;
+    teacher without gradient. targets: Targets (weight, positive are read). Classes: S by region, D = QFL,
+    Eq. 7, or BCE, times cls_weight, a scalar: 1 / normaliser. Boxes: box_loss(cross, teacher, targets, S, T)
+    -> {name: scalar}, Eq. 5 or 6 and its normaliser; S = the teacher's top class score ("soft") or the
+    foreground ("fg"). class_logits: the teacher's, where `teacher` is something else (strategy c).
     """
     losses = {}
     if branches != "reg":
-        cls_distance = quality_focal_kd(cross["cls"], teacher["cls"], beta if distance == "qfl" else 0.0)
-        where = targets.weight
+        D = quality_focal_kd(cross["cls"], teacher["cls"], beta if distance == "qfl" else 0.0).sum(-1)
+        S = targets.weight  # 0 at priors that are ignored
         if region == "P":
-            where = where * targets.positive
+            S = S * targets.positive
         elif region == "N":
-            where = where * ~targets.positive
-        losses["kd_cls"] = (cls_distance.sum(-1) * where).sum() * detector.kd_cls_weight(targets)  # Eq. 3
+            S = S * ~targets.positive
+        losses["kd_cls"] = (D * S).sum() * cls_weight  # Eq. 3
     if branches != "cls":
-        if reg_mask == "soft":
-            logits = teacher["cls"] if scores is None else scores
-            where = logits.amax(-1).sigmoid() * targets.weight
-        else:
-            where = targets.positive.float()
-        losses.update(detector.kd_box(cross, teacher, targets, where, T))  # Eq. 3
+        logits = teacher["cls"] if class_logits is None else class_logits
+        S = logits.amax(-1).sigmoid() * targets.weight if reg_mask == "soft" else targets.positive.float()
+        losses |= box_loss(cross, teacher, targets, S, T)  # Eq. 3
     return losses
 
 
 class Distiller(nn.Module):
     """The student and its losses: forward(batch) -> {name: loss}, whose sum is Eq. 4.
 
-    teacher: None, or the frozen detector, kept outside the module tree. layer: i of Eq. 3. phi: "post" or
-    "pre" the ReLU of f_i, or "none". adapt: f_i^s passes a 1x1 convolution a tower to the teacher's width.
-    kd: keyword arguments of kd_losses.
+    teacher: None, or the frozen detector. It is kept outside the module tree: move it to the device yourself.
+    layer: i of Eq. 3, None for the detector's own. phi: "post" or "pre" the ReLU of f_i, or "none". adapt:
+    f_i^s passes a 1x1 convolution a tower to the teacher's width. kd: keyword arguments of kd_losses.
     """
-    watch = {}  # what the log shows beside losses
 
-    def __init__(self, student, teacher=None, layer=3, phi="post", sync_stats=False, amp=False, adapt=False,
-                 kd=None):
+    def __init__(self, student, teacher=None, layer=None, phi="post", sync_stats=False, amp=False,
+                 adapt=False, kd=None):
         super().__init__()
         self.student = student
         # In a tuple, so that parameters(), state_dict(), train(), DDP and the optimizer never see it.
         self.teacher = (teacher.eval().requires_grad_(False),) if teacher else ()
-        self.layer, self.phi, self.sync_stats, self.amp, self.kd = layer, phi, sync_stats, amp, kd or {}
-        self.keep = (layer,) if teacher else ()
-        widths = (student.arch["channels"], teacher.arch["channels"]) if adapt else None
-        self.adapter = nn.ModuleDict({t: nn.Conv2d(*widths, 1) for t in ("cls", "reg")}) if adapt else None
+        self.layer = student.kd_layer if layer is None else layer
+        self.phi, self.sync_stats, self.amp, self.kd = phi, sync_stats, amp, kd or {}
+        self.keep_layers = (self.layer,) if teacher else ()
+        self.adapter = None
+        if adapt:
+            widths = student.arch["channels"], teacher.arch["channels"]
+            self.adapter = nn.ModuleDict({tower: nn.Conv2d(*widths, 1) for tower in ("cls", "reg")})
 
-    def look(self, detector, batch):
-        """Forward pass of student or teacher: Outputs with f_i of both towers."""
+    def run(self, detector, batch):
+        """Outputs of student or teacher, with f_i of both towers."""
         images = detector.normalise(batch["images"], batch["sizes"])
         with self.autocast(images):
-            return detector(images, self.keep, self.phi == "pre")
+            return detector(images, self.keep_layers, self.phi == "pre")
 
     def autocast(self, like):
         return torch.autocast(like.device.type, torch.bfloat16, enabled=self.amp)
 
     def assign(self, student_out, batch):
-        """Targets of the student: its assigner only looks at the labels, so the teacher's are the same."""
+        """The student's Targets. Assigners here look at the labels only: the teacher's would be the same."""
         level_sizes = [m.shape[-2:] for m in student_out.maps["cls"]]
         return self.student.assign(level_sizes, batch["sizes"], batch["boxes"], batch["labels"])
 
@@ -271,30 +295,30 @@ class Distiller(nn.Module):
 
     def forward(self, batch):
         student = self.student
-        student_out = self.look(student, batch)
+        student_out = self.run(student, batch)
         targets = self.assign(student_out, batch)
         losses = student.losses(student.flatten(student_out.maps), targets)
         if not self.teacher:
             return losses
-        teacher = self.teacher[0]
-        with torch.no_grad():  # not inference_mode: phi multiplies with what needs gradients
-            teacher_out = self.look(teacher, batch)
-        with self.autocast(batch["boxes"]):
+        teacher, = self.teacher
+        with torch.no_grad():  # not inference_mode: its tensors cannot be saved for phi's backward
+            teacher_out = self.run(teacher, batch)
+        with self.autocast(batch["images"]):
             cross_maps = cross_head(teacher.head, self.adapted(student_out.held), teacher_out.held,
                                     self.layer, self.phi != "none", self.sync_stats)
-        losses |= kd_losses(student, student.flatten(cross_maps), student.flatten(teacher_out.maps), targets,
-                            **self.kd)
+        losses |= kd_losses(student.flatten(cross_maps), student.flatten(teacher_out.maps), targets,
+                            student.kd_box, student.kd_cls_weight(targets), **self.kd)
         return losses
 
 
-# ================================================================== its tables
+# ================================================================== what its tables compare with
 
 def pkd_loss(s_feats, t_feats, sync=False, eps=1e-6):
     """PKD (Cao et al. 2022): half the squared distance of per-channel standardised maps = 1 - Pearson
     correlation. Summed over levels, mean over elements. Weights and where it acts: --pkd-weight, --pkd-at.
     """
     total = 0
-    for s_feat, t_feat in zip(s_feats, t_feats):
+    for s_feat, t_feat in zip(s_feats, t_feats, strict=True):
         s_feat, t_feat = fp32(s_feat), fp32(t_feat.detach())
         s_mean, s_std = channel_stats(s_feat, sync)
         t_mean, t_std = channel_stats(t_feat, sync)
@@ -305,7 +329,7 @@ def pkd_loss(s_feats, t_feats, sync=False, eps=1e-6):
 
 def fitnet_loss(s_feats, t_feats):
     """Eq. 1 with D = squared error and S = 1, summed over levels; weight 2, as in LD's code."""
-    return 2.0 * sum(F.mse_loss(fp32(s), fp32(t)) for s, t in zip(s_feats, t_feats))
+    return 2.0 * sum(F.mse_loss(fp32(s), fp32(t)) for s, t in zip(s_feats, t_feats, strict=True))
 
 
 def ld_losses(student, teacher, targets, branches="both"):
@@ -326,7 +350,7 @@ def ld_losses(student, teacher, targets, branches="both"):
     return losses
 
 
-def strategy_maps(strategy, student, teacher, student_out, teacher_out, i, phi=True, sync=False):
+def strategy_maps(strategy, student, teacher, student_out, teacher_out, i, aligned=True, sync=False):
     """The two predictions that are compared: (maps that receive gradient, target maps).
 
     a  teacher head on student feature  <-> teacher prediction                (CrossKD, Eq. 3)
@@ -337,10 +361,10 @@ def strategy_maps(strategy, student, teacher, student_out, teacher_out, i, phi=T
     backbone, which this reading, through the student's own prediction, does not share.
     """
     def on_student():  # the teacher's head
-        return cross_head(teacher.head, student_out.held, teacher_out.held, i, phi, sync)
+        return cross_head(teacher.head, student_out.held, teacher_out.held, i, aligned, sync)
 
     def on_teacher():  # the student's head
-        return cross_head(student.head, teacher_out.held, student_out.held, i, phi, sync)
+        return cross_head(student.head, teacher_out.held, student_out.held, i, aligned, sync)
 
     if strategy == "a":
         return on_student(), teacher_out.maps
@@ -352,44 +376,47 @@ def strategy_maps(strategy, student, teacher, student_out, teacher_out, i, phi=T
 
 class Comparison(Distiller):
     """What the tables compare CrossKD with, alone or joined. methods: of METHODS."""
+    pkd_layer = 3  # whose features PKD compares in a tower
 
     def __init__(self, student, teacher, methods=("crosskd",), strategy="a", pkd_at="neck", pkd_weight=1.0,
                  **options):
         super().__init__(student, teacher, **options)
         self.methods, self.strategy, self.pkd_at, self.pkd_weight = methods, strategy, pkd_at, pkd_weight
-        crosses = {self.layer} if "crosskd" in methods else set()
-        towers = {3} if "pkd" in methods and pkd_at != "neck" else set()
-        self.keep = tuple(sorted(crosses | towers))
+        keep = {self.layer} if "crosskd" in methods else set()
+        if "pkd" in methods and pkd_at != "neck":
+            keep.add(self.pkd_layer)
+        self.keep_layers = tuple(sorted(keep))
         if "crosskd" not in methods:
             self.phi = "none"
 
     def pkd_places(self, out):
-        """Lists of L maps, one a place where PKD compares."""
+        """Lists of L maps, one a place where PKD compares. The ReLU: --align pre holds f_i before it."""
         if self.pkd_at == "neck":
             return [out.feats]
-        return [[x.relu() for x in out.held[tower, 3]] for tower in self.pkd_at.split("+")]
+        return [[x.relu() for x in out.held[tower, self.pkd_layer]] for tower in self.pkd_at.split("+")]
 
     def forward(self, batch):
         student, (teacher,) = self.student, self.teacher
-        student_out = self.look(student, batch)
+        student_out = self.run(student, batch)
         targets = self.assign(student_out, batch)
-        own = student.flatten(student_out.maps)
-        losses = student.losses(own, targets)
+        student_pred = student.flatten(student_out.maps)
+        losses = student.losses(student_pred, targets)
         with torch.no_grad():
-            teacher_out = self.look(teacher, batch)
-        theirs = teacher.flatten(teacher_out.maps)
+            teacher_out = self.run(teacher, batch)
+        teacher_pred = student.flatten(teacher_out.maps)
+        rest = student.kd_box, student.kd_cls_weight(targets)
         if "crosskd" in self.methods:
-            seen = student_out._replace(held=self.adapted(student_out.held))
-            with self.autocast(batch["boxes"]):
-                pair = strategy_maps(self.strategy, student, teacher, seen, teacher_out, self.layer,
+            adapted = student_out._replace(held=self.adapted(student_out.held))
+            with self.autocast(batch["images"]):
+                pair = strategy_maps(self.strategy, student, teacher, adapted, teacher_out, self.layer,
                                      self.phi != "none", self.sync_stats)
-            cross, goal = map(student.flatten, pair)
-            losses |= kd_losses(student, cross, goal, targets, scores=theirs["cls"], **self.kd)
+            cross, target = map(student.flatten, pair)
+            losses |= kd_losses(cross, target, targets, *rest, class_logits=teacher_pred["cls"], **self.kd)
         if "mimic" in self.methods:  # Eq. 2: the student's own predictions, same distances
-            mimic = kd_losses(student, own, theirs, targets, **self.kd)
+            mimic = kd_losses(student_pred, teacher_pred, targets, *rest, **self.kd)
             losses |= {name.replace("kd", "mimic"): loss for name, loss in mimic.items()}
         if "ld" in self.methods:
-            losses |= ld_losses(own, theirs, targets, self.kd.get("branches", "both"))
+            losses |= ld_losses(student_pred, teacher_pred, targets, self.kd.get("branches", "both"))
         if "pkd" in self.methods:
             places = zip(self.pkd_places(student_out), self.pkd_places(teacher_out))
             losses["pkd"] = self.pkd_weight * sum(pkd_loss(s, t, self.sync_stats) for s, t in places)
@@ -402,11 +429,6 @@ METHODS = ("none", "crosskd", "mimic", "ld", "pkd", "fitnet")
 
 
 # ================================================================== detector
-
-def fp32(x):
-    """bf16 maps of autocast -> fp32, in which all statistics and losses are computed; fp64 stays."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
 
 class Body(nn.Module):
     """The stages of a torchvision classifier up to the last tap, run in order; returns {tap: map}.
@@ -545,18 +567,6 @@ class Head(nn.Module):
         return maps, held
 
 
-class Targets(NamedTuple):
-    """What the labels say about each prior. All tensors of the device: nothing waits for the GPU."""
-    priors: torch.Tensor    # (A, 4) anchors, or (A, 2) points
-    strides: torch.Tensor   # (A, 1)
-    positive: torch.Tensor  # (B, A) bool
-    weight: torch.Tensor    # (B, A) label weight: 0 where ignored
-    onehot: torch.Tensor    # (B, A, K) 1 at the class of a positive
-    boxes: torch.Tensor     # (B, A, 4) the assigned box (arbitrary where not positive)
-    centerness: torch.Tensor  # (B, A) target in [0, 1], 0 where not positive
-    count: torch.Tensor     # () normaliser of the classification loss, mean over processes
-
-
 def focal_loss(logits, onehot, alpha=0.25):
     """Focal loss (Lin et al. 2017), gamma 2: -alpha_t (1 - p_t)^2 log p_t, element by element.
 
@@ -577,8 +587,15 @@ def distribution_focal_loss(logits, target):
 
 class Detector(nn.Module):
     """Backbone, FPN, head. Subclasses say what the head's numbers mean and how they are trained."""
-    kind, cells, reg_out, norm, ctr, scales, nms_iou = "", 1, 4, True, None, True, 0.6
-    kd_layer, pkd_weight = 3, 2.0
+    kind = ""
+    cells = 1          # priors a position
+    reg_out = 4        # numbers a prior
+    norm = True        # GroupNorm in the towers
+    ctr = None         # the tower that centerness is read from
+    scales = True      # a learnt factor a level on reg
+    nms_iou = 0.6
+    kd_layer = 3       # i of Eq. 3
+    pkd_weight = 2.0
 
     def __init__(self, backbone="r50", num_classes=80, channels=256, p6="on_output", init="none"):
         super().__init__()
@@ -620,7 +637,7 @@ class Detector(nn.Module):
         return self
 
     def normalise(self, images, sizes=None):
-        """uint8 RGB (B, 3, H, W) -> float. sizes (B, 2) h, w: padding is zeroed AFTER that: the mean pixel."""
+        """uint8 RGB (B, 3, H, W) -> float. sizes (B, 2) h, w: padding becomes the mean pixel, zero here."""
         if self.caffe:
             images = images.flip(1)  # BGR
         x = (images.to(self.mean.dtype) - self.mean) / self.std
@@ -685,6 +702,7 @@ class Detector(nn.Module):
         return (focal_loss(out["cls"], targets.onehot).sum(-1) * targets.weight).sum() / targets.count
 
     def kd_cls_weight(self, targets):
+        """1 / normaliser of Eq. 3's class term."""
         return 1.0 / targets.count
 
     def decoded(self, out, targets):
@@ -737,7 +755,8 @@ def centerness_loss(out, target, targets):
 
 class GFL(Detector):
     """Generalized Focal Loss: class score = IoU quality; a box edge is a distribution over R = 17 bins."""
-    kind, reg_out, pkd_weight = "gfl", 4 * BINS, 6.0
+    kind, reg_out = "gfl", 4 * BINS
+    pkd_weight = 6.0
 
     def decode(self, reg, priors, strides):
         """(..., 68) logits, l, t, r, b x 17 -> boxes: the expected bin, in strides from the centre."""
@@ -760,15 +779,17 @@ class GFL(Detector):
                     box=2.0 * ((1 - giou) * weight).sum() / total,
                     dfl=0.25 * (dfl.sum(-1) / 4 * weight).sum() / total)
 
-    def kd_box(self, cross, teacher, targets, where, T):
+    def kd_box(self, cross, teacher, targets, S, T):
         """Eq. 6 on the four edges: KL of the bin distributions; weight 4, over the sum of S."""
         kl = region_kl(cross["reg"].unflatten(-1, (4, BINS)), teacher["reg"].unflatten(-1, (4, BINS)), T)
-        return dict(kd_box=4.0 * (kl.sum(-1) / 4 * where).sum() / reduce_mean(where.sum(), 1e-6))
+        return dict(kd_box=4.0 * (kl.sum(-1) / 4 * S).sum() / reduce_mean(S.sum(), 1e-6))  # Eq. 6
 
 
 class ATSS(Detector):
     """Adaptive training sample selection: deltas from one square anchor, centerness from the box tower."""
-    kind, ctr, pkd_weight, delta_std = "atss", "reg", 1.0, (0.1, 0.1, 0.2, 0.2)
+    kind, ctr = "atss", "reg"
+    pkd_weight = 1.0
+    delta_std = (0.1, 0.1, 0.2, 0.2)
 
     def decode(self, reg, priors, strides):
         return decode_deltas(reg, priors, self.delta_std)
@@ -780,16 +801,17 @@ class ATSS(Detector):
         return dict(cls=self.cls_loss(out, targets), ctr=centerness_loss(out, targets.centerness, targets),
                     box=2.0 * ((1 - giou) * targets.centerness).sum() / total)
 
-    def kd_box(self, cross, teacher, targets, where, T):
+    def kd_box(self, cross, teacher, targets, S, T):
         """Eq. 5 (GIoU of the decoded boxes) and, in the released code only, centerness at the positives."""
         giou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[1]
-        return dict(kd_box=((1 - giou) * where).sum() / targets.count,  # Eq. 5
+        return dict(kd_box=((1 - giou) * S).sum() / targets.count,  # Eq. 5
                     kd_ctr=centerness_loss(cross, teacher["ctr"].sigmoid(), targets))
 
 
 class FCOS(Detector):
     """One point per cell regresses the four distances; centerness from the class tower."""
-    kind, ctr, nms_iou, kd_layer = "fcos", "cls", 0.5, 2
+    kind, ctr, nms_iou = "fcos", "cls", 0.5
+    kd_layer = 2
     ranges = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
 
     def priors(self, level_sizes, device):
@@ -814,16 +836,17 @@ class FCOS(Detector):
         # The code divides by max(sum of centerness, 1e-6): one step without boxes would multiply KD by 10^6
         return 0.4 / reduce_mean(targets.centerness.sum(), 1.0)
 
-    def kd_box(self, cross, teacher, targets, where, T):
+    def kd_box(self, cross, teacher, targets, S, T):
         """-ln IoU of the decoded boxes, weight 0.75; the released code's choice (the paper says GIoU)."""
         iou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[0]
         total = reduce_mean(targets.centerness.sum(), 1.0)
-        return dict(kd_box=0.75 * (-iou.clamp(min=1e-6).log() * where).sum() / total)
+        return dict(kd_box=0.75 * (-iou.clamp(min=1e-6).log() * S).sum() / total)
 
 
 class RetinaNet(Detector):
     """Nine anchors per cell, no norm in the head, plain deltas."""
-    kind, cells, norm, scales, nms_iou = "retinanet", 9, False, False, 0.5
+    kind, cells, nms_iou = "retinanet", 9, 0.5
+    norm = scales = False
 
     def priors(self, level_sizes, device):
         sides = [4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)]
@@ -841,10 +864,10 @@ class RetinaNet(Detector):
         l1 = (out["reg"] - encode_deltas(solid, targets.priors)).abs().sum(-1) * targets.positive
         return dict(cls=self.cls_loss(out, targets), box=l1.sum() / targets.count)
 
-    def kd_box(self, cross, teacher, targets, where, T):
+    def kd_box(self, cross, teacher, targets, S, T):
         """Eq. 5: GIoU of the decoded boxes."""
         giou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[1]
-        return dict(kd_box=((1 - giou) * where).sum() / targets.count)
+        return dict(kd_box=((1 - giou) * S).sum() / targets.count)  # Eq. 5
 
 
 DETECTORS = {c.kind: c for c in (GFL, ATSS, FCOS, RetinaNet)}
@@ -880,8 +903,9 @@ def default_size(args, kind):
 LEGEND = dict(  # of the log's terms
     cls="classification loss of the detector", box="box loss of the detector", ctr="centerness loss",
     dfl="GFL's loss of the binned box edges", kd_cls="Eq. 3 for classes, distance Eq. 7",
-    kd_box="Eq. 3 for boxes, distance Eq. 6 (GFL) or Eq. 5", kd_ctr="Eq. 3 for centerness (released code)",
-    mimic_cls="Eq. 2 for classes", mimic_box="Eq. 2 for boxes", mimic_ctr="Eq. 2 for centerness",
+    kd_box="Eq. 3 for boxes, distance Eq. 5 or 6 (FCOS: -ln IoU)",
+    kd_ctr="Eq. 3 for centerness (their code)", mimic_cls="Eq. 2 for classes", mimic_box="Eq. 2 for boxes",
+    mimic_ctr="Eq. 2 for centerness",
     ld_cls="LD, classes", ld_box="LD, box edges", pkd="PKD, 1 - Pearson correlation of features",
     fitnet="Eq. 1, squared distance of FPN features")
 
@@ -903,14 +927,19 @@ def split_name(student):
 
 def check_arch(theirs, ours, args):
     """The teacher's head must be able to read the student's features. theirs, ours: the `arch` of each."""
-    same = ["kind", "num_classes"]
-    if not args.adapt and set(args.method.split("+")) & {"crosskd", "pkd", "fitnet"}:
-        same.insert(1, "channels")
-    for what in same:
-        if theirs[what] != ours[what]:
-            more = "; --adapt joins them by 1x1 convolutions" if what == "channels" else ""
-            raise UserError(f"--teacher has {what} {theirs[what]}, --student {ours[what]}: they must be the "
-                            f"same{more}")
+    methods = set(args.method.split("+"))
+    reads = methods & {"pkd", "fitnet"} or ("crosskd" in methods and not args.adapt)  # features, not boxes
+    for what in ("kind", "channels", "num_classes"):
+        if theirs[what] == ours[what] or (what == "channels" and not reads):
+            continue
+        more = ""
+        if what == "channels" and methods == {"crosskd"}:
+            more = "; --adapt joins them by 1x1 convolutions"
+        if what == "num_classes":
+            more = (f"; train a teacher on these classes: --method none --student {theirs['kind']}_r101 "
+                    "--out runs/teacher, then --teacher runs/teacher/best.pt")
+        raise UserError(f"--teacher has {what} {theirs[what]}, --student {ours[what]}: they must be the "
+                        f"same{more}")
 
 
 def make_pair(args, data, rank, world, device):
@@ -961,7 +990,7 @@ def prepare(args, data, val, student, teacher, rank, world, device):
             describe_model(f"{name} {net.kind}_{net.arch['backbone']}", net, example, rank=rank)
             if args.compile:
                 net.compile()
-                net.head.compile()
+                net.head.compile()  # cross_head calls it by itself
     if teacher and val and not (Path(args.out) / "last.pt").exists():
         check_teacher(evaluate(teacher, val, rank, world, device, args, most=100)[0], args)
     return make_distiller(student, teacher, args).to(device).train()
@@ -1046,7 +1075,7 @@ def train(args, rank, world, device):
                 nn.utils.clip_grad_norm_(distiller.parameters(), 35.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.step(losses, lr * factor, distiller.watch)
+            run.step(losses, lr * factor)
         run.end_epoch()
     return run.close()
 
@@ -1164,8 +1193,9 @@ def predict(args, device):
 
 
 class Exported(nn.Module):
-    """What --export writes: uint8 RGB (B, 3, H, W), H and W multiples of 32, resized -> boxes (B, A, 4) xyxy
-    pixels, scores (B, A, K) that include centerness, both before NMS; the raw class and box maps."""
+    """What --export writes: uint8 RGB (B, 3, H, W), resized, then padded right and bottom to multiples of 32
+    with the mean pixel (124, 116, 104) -> boxes (B, A, 4) xyxy pixels, scores (B, A, K) that include
+    centerness, both before NMS; then the raw class and box maps, level by level."""
 
     def __init__(self, model):
         super().__init__()
@@ -1237,8 +1267,8 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark
     t6-pkd          43.3  --teacher gfl_r101 --method pkd
     t6-crosskd      43.7  --teacher gfl_r101
     t6-crosskd+pkd  43.9  --teacher gfl_r101 --method crosskd+pkd
-    t7-retinanet      39.7  --teacher retinanet_r101
-    t7-retinanet+pkd  39.8  --teacher retinanet_r101 --method crosskd+pkd  # authors' README
+    t7-retinanet      39.7  --teacher retinanet_r101 --epochs 24
+    t7-retinanet+pkd  39.8  --teacher retinanet_r101 --epochs 24 --method crosskd+pkd  # authors' README
     t7-retinanet-none 37.4  --student retinanet_r50 --method none --epochs 24 --p6 on_input
     t7-fcos         41.3  --teacher fcos_r101  # authors' README: 41.1
     t7-fcos+pkd     41.3  --teacher fcos_r101 --method crosskd+pkd  # authors' README
@@ -1252,7 +1282,7 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark
     t8-mnv2         34.1  --teacher retinanet_r50 --student retinanet_mnv2  # details not published
     t8-mnv2-pkd     33.2  --teacher retinanet_r50 --student retinanet_mnv2 --method pkd
     t8-mnv2-none    30.9  --student retinanet_mnv2 --method none
-    t9-head         36.7  --teacher retinanet_r50_3x --student retinanet_r18  # or retinanet_r50: unknown
+    t9-crosskd      36.7  --teacher retinanet_r50_3x --student retinanet_r18  # their config: retinanet_r50
     t9-none         31.7  --student retinanet_r18 --method none --p6 on_input
     t10-a           38.7  SMALL --kd-strategy a
     t10-b           35.4  SMALL --kd-strategy b  # b-d are our reading of a figure
@@ -1276,14 +1306,15 @@ BELONGS = (
     ("kd_reg_mask kd_T", "kd_branches", ("reg", "both")),
     ("kd_beta", "kd_cls_loss", ("qfl",)),
     ("adapt", "kd_strategy", ("a",)),
+    ("adapt", "kd_branches", ("both",)),
     ("sync_stats", "method", ("crosskd", "pkd", None)),
     ("pkd_at pkd_weight", "method", ("pkd",)),
     ("no_teacher_check", "method", ("crosskd", "mimic", "ld", "pkd", "fitnet", None)))
 MODES = dict(eval="data workers val_json val_images", predict="weights score", export="weights")
 
 
-def width(text):
-    """argparse type of --channels."""
+def channel_count(text):
+    """argparse type."""
     value = number(int, 32, 4096)(text)
     if value % 32:
         raise argparse.ArgumentTypeError(f"{text}: must be a multiple of 32, the groups of GroupNorm")
@@ -1298,9 +1329,9 @@ def parse_args(argv=None):
                    "(default 800; FCOS 640,800; shapes 72-120; --eval, --predict: as trained)")
     g = p.add_argument_group("models")
     g.add_argument("--teacher", help="zoo name (gfl_r101 ...), mmdetection .pth or our .pt "
-                   "(default gfl_r101; shapes: trained on demand)")
+                   "(default: the student's detector on r101; shapes: trained on demand)")
     g.add_argument("--student", help="detector_backbone, as gfl_r18 (default: the teacher's detector on r50)")
-    g.add_argument("--channels", type=width, help="of the student's FPN and head (default 256; tiny 64)")
+    g.add_argument("--channels", type=channel_count, help="of its FPN and head (default 256; tiny 64)")
     g.add_argument("--p6", choices=("on_output", "on_input"), default="on_output",
                    help="student's P6 from P5, or from C5 (zoo RetinaNets)")
     g.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay "
@@ -1331,8 +1362,7 @@ def parse_args(argv=None):
     g.add_argument("--pkd-weight", type=number(), help="(default GFL 6, ATSS 1, FCOS 2, RetinaNet 2)")
     g.add_argument("--sync-stats", action="store_true", help="statistics of phi and PKD over all processes")
     g = p.add_argument_group("schedule")
-    g.add_argument("--epochs", type=COUNT, help="(default 12; FCOS and retinanet_r101 -> r50: 24; shapes 6), "
-                   "x0.1 at 2/3 and 11/12")
+    g.add_argument("--epochs", type=COUNT, help="(default 12; FCOS 24; shapes 6), x0.1 at 2/3 and 11/12")
     g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"),
                    help="(default sgd; shapes adamw, which learns from scratch faster)")
@@ -1368,10 +1398,9 @@ def resolve(args):
                         "--method none")
     if method != "none" and not teacher and not shapes:
         teacher = f"{kind}_r101"
-        arch = dict(kind=kind, backbone="r101")
-    long = kind == "fcos" or (kind == "retinanet" and (arch.get("backbone"), backbone) == ("r101", "r50"))
-    defaults = dict(kd_layer=DETECTORS[kind].kd_layer, epochs=24 if long else 12, batch_size=2, lr=0.01,
-                    optimizer="sgd", init="imagenet", channels=64 if backbone.startswith("tiny") else 256)
+    defaults = dict(kd_layer=DETECTORS[kind].kd_layer, epochs=24 if kind == "fcos" else 12, batch_size=2,
+                    lr=0.01, optimizer="sgd", init="imagenet",
+                    channels=64 if backbone.startswith("tiny") else 256)
     if shapes:
         defaults |= SHAPES
     found = {k: v for k, v in defaults.items() if getattr(args, k) is None}

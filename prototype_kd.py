@@ -1040,7 +1040,7 @@ def train(args, rank, world, device):
     open_run(args, rank, args.resume)
     student, teacher = make_pair(args, data, val, rank, world, device)
     distiller = prepare(args, data, val, student, teacher, rank, world, device)
-    model = wrap_ddp(distiller, device, world, broadcast_buffers=not getattr(student, "norms_fixed", False))
+    model = wrap_ddp(distiller, device, world)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers)
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 16

@@ -39,6 +39,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 
@@ -214,14 +215,15 @@ def barrier():
         dist.barrier()
 
 
-def wrap_ddp(module, device, world, **options):
+def wrap_ddp(module, device, world):
     """DistributedDataParallel where there are several processes, else the module itself. Buffers are
     only sent around where a BatchNorm learns some."""
     if world == 1:
         return module
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    options, batch_norm = {}, torch.nn.modules.batchnorm._BatchNorm
     learnt = any(isinstance(m, batch_norm) and m.training for m in module.modules())
-    options = dict(broadcast_buffers=learnt) | options
+    new = "forward_sync_buffers" in signature(torch.nn.parallel.DistributedDataParallel).parameters
+    options["forward_sync_buffers" if new else "broadcast_buffers"] = learnt  # the old name until 2.13
     if device.type == "cuda":
         options |= dict(device_ids=[device.index], gradient_as_bucket_view=True)
     return torch.nn.parallel.DistributedDataParallel(module, **options)
@@ -977,7 +979,7 @@ class Run:
         self.epochs, self.steps = epochs or args.epochs, -(-batches // args.accumulate)
         self.total = min(self.epochs * self.steps, args.max_iters or 10**12)
         self.every = args.eval_every or every or max(1, self.epochs // 12)
-        self.it, self.best, self.best_epoch, self.due = 0, -2.0, 0, False
+        self.it, self.best, self.best_epoch, self.due, self.complete = 0, -2.0, 0, False, False
         self.metrics, self.lr, self.data_time, self.eval_seconds = None, 0.0, 0.0, 0.0
         self.signal, self.signal_time, self.training, self.handlers = None, 0.0, True, {}
         self.resumed = can_resume(self.out, args.resume, rank, device)
@@ -1090,6 +1092,7 @@ class Run:
             same = state["args"].get("val_json") == vars(self.args).get("val_json")
             if same and math.isfinite(state["best"]):  # not of another validation set, or of none
                 self.best, self.best_epoch = state["best"], state["best_epoch"]
+            self.complete = self.finished and not state["due"]  # evaluated anew, for who asks
             self.due = state["due"] or self.finished
             self.training = not self.due
         if self.rank < len(state["rng"]):
@@ -1169,7 +1172,8 @@ class Run:
                 weights = dict(self.plain, model=self.model.state_dict(), epoch=self.epoch, it=self.it)
                 save_checkpoint(weights, self.out / "best.pt")
         self.due = False
-        self.save()
+        if not self.complete:
+            self.save()
         self.log.restart_clock()
 
     def describe(self, text, lr, base_lr, paper_batch, *datasets):

@@ -205,7 +205,7 @@ def test_kd_losses_have_the_weights_and_normalisers_of_the_fact_sheet(kind):
     with torch.no_grad():
         s, t_out = (m.flatten(m(m.normalise(batch["images"], batch["sizes"]))[0]) for m in (student, teacher))
     t = student.assign(LEVELS, batch["sizes"], batch["boxes"], batch["labels"])
-    got = kd_losses(student, s, t_out, t, **kd_options(a))
+    got = kd_losses(s, t_out, t, student.kd_box, student.kd_cls_weight(t), **kd_options(a))
     w = t_out["cls"].sigmoid().amax(-1) * t.weight
     qfl = (quality_focal_kd(s["cls"], t_out["cls"]).sum(-1) * t.weight).sum()
     boxes, t_boxes = (student.decode(o["reg"], t.priors, t.strides).flatten(0, 1) for o in (s, t_out))
@@ -599,7 +599,7 @@ def test_resolving_fills_in_what_depends_on_other_flags_and_changes_nothing_else
             ("", dict(student="gfl_r50", teacher="gfl_r101", epochs=12, kd_layer=3, lr=0.01, optimizer="sgd",
                       init="imagenet")),
             ("--teacher fcos_r101", dict(student="fcos_r50", epochs=24, kd_layer=2)),
-            ("--teacher retinanet_r101", dict(epochs=24)),
+            ("--teacher retinanet_r101", dict(epochs=12)), ("--row t7-retinanet", dict(epochs=24, teacher="retinanet_r101")),
             ("--teacher retinanet_r101 --student retinanet_r18", dict(epochs=12)),
             ("--method none", dict(teacher=None)),
             ("--data shapes", dict(student="gfl_tiny8", teacher=None, epochs=6, batch_size=16,
@@ -710,7 +710,7 @@ def test_offline_download_is_one_line_with_the_place_to_put_the_file(monkeypatch
 
 def test_methods_without_teacher_features_keep_none_and_pkd_at_a_tower_is_after_the_relu():
     student, teacher, batch = small("gfl"), small("gfl", 1), make_batch()
-    assert make_distiller(student, teacher, make_args("gfl", "--method", "pkd")).keep == ()
+    assert make_distiller(student, teacher, make_args("gfl", "--method", "pkd")).keep_layers == ()
     for flags in ([], ["--align", "pre"]):
         pkd = make_distiller(student, teacher, make_args("gfl", "--method", "crosskd+pkd", "--pkd-at", "cls", *flags))(batch)["pkd"].item()
         alone = make_distiller(student, teacher, make_args("gfl", "--method", "pkd", "--pkd-at", "cls"))(batch)["pkd"].item()

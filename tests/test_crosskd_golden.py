@@ -229,7 +229,7 @@ def test_cross_head_predictions_and_losses_equal_the_authors(golden, pair, align
         single = {k: [m.detach().float() for m in v] for k, v in s[0].items()}
         ours, targets = losses_and_gradients(student, single, torch.tensor(SIZES[variant]), *ground_truth(golden, case))
         flat = lambda maps: student.flatten({k: [m.float() for m in v] for k, v in maps.items()})
-        ours.update(kd_losses(student, flat(cross), flat(t[0]), targets, **kd_options(a)))
+        ours.update(kd_losses(flat(cross), flat(t[0]), targets, student.kd_box, student.kd_cls_weight(targets), **kd_options(a)))
         for term, levels in terms.items():
             name = {"loss_cls_kd": "kd_cls", "loss_reg_kd": "kd_box", **NAME_OF}[term]
             assert float(ours[name]) == pytest.approx(sum(levels), rel=2e-6, abs=1e-7), (key, term)

@@ -1,5 +1,6 @@
 """crosskd.py from its command line: real photographs, two processes, signals, kill and resume, bad input."""
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from conftest import free_port, launch
@@ -24,7 +26,7 @@ import crosskd
 from common import zoo
 from common.datasets import CocoDataset, find_coco
 from common.evaluation import coco_evaluate
-from common.run import checksum, load_checkpoint, save_checkpoint
+from common.run import UserError, checksum, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--image-size", "128", "--workers", "0", "--init", "none", "--log-every", "5"]
@@ -385,7 +387,7 @@ def test_ground_truth_is_perfect_in_this_scripts_evaluation(own, monkeypatch):
     args = crosskd.parse_args([str(f) for f in flags])
     val = crosskd.make_data(args, "val", "gfl", like=own.classes)
 
-    def truth(model, batch, device, args):
+    def truth(model, batch, amp):
         (boxes,), (labels,), (size,) = (batch[k] for k in ("boxes", "labels", "sizes"))
         (h, w), = batch["original_sizes"]
         scale = torch.tensor([w / size[1], h / size[0]] * 2)
@@ -412,11 +414,11 @@ def test_without_a_validation_set_a_run_trains_says_so_and_best_is_the_last(own,
 
 SLOW = """
 import crosskd, time
-forward = crosskd.Distiller.forward
-def slow(self, batch):
+assign = crosskd.Distiller.assign
+def slow(*args):
     time.sleep(0.08)
-    return forward(self, batch)
-crosskd.Distiller.forward = slow
+    return assign(*args)
+crosskd.Distiller.assign = slow
 """
 
 
@@ -565,11 +567,11 @@ def test_weights_that_are_not_finite_never_reach_last_pt(forks, steps, tmp_path,
 
 FULL = """
 import crosskd, resource
-forward = crosskd.Distiller.forward
-def late(self, batch):
+assign = crosskd.Distiller.assign
+def late(*args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a full disk, from the first step on
-    return forward(self, batch)
-crosskd.Distiller.forward = late
+    return assign(*args)
+crosskd.Distiller.assign = late
 """
 
 
@@ -708,8 +710,87 @@ def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monk
     r = run("--data", "shapes", "--teacher", teacher, "--no-teacher-check", "--max-iters", 2,
             "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
     assert r.stdout.count("student fcos_tiny8:") == 2 and "gfl" not in r.stdout
-    assert [line.split("  ")[0] for line in r.stdout.splitlines()[-4:]] == [
+    lines = r.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[-5:-1]] == [
         "shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]
+    assert lines.count(lines[-2]) == 2  # a row is told as soon as it is there, and again in the table
+    assert Image.open(tmp_path / "t/comparison.jpg").width > 600 and "comparison.jpg" in lines[-1]
+
+
+def test_a_student_leaves_the_house_as_it_predicts_here(photographs, coco_mini, tmp_path):
+    """load and predict_image give what --predict writes, for a path, a PIL image and a tensor; so does --row."""
+    weights = checkpoint(tmp_path / "w.pt", photographs.classes, finds=True)
+    file = sorted((coco_mini / "val2017").glob("*.jpg"))[3]
+    run("--predict", file, "--weights", weights, "--score", 0.01, "--out", tmp_path / "p")
+    (noted,), = [json.loads((tmp_path / "p/predictions.json").read_text()).values()]
+    model, classes = crosskd.load(str(weights))
+    with Image.open(file) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        answers = [crosskd.predict_image(model, classes, x, score=0.01) for x in (file, str(file), image, pixels)]
+    for boxes, scores, names in answers:
+        assert len(noted) == len(names) > 3 and names == [n["label"] for n in noted]
+        assert torch.equal((boxes * 10).round(), (torch.tensor([n["box"] for n in noted]) * 10).round())
+        assert scores.tolist() == pytest.approx([n["score"] for n in noted], abs=1e-4)
+    with pytest.raises(UserError, match="expected uint8"):
+        crosskd.predict_image(model, classes, pixels.float())
+
+
+@pytest.mark.parametrize("kind", ["gfl", "fcos", "atss", "retinanet"])
+def test_an_exported_student_gives_its_boxes_and_scores(tmp_path, kind):
+    weights = checkpoint(tmp_path / "w.pt", ["a", "b", "c"], "tiny8", kind)
+    r = run("--export", tmp_path / "s.pt2", "--weights", weights)
+    assert "equal to the detector on two other sizes" in r.stdout
+    names = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "s.pt2", extra_files=names).module()
+    assert json.loads(names["classes.json"]) == ["a", "b", "c"]
+    model, _ = crosskd.load(str(weights))
+    images = torch.randint(0, 256, (2, 3, 192, 224), dtype=torch.uint8)
+    boxes, scores, cls_maps, _ = program(images)
+    with torch.no_grad():
+        maps = model(model.normalise(images)).maps
+        (found, found_scores, labels), _ = model.detect(maps, torch.tensor([[192, 224]] * 2), score_thr=0.0, max_per_image=1)
+    assert boxes.shape[:2] == scores.shape[:2] and scores.shape[2] == 3
+    assert scores[0].max().item() == pytest.approx(found_scores[0].item(), rel=1e-5)
+    best = scores[0].flatten().argmax()
+    clipped = boxes[0, best // 3].clamp(min=0).minimum(torch.tensor([224.0, 192, 224, 192]))
+    torch.testing.assert_close(clipped, found[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(cls_maps[0], maps["cls"][0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path):
+    weights = checkpoint(tmp_path / "w.pt", ["a", "b", "c"])
+    assert ".pt2 (torch.export) or .onnx" in fails("--export", tmp_path / "s.zip", "--weights", weights)
+    if importlib.util.find_spec("onnxscript") is None:
+        assert "pip install onnx" in fails("--export", tmp_path / "s.onnx", "--weights", weights)
+    assert "--export needs --weights" in launch("crosskd", ["--export", tmp_path / "s.pt2"], fail=True).stderr
+    assert "Swin" in fails("--export", tmp_path / "s.pt2", "--weights", checkpoint(tmp_path / "x.pt", ["a"], "swint"))
+
+
+def test_a_row_sets_flags_an_explicit_one_wins_and_the_list_is_printed(own, tmp_path):
+    teacher = checkpoint(tmp_path / "t.pt", own.classes, "tiny16")
+    run("--row", "t4-N", *own.train, *own.val, "--teacher", teacher, "--student", "gfl_tiny8", "--init", "none",
+        "--no-teacher-check", "--max-iters", 1, *TINY, "--out", tmp_path / "o")
+    args = json.loads((tmp_path / "o/args.json").read_text())["args"]
+    assert (args["row"], args["kd_cls_loss"], args["kd_region"]) == ("t4-N", "bce", "N")
+    run("--resume", "--max-iters", 2, "--out", tmp_path / "o")
+    assert max(losses(tmp_path / "o")) == 2
+    assert "no such row; --rows lists them" in launch("crosskd", ["--row", "t99"], fail=True).stderr
+    text = run("--rows").stdout
+    assert len(text.splitlines()) == len(crosskd.ROWS) + 1 and "t5-r34" in text and "42.4" in text
+
+
+def test_a_narrow_student_is_trained_through_its_adapter_and_resumed(own, tmp_path):
+    teacher = checkpoint(tmp_path / "t.pt", own.classes, "tiny16")
+    flags = [*own.train, *own.val, "--teacher", teacher, "--student", "gfl_tiny8", "--channels", 32, "--init", "none",
+             "--no-teacher-check", *TINY]
+    assert "--adapt" in fails(*flags, "--max-iters", 1, "--out", tmp_path / "refused")
+    run(*flags, "--adapt", "--max-iters", 4, "--out", tmp_path / "whole")
+    run(*flags, "--adapt", "--max-iters", 2, "--out", tmp_path / "o")
+    run("--resume", "--max-iters", 4, "--out", tmp_path / "o")
+    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "o"))
+    for part in ("model", "adapter"):
+        assert checksum(whole[part]) == checksum(resumed[part])
+    assert "adapter" not in load_checkpoint(tmp_path / "o/best.pt") and crosskd.load(tmp_path / "o/best.pt")[0].arch["channels"] == 32
 
 
 def test_accumulating_two_micro_batches_runs_and_counts_steps(photographs, tmp_path):

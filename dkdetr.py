@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DK-DETR: open-vocabulary Deformable DETR, distilled from CLIP by auxiliary queries (Li et al., ICCV 2023).
 
 Idea. A two-stage Deformable DETR compares the projected feature f of each query with CLIP's text embeddings of the class names (Eqs. 1, 2).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HierKD: open-vocabulary one-stage detection, taught by CLIP at two levels (Ma et al., CVPR 2022, arXiv:2203.10593).
 
 Idea. ATSS, with CLIP's text embeddings of the class names as its classifier: any list of names can be detected. Trained on base classes alone

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Distilling Object Detectors with Global Knowledge (Tang et al., ECCV 2022): prototypes as the common ground of teacher and student.
 
 Idea. Two trained detectors see the same object in two feature spaces, which cannot be compared directly. So pick, for each class, K objects whose

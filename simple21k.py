@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A Simple Approach and Benchmark for 21,000-Category Object Detection (Lin et al., ECCV 2022): first learn to classify, then to detect.
 
 Idea. Boxes are dear and exist for hundreds of classes; image labels are cheap and exist for 21,841. Earlier work trains a detector and then carries its

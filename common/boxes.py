@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Box geometry shared by the scripts: priors, coders, IoU and label assigners, all batched.
 
 Letters: B images, A anchors or points over all L levels, M ground-truth boxes (padded, see `valid`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A frozen CLIP as teacher: text embeddings and batched crop encoding. Needs run.py beside it, and
 tiny.py only for the tiny CLIP of `shapes`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Boxes of COCO, LVIS and VOC: one cleaning step, transforms, batching and sampling.
 
 A file is read once into `Records`, plain arrays, and there it is decided, for every entry, whether

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """COCO, LVIS, VOC and localisation metrics. This file needs no other file of `common`."""
 import contextlib
 import io

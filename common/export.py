@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A detector as a program that runs without this repository: torch.export (.pt2) or ONNX (.onnx).
 
     export_program(Exported(model), "student.pt2", ("boxes", "scores"), classes)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ImageNet for simple21k.py: folders or tars of labelled images, ILSVRC's boxes, localisation sets.
 
     index = ImageIndex("imagenet21k")          # 14 million images: listed once, kept in .index.npz

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pictures of a run: boxes, curves, sample pages, result files; the loop over images to predict.
 
     for picture in Pictures(args.predict, args.out, args.score):    # files and folders

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a run needs around its method: processes, flags, checkpoints, the run folder, errors in one line.
 
 A script keeps its model, its order and its step (forward, backward, optimizer.step); `Run` keeps
@@ -134,12 +135,13 @@ def started(script):
             unlock(folder)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+    # what threads of torch's loaders have to say of their own end
+    sys.excepthook = sys.unraisablehook = lambda *_: None
     if line:
         print(f"\n{script}: {line}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no destructors: they would wait for the others
         sys.stdout.flush()
         os._exit(code)
-    sys.unraisablehook = lambda *_: None  # what torch's loaders have to say of their own end
     sys.exit(code)
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The embedded dataset `shapes`: drawn photographs, written once in the formats of COCO, LVIS, VOC, ImageNet.
 
 Why. Each script has to show its claim in minutes on a laptop, through the same readers that real data take.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What stands in for ImageNet's and CLIP's networks on the embedded dataset: a ResNet-10 and a CLIP
 of 3.5 M parameters that a laptop trains in two minutes.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Other people's weights: where they are, how their files are read, what their keys mean here.
 
     path = zoo_path("gfl_r101", CROSSKD_ZOO, "--teacher")    # downloaded once, its hash checked

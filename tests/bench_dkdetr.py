@@ -1,8 +1,19 @@
+# SPDX-License-Identifier: MIT
 """Speed of dkdetr.py, all from one run on this machine: python tests/bench_dkdetr.py [--size 512] [--quick]
 
 (a) deformable attention alone, one encoder layer at 1024 x 1024: grid and gather, kept or computed again, time and memory saved for the backward pass
 (b) a training step without and with distillation, CLIP's forward counted apart, and the peak memory of each   (c) crops a second.
 With a GPU also: images/s and memory at 1024 x 1024, fp32, bf16, compiled. Random weights: they take as long. Medians of interleaved repetitions.
+
+Measured. `python tests/bench_dkdetr.py --quick` (one repetition, two threads). Deformable attention of one
+encoder layer at 1024 x 1024, forward / with backward / saved: grid 0.22 s / 1.57 s / 393 MiB, computed
+again in the backward pass (the default) 0.34 / 1.70 / 53; gather 0.81 / 1.50 / 1,743, computed again 0.79 /
+3.44 / 53. A training step of R50 with 2 x 512 px: 6.78 s without KD, 9.63 s with, 2.34 s of it CLIP's
+ViT-B/32 on 40 crops: 1.07 times the plain step without CLIP's forward (another run 1.14; aim 1.35). Crops
+to 224 in one batch: stretched 507 (573) a second, padded 679 (1,088). Peak memory of that step, CLIP and
+libraries included: grid 5.29 GB, with KD 5.47; gather 6.10 and 6.30. `--compile` on shapes: the losses of
+the first six steps, with distillation, agree to the three digits that are printed; 170 s in all, most of it
+compiling.
 """
 import argparse
 import subprocess

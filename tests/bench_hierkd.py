@@ -1,8 +1,19 @@
+# SPDX-License-Identifier: MIT
 """Speed of hierkd.py, all from one run on this machine: python tests/bench_hierkd.py [--quick]
 
 (a) a training step split into detector, crops, CLIP and captions, and what IKD and GKD cost in percent     (b) crops a second, batched
 against PIL. With a GPU also: images/s and peak memory at the paper's setting, 8 images of 800 x 1333 with ViT-B/32.
 CLIP's ViT-B/32 and the detector have random weights: they take as long. Medians of interleaved repetitions.
+
+Measured. `python tests/bench_hierkd.py`, two threads. Crops of 16 to 700 pixels to 224: batched 2,439/s,
+PIL one by one 1,880/s, 1.3x (1.5x in another run; aim 5x: **not met**). PIL is fast at this, and what is
+left is moving 600 kB a crop; cut as bytes, one by one, by ATen's kernel they take a fifth of PIL's time,
+but that is a loop over boxes on the host. In a step it does not matter: R50, 2 x 320 x 480, 123 crops:
+detector 1.40 s; IKD + 6.34 s (452 %), of which CLIP's ViT-B/32 6.08 s and the crops 0.04 s; GKD + 0.28 s
+(20 %). On a CPU IKD with the real CLIP is therefore for trying out; no GPU was at hand. On shapes a step
+takes 0.12 s without distillation and 0.14 to 0.16 s with both. `--compile` (inductor, 3 minutes to
+compile): the first step's losses and gradient norm agree to 1e-6, after 20 steps the loss to 0.6 %, since
+whole-pixel crops follow the rounding of the boxes.
 """
 import argparse
 import sys

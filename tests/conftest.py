@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 import faulthandler
 import importlib
 import io

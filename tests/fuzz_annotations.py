@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Changes real annotation files at random and reads them through the scripts' own datasets: each must be refused in one line, or the ground truth as the loader
 gives it must score 100 in the script's own evaluation. By hand:
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Kills runs of the five scripts at random moments and compares what they end with with an uninterrupted run, bit by bit. By hand:
 
     python tests/kills.py                                   # 20 signals a script, one and two processes; 20 kills while files are written

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Targets, losses, decoding and evaluation together: DK-DETR learns 16 real photographs by heart.
 
 python tests/overfit_dkdetr.py [--epochs 400]: base AP50 on the images it was trained on, expected above 70. SKD and RKD are on in the last 3/7. The

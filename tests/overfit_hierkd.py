@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Targets, losses, decoding and evaluation together: HierKD's detector learns 16 real photographs by heart.
 
 python tests/overfit_hierkd.py [--epochs 150]: base AP50 on the images it was trained on, expected above 70. IKD and GKD are on. The photographs are

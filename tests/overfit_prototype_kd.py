@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Targets, losses, prototypes and evaluation together: teacher, then distilled student, learn 16 real photographs by heart.
 
 python tests/overfit_prototype_kd.py [--kind retina] [--epochs 150]: AP50 on the images they were trained on, expected above 80. The photographs are those of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HierKD's claim on the embedded dataset: python tests/study_hierkd.py [--seeds 1 2 3] [--arms ...]
 
 Does each distillation lift the AP50 of classes that were never labelled? Every seed draws its own images, trains its own tiny CLIP and
@@ -11,6 +12,50 @@ above their own shuffled control; base AP50 stays within 8 points; both together
 AP mixes two things: which novel name an object gets, and whether it stands out from the background. The second is what unlabelled objects suffer from.
 So each run is also asked for the first alone: `named`, the share of the novel objects whose anchors are nearest to their own name among the 8 novel ones (chance 12.5 %),
 `coloured` and `shaped` where the colour (chance 25 %) and the shape (50 %) of that name are right.
+
+Measured.
+
+`python tests/study_hierkd.py --arms ...`, raw results in `tests/study_hierkd.jsonl`. Per seed (1, 2, 3, in
+this order in the table) new images, a new tiny CLIP (it names 93.0, 92.4 and 93.3 % of the novel objects
+right among all 20 names) and new detectors, 24 epochs, one thread each (9 to 11 minutes a run). Weights and
+schedule were chosen on seed 0, which is in no row. "Named" is the share of novel objects whose anchors lie
+nearest to their own name among the 8 novel ones, detected or not (chance 12.5 %).
+
+| arm | ZSD novel AP50 | mean (sd) | named, % | ZSD AR50 | base AP50 | GZSD base | GZSD novel | paper, COCO |
+|---|---|---|---|---|---|---|---|---|
+| baseline | 0.8 / 0.6 / 4.4 | 2.0 (2.1) | 11.4 / 14.8 / 13.1 | 27.7 / 26.0 / 79.8 | 54.9 / 54.3 / 59.4 | 30.3 / 24.8 / 55.2 | 0.6 / 0.5 / 3.2 | 10.2 |
+| IKD | 22.2 / 23.7 / 33.3 | 26.4 (6.0) | 47.3 / 58.2 / 50.3 | 86.8 / 90.8 / 93.5 | 50.3 / 51.2 / 53.4 | 49.8 / 51.1 / 52.8 | 0.3 / 12.0 / 7.9 | 14.6 |
+| GKD | 2.9 / 2.9 / 4.5 | 3.4 (0.9) | 13.4 / 16.5 / 12.0 | 51.2 / 51.6 / 58.2 | 47.8 / 44.9 / 46.7 | 37.8 / 41.5 / 44.8 | 2.7 / 3.3 / 1.2 | 20.7 |
+| HierKD | 8.6 / 22.5 / 26.7 | 19.3 (9.5) | 39.8 / 48.9 / 64.6 | 83.5 / 86.8 / 89.7 | 47.9 / 45.6 / 48.5 | 47.3 / 45.8 / 48.5 | 0.7 / 12.3 / 9.3 | 21.6 |
+| IKD, crops shuffled | 5.4 / 6.0 / 6.0 | 5.8 (0.3) | 12.9 / 13.7 / 22.3 | 62.1 / 81.3 / 75.8 | 51.4 / 51.9 / 54.6 | 51.0 / 51.8 / 54.3 | 0.5 / 0.0 / 0.0 | - |
+| GKD, captions shuffled | 3.6 / 2.8 / 4.2 | 3.5 (0.7) | 14.4 / 15.4 / 14.9 | 66.2 / 75.8 / 82.9 | 55.6 / 56.5 / 57.5 | 47.8 / 52.1 / 52.7 | 3.5 / 2.0 / 3.1 | - |
+| IKD, negatives 1:1 | 19.0 / 31.7 / 38.9 | 29.9 (10.1) | 46.3 / 62.1 / 62.3 | 90.4 / 94.9 / 93.8 | 51.2 / 48.0 / 50.6 | 50.7 / 48.0 / 50.2 | 0.6 / 15.1 / 12.1 | 16.8 |
+| IKD, negatives 100 % | 15.1 / 19.7 / 25.5 | 20.1 (5.2) | 30.8 / 41.8 / 46.9 | 85.0 / 91.9 / 87.8 | 53.2 / 55.3 / 56.3 | 52.7 / 55.1 / 56.1 | 0.9 / 11.8 / 6.7 | 9.0 |
+
+| acceptance rule | holds on |
+|---|---|
+| the tiny CLIP names at least 90 % of the novel objects | 3 of 3 seeds |
+| IKD above the baseline; above its own shuffled control | 3 of 3; 3 of 3 |
+| GKD above the baseline; above its own shuffled control | 3 of 3, by 2.1, 2.3 and 0.1; 2 of 3: **not met** |
+| both together no worse than the better one | 0 of 3 (mean 19.3 against 26.4, seed by seed -13.6, -1.2, -6.6): **not met** |
+| base AP50 falls by at most 8 points | IKD 3 of 3; HierKD 1 of 3; GKD 1 of 3: **not met** |
+
+Reading. **IKD works as the paper says**: novel AP50 from 1-4 to 22-33 on every seed, half of the novel
+objects get their right name, and with shuffled crops both go. What that control keeps is calm: with any
+teacher the background no longer answers to novel names. Base AP50 falls by 3 to 6 points. **GKD's gain is
+not shown here.** It learns its task: its contrastive loss falls from 5.7 to 3.8, 3.2 and 3.2 (with shuffled
+captions: 5.6), where the tiny CLIP's own image tower, on whole images at temperature 10, has 2.2 (chance
+5.5), and it costs 7 to 13 base points, which shuffled captions do not. But names stay at chance: what finds
+the caption is spread over the image, and does not sit in the embedding of the anchor on the object. HierKD
+is far above the baseline and names as well as IKD, but GKD takes rather than adds. On seed 0, GKD alone
+with the paper's temperature 1: AP50 4.8, named 27 %; average pooling there 3.3, 14 %; 6 x 6 patches a level
+at 0.3: 0.8, 9 %. The captions are not to blame: of those that hold one novel name, 68 % are nearest to it.
+A detector from random weights, 64 dimensions and 2,900 steps may be. **Negatives order as in Table 3**:
+with 1:1, 10 % and 100 % of them IKD reaches 29.9, 26.4 and 20.1 on average (this order on seeds 2 and 3; on
+seed 1 10 % leads), base AP50 49.9, 51.6 and 54.9: the more background is learnt, the more unlabelled novel
+objects are learnt as background. Pooling (Table 5) was compared on seed 0 only, above; GKD's rows with
+other negatives were not run. Also from seed 0: at attention temperature 1 (Eq. 3 as printed) HierKD reaches
+18.9 and GZSD novel 6.2, at 0.1 25.6 and 12.1, with P3 alone 16.8 and 2.2.
 """
 import argparse
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The claim of simple21k.py on the embedded dataset: python tests/study_simple21k.py [--seeds 1 2 3] [--arms ...]
 
 26 drawn classes have images with labels; 20 of them (base) have boxes, too. Do the other six (novel) get boxes, and by what: the joint training, a stage I before it,
@@ -6,6 +7,44 @@ the study continues where it was stopped; at the end (or with --report) the tabl
 chosen on seed 0, which is in no table.
 
 The rule, set before the runs: novel AP50 of "full" at least twice that of "boxes only", and at least 10 points above "-stage I, twice as long".
+
+Measured.
+
+`python tests/study_simple21k.py`, raw results in `tests/study_simple21k.jsonl`. 26 drawn classes have 400
+labelled images each; 20 of them (base) have boxes, too, on 2,000 images; six (novel: bolt, hourglass,
+letter T, letter H, fish, spiral) have none. Per seed (1, 2, 3, in this order in the table) new images and
+two stages I of 15 epochs, one as a detector (75.6, 73.1, 73.8 % of the held-out images right), one with
+pooling and a linear layer (65.8, 65.2, 68.5 %); stage II 3 epochs (1,485 steps of 4 + 12 images), scored on
+300 images of all classes; one thread each, 2 to 5 minutes an arm. Learning rates and sizes were chosen on
+seed 0, which is in no row.
+
+| arm | novel AP50 | mean (sd) | full minus this (2 s.e.) | base AP50 | mean | paper, Table 2: AP / base / novel |
+|---|---|---|---|---|---|---|
+| **full** | 8.4 / 10.0 / 9.4 | 9.3 (0.8) | | 32.1 / 30.7 / 29.3 | 30.7 | 27.6 / 29.1 / 22.8 |
+| -reform (`--stage1-head gap`) | 6.3 / 6.9 / 8.8 | 7.3 (1.3) | +2.0 (1.4) | 26.1 / 26.6 / 25.5 | 26.1 | 26.8 / 28.4 / 21.8 |
+| -stage I (`--init none`) | 1.4 / 1.5 / 1.4 | 1.4 (0.0) | +7.9 (0.9) | 14.8 / 14.6 / 13.1 | 14.2 | 15.5 / 16.3 / 13.0 |
+| -stage I, stage II twice as long | 3.3 / 2.2 / 3.3 | 2.9 (0.6) | +6.4 (1.6) | 20.8 / 18.0 / 17.2 | 18.7 | - |
+| stage I, then boxes only (`--cls-ratio 0`) | 4.9 / 3.2 / 2.3 | 3.5 (1.3) | +5.8 (2.3) | 25.5 / 20.5 / 17.5 | 21.2 | - |
+| images without scale jitter (`--cls-jitter 1,1`) | 11.0 / 11.9 / 8.2 | 10.4 (1.9) | -1.1 (2.3) | 33.4 / 29.9 / 29.0 | 30.8 | - |
+| full, scored by g^ alone (`--fuse 0`) | 8.5 / 10.0 / 9.4 | 9.3 (0.8) | 0.0 | 29.0 / 27.2 / 25.2 | 27.1 | - |
+| full, scored by g alone where it knows (`--fuse 1`) | 8.4 / 10.0 / 9.3 | 9.2 (0.8) | 0.0 | 32.9 / 30.8 / 29.4 | 31.0 | - |
+
+| rule, set before the runs | |
+|---|---|
+| the order of Table 2: full, -reform, -stage I, in base and novel AP50 | holds on 3 of 3 seeds |
+| novel AP50 of full at least twice that of boxes only | holds on average, 2.7 times (1.7, 3.1, 4.1); not on seed 1 |
+| novel AP50 of full at least 10 points above -stage I twice as long | **not met**: +6.4 (+5.2, +7.8, +6.1), 3.2 times as high |
+
+Reading. **The paper's order is found**: what stage I learnt is worth most, more than twice the time in
+stage II; that it is built as a detector is worth 2 points of novel and 5 of base AP50. Joint training is
+what keeps it: on boxes alone g^ stands still while the features under it move (base scores suffer with it,
+for Eq. 5 mixes in a third of g^: compare the novel columns). The 10 points of the second rule come from
+another, easier trial (12 glyphs, 46 to 55 novel AP50); here novel AP50 stays around 10 in all arms: 1.3
+million parameters, 26 classes, ten minutes. Scale jitter of the classification images does not help here,
+in that trial it was needed: our objects fill more of a detection image (36 to 176 px of 256, mostly on the
+level that stage I trained), theirs were half as large as in the labelled images. g^ costs little against g
+where both know a class, and Eq. 5 is no better than g alone (30.7 and 31.0). Not run: the two other arms of
+the study, more seeds.
 """
 import argparse
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Inputs that people reported in public, made from real files by the mutation named: whatever a file
 holds, it is read so that its ground truth, scored as if a detector had found exactly it, gets AP 100
 ("perfect"), or it is refused in one line that names file and entry. Nothing is wrong silently."""

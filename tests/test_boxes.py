@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/boxes.py against hand-worked numbers, torchvision, and plain loops written from the published rules."""
 import math
 import statistics

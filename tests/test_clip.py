@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/clip.py: crops against PIL and a loop over crops, text embeddings, weights that cannot be had."""
 import math
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The losses and gradients of crosskd.py: hand-computed values, brute force, and what CrossKD promises."""
 import copy
 import functools
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import crosskd
 from common import zoo
-from common.run import UserError, describe_model
+from common.run import UserError, describe_model, fast_layout
 from crosskd import (ATSS, DETECTORS, FCOS, GFL, RetinaNet, align, check_arch, kd_options, make_distiller,
                      distribution_focal_loss, kd_losses, ld_losses, make_optimizer, pkd_loss, quality_focal_kd,
                      region_kl)
@@ -535,6 +536,20 @@ def test_the_tables_own_forward_gives_the_losses_of_the_algorithm(kind):
     other = crosskd.Comparison(student, teacher, ["crosskd"], layer=args.kd_layer, phi="post", kd=kd_options(args))
     a, b = plain(batch), other(batch)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_order_of_pixels_in_memory_changes_losses_by_rounding_only():
+    """fast_layout: NHWC for wide networks; ours of 8 channels stay as they are on a CPU."""
+    torch.manual_seed(0)
+    student, teacher, batch = GFL("r18", 3, 64), small("gfl", 1), make_batch()
+    before = make_distiller(student, teacher, make_args()).eval()(batch)
+    for net in (student, teacher):
+        fast_layout(net, torch.device("cpu"))
+    assert student.body.stages["layer4"][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert teacher.head.cls_pred.weight.is_contiguous()
+    after = make_distiller(student, teacher, make_args()).eval()(batch)
+    for name in before:
+        assert after[name].item() == pytest.approx(before[name].item(), rel=1e-5, abs=1e-6), name
 
 
 def test_every_row_of_the_tables_is_a_run():

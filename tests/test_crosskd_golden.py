@@ -1,6 +1,15 @@
+# SPDX-License-Identifier: MIT
 """crosskd.py against an independent implementation: mmdet 3.3.0 and the CrossKD authors' repository.
 
 Weights come from golden/fill.py through mmdetection's key names, so every number below also tests the key map.
+
+`python -m pytest -q tests/test_crosskd_golden.py`: weights made from mmdetection's key names go through our
+key map; then raw head outputs and FPN features (GFL R50, ATSS R50; float64) agree with mmdet 3.3.0 to 2e-6
+of each map's standard deviation, detections to 0.002 px, ATSS assignments exactly, losses to 2e-6 (six
+cases each), the gradient norm of every trained parameter to 1e-3; CrossKD's cross-head predictions and
+losses agree with the authors' repository likewise, before and after the ReLU question (`--align pre|post`).
+All 13 key lists load strictly. COCO evaluation gives the twelve published numbers of the COCO API's sample,
+boxes and masks.
 """
 import argparse
 import copy

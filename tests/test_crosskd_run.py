@@ -1,4 +1,15 @@
-"""crosskd.py from its command line: real photographs, two processes, signals, kill and resume, bad input."""
+# SPDX-License-Identifier: MIT
+"""crosskd.py from its command line: real photographs, two processes, signals, kill and resume, bad input.
+
+Losses of 1 process x 4 images and 2 gloo processes x 2 images agree to 1e-5 over 20 steps, for the plain
+GFL and for CrossKD with `--sync-stats`. Every normaliser is a mean over processes. The released code keeps
+four things local to a process: the sum of region weights of GFL's box distillation and RetinaNet's positive
+count (reduced here), and the statistics of the feature alignment and of PKD (local here too by default,
+because the paper's numbers were made with the statistics of 2 images; `--sync-stats` makes them global).
+Evaluation gives identical detections and AP on 1, 2 and 3 processes (79 photographs). Stage II of
+simple21k.py draws RoIs by lot: with all of them taken, the gradient of two processes, of which one has no
+boxes, is that of one to 7e-6 of its largest value (the RPN's losses, whose anchors are drawn, left out).
+"""
 import argparse
 import importlib.util
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/datasets.py: which images and boxes are kept, what a wrong file says, pixels against OpenCV, batches and their order."""
 import json
 import math

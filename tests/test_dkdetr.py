@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """dkdetr.py: attention, matching and every loss by hand or against a slow loop, the invariants of the KD queries, masks, key names."""
 import argparse
 import itertools

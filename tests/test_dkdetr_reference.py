@@ -1,6 +1,17 @@
+# SPDX-License-Identifier: MIT
 """DK-DETR's detector against a second implementation: mmdetection's two-stage Deformable DETR written out from its key names, in fp64, plainly and slowly.
 
 The weights come from golden/fill.py. Everything is a function of the state dict; nothing of dkdetr.py is used on this side.
+
+`python -m pytest -q tests/test_dkdetr_reference.py`: mmdetection's two-stage Deformable DETR R50, written
+out a second time from its key names in the test (plain loops, fp64, nothing shared with `dkdetr.py`), gives
+the same objectness, coarse boxes, and boxes and logits of all six decoder layers to 1e-9 on two images of
+different size. In fp32 these random weights amplify rounding (an image changed by 1e-7 moves boxes, in
+fp64, by up to 7e-4): half of the boxes agree with fp64 to 3.3e-5, 90 % to 2.0e-4, and just so does the
+other implementation when run in fp32 (3.3e-5, 2.1e-4); the test holds ours to that. The reference is ours,
+too: no output of mmdetection itself was at hand. All its keys load strictly; so do those of the authors'
+DK-DETR as far as they are known. Deformable attention equals the definition to 1e-12; 41,859,677 parameters
+without masks and KD queries.
 """
 import importlib.util
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """dkdetr.py from its command line: COCO, LVIS with masks and VOC photographs, two processes, burn-in, kill and resume, prediction, bad input."""
 import json
 import os

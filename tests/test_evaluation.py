@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/evaluation.py against the COCO API's own published output, and small scenes whose AP is known."""
 import copy
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A slice of fuzz_checkpoints.py and fuzz_annotations.py, which are run whole by hand; and the width and the order of what must not grow back."""
 import pytest
 
@@ -19,7 +20,24 @@ def test_changed_annotation_files_are_refused_in_one_line_or_score_100(tmp_path)
     assert not bad, bad
 
 
-@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "common").glob("*.py") if p.name != "boxes.py"), ids=lambda p: p.name)
-def test_lines_of_common_stay_readable(path):
+NARROW = [*sorted(p for p in (ROOT / "common").glob("*.py") if p.name != "boxes.py"), ROOT / "crosskd.py"]
+SECTIONS = ["the paper", "what its tables compare with", "detector", "data", "train", "evaluate, predict", "flags", "main"]
+
+
+@pytest.mark.parametrize("path", [ROOT / "crosskd.py"], ids=lambda p: p.name)
+def test_the_paper_comes_first_and_the_other_sections_in_their_order(path):
+    lines = path.read_text(encoding="utf-8").split("\n")
+    titles = [(k, line.strip("# =")) for k, line in enumerate(lines) if line.startswith("# ====")]
+    assert [title for _, title in titles] == SECTIONS
+    assert titles[0][0] < 110 and (titles[3][0] - titles[0][0]) / len(lines) > 0.5  # its share of the file
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")]), ids=lambda p: p.name)
+def test_a_copied_file_carries_its_licence(path):
+    assert path.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: MIT\n")
+
+
+@pytest.mark.parametrize("path", NARROW, ids=lambda p: p.name)
+def test_lines_stay_readable(path):
     wide = [f"{path.name}:{k}" for k, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if len(line) > 110]
     assert not wide

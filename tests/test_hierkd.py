@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """hierkd.py: every loss by hand or against a slow loop, the invariants of the method, the classifier, scores and NMS."""
 import argparse
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """hierkd.py from its command line: real photographs with captions, two processes, kill and resume, evaluation, prediction, bad input."""
 import json
 import os

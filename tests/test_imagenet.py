@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/imagenet.py: images found in folders and tars, what a damaged or odd file says; streams; boxes."""
 import ast
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/pictures.py: drawing, curves, sample pages, result files, and the loop of --predict."""
 import argparse
 import contextlib

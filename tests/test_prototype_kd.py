@@ -1,4 +1,13 @@
-"""prototype_kd.py: the numbers of the paper's equations, by hand and by slow loops; torchvision's own training step, bit by bit; weights of others."""
+# SPDX-License-Identifier: MIT
+"""prototype_kd.py: the numbers of the paper's equations, by hand and by slow loops; torchvision's own training step, bit by bit; weights of others.
+
+`python -m pytest -q tests/test_prototype_kd.py`: Alg. 1 picks what its direct transcription picks (fp64,
+random problems). Without a teacher, losses, gradients and the random stream are those of torchvision's own
+training step, bit by bit, for both detectors, and so are detections. mmdetection's Faster R-CNN R50, from
+its key names, agrees with FPN, RPN and box head written out in plain functions to 1e-9 (fp64); its
+RetinaNet R18, in torchvision's modules, detects what `crosskd.py`'s own RetinaNet detects. VOC AP, 11-point
+and area, equals a count by loops over the XML files to 1e-6.
+"""
 import argparse
 import importlib.util
 import json

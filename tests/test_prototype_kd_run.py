@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """prototype_kd.py from its command line: real photographs and VOC's XML, two processes, kill and resume, the table, bad input."""
 import json
 import os

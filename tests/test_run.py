@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/run.py: schedules, checkpoints that survive a kill or a full disk, downloads, the log, two processes."""
 import argparse
 import errno

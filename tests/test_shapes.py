@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The embedded dataset: its files are what the published formats promise, and its world is what the experiments need."""
 
 import errno

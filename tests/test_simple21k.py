@@ -1,4 +1,15 @@
-"""simple21k.py: the numbers of the paper's equations by hand and by slow loops, who learns from which images, pooling, NMS, vocabularies, loading."""
+# SPDX-License-Identifier: MIT
+"""simple21k.py: the numbers of the paper's equations by hand and by slow loops, who learns from which images, pooling, NMS, vocabularies, loading.
+
+`python -m pytest -q tests/test_simple21k.py tests/test_datasets.py tests/test_evaluation.py`: the product
+score of Eqs. 1, 2 and 4 is a (C + 1)-way cross-entropy (fp64, 1e-12) and survives logits of 500; Eq. 5 by
+hand and in fp64; the pyramid is torchvision's FPN bit by bit; whole images of 224 px are pooled as average
+pooling does; NMS of 21,841 classes is a loop over the classes; LVIS's synsets through WordNet 3.0 give the
+997 classes, 720 base, set-equal to the published list (with Debian's `wordnet-base`; skipped without); AP50
+without dense tables is the COCO API's, 1e-9, over all images and on a class's own. Each trap has a test
+that fails without its remedy: idle FPN parts that decay, RoI scales that are guessed from the first batch,
+two samples a bin, class offsets in float32.
+"""
 import argparse
 import json
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """simple21k.py from its command line: both stages on small drawn and on real data, two processes, kill and resume, the table, bad input."""
 import json
 import os

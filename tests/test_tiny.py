@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/tiny.py: the tiny backbone; the tiny CLIP, its data, loss and cache, two runs at once."""
 import ast
 import fcntl

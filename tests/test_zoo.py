@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/zoo.py: downloads, files of others read without running them, prefixes, variant guards,
 key rules, the modules that only other people's weights need, Swin's shift on small maps."""
 import argparse

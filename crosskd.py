@@ -4,7 +4,7 @@
 Idea. A student that must copy the teacher AND fit the labels with the same layer gets contradictory
 gradients. CrossKD distils elsewhere: the student's i-th head feature f_i^s is sent through the REST of
 the frozen teacher head, C_{i+1}^t ... C_5^t, and these cross-head predictions must equal the teacher's
-own. The labels act on the student's own predictions, as without a teacher. The gradient of distillation
+own. The labels act on the student's predictions, as without a teacher. The gradient of distillation
 passes THROUGH the frozen layers to the student's blocks <= i, its FPN and backbone, and never reaches
 its later layers. At test time the student is a plain detector: nothing is added to it.
 
@@ -14,7 +14,9 @@ Deformable DETR, for which no tuned code was published; they are not here.
     Eq. 1  imitation of features          fitnet_loss, pkd_loss
     Eq. 2  imitation of predictions       kd_losses on the student's own ("mimic"), ld_losses (LD)
     Eq. 3  CrossKD                        cross_head (with align), kd_losses
-    Eq. 4  sum of all losses              Distiller.forward, summed in train
+    Eq. 4  weighted sum of all losses     Distiller.forward, summed in train. Weights of distillation, classes
+                                          and boxes: GFL 1, 4; ATSS 1, 1, centerness 1; FCOS 0.4, 0.75;
+                                          RetinaNet 1, 1; they stand in kd_cls_weight and kd_box
     Eq. 5  distance of boxes, 1 - GIoU    kd_box of ATSS and RetinaNet; of FCOS: -ln IoU
     Eq. 6  distance of binned edges, KL   region_kl, kd_box of GFL
     Eq. 7  distance of class scores, QFL  quality_focal; quality_focal_kd is the same in less memory
@@ -24,26 +26,29 @@ made the numbers:
   1. phi, align below: before it enters the teacher's head each channel of f_i^s gets the mean and
      deviation of f_i^t. Not in the paper. --align post|pre|none. Their code takes f_i after its ReLU
      (an in-place ReLU overwrites what it meant to keep): post is the default.
-  2. Eq. 3 divides by |S|. Their code divides by the positives of the labels, as the detection losses do
-     (FCOS: by the sum of centerness); only GFL's box term divides by the sum of S.
+  2. Eq. 3 divides by |S|. Their code divides by the positives of the labels, as the classification loss does
+     (FCOS: by the sum of centerness, as its box loss); only GFL's box term divides by the sum of S.
   3. Eq. 3, S: paper 1 for classes, the foreground for boxes; their code 1 but for ignored priors, and the
      teacher's top class score. --kd-reg-mask soft|fg.
   4. FCOS: paper GIoU and i = 3; code -ln IoU, i = 2, weights 0.4 and 0.75. ATSS: the code adds a
      centerness term.
-  5. RetinaNet students make P6 from P5, their teachers from C5, as in the code.
+  5. RetinaNet students make P6 from P5, as in the code; teachers and mmdetection's plain RetinaNets, rows
+     *-none with --p6 on_input, from C5.
 and from their code:
-  6. Normalisers are means over all processes (GFL's sum of S and RetinaNet's positives are local there);
-     where 1 is their lower bound it bounds the sum over processes. FCOS distillation divides by at least 1.
-     Local, as there: the statistics of phi and PKD (--sync-stats makes them global), and LD's box term,
-     which has no normaliser: N processes of B images weigh it 1/N of what one of N x B images does.
-  7. Not published, our choice: strategies b-d (a figure only), the LD rows (--method ld joins
+  6. Normalisers are max(sum over processes, 1) / processes (GFL's sum of S and RetinaNet's positives are
+     local there). FCOS distillation divides by at least 1. Local, as there: the statistics of phi and PKD
+     (--sync-stats makes them global), and LD's box term, which has no normaliser: N processes of B images
+     weigh it 1/N of what one process of N x B images does.
+Not published, our choice:
+  7. strategies b-d (a figure only), the LD rows (--method ld joins
      mmdetection's box term and the LD authors' class term, main region; --method mimic is i = 5 with
      CrossKD's own losses), the weight of PKD alone (that of CrossKD+PKD), MobileNetV2 (torchvision's
      weights, running statistics fixed), --adapt (a 1x1 convolution a tower, for heads of another width;
      the authors call it possible).
 
 Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes
-(padded), K classes, R = 17 bins of a box edge; prefix t_ teacher, s_ student, cross_ cross-head.
+(padded), K classes, R = 17 bins of a box edge; C_1 .. C_5 the layers of a head, C3 .. C5 stages of the
+backbone, P3 .. P7 the pyramid; prefix t_ teacher, s_ student, cross_ cross-head.
 S the region weight of Eq. 3. Boxes are xyxy pixels of the network's input.
 
     torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101    # GFL R101 -> R50, 12 epochs, data/coco
@@ -52,8 +57,8 @@ S the region weight of Eq. 3. Boxes are xyxy pixels of the network's input.
     python crosskd.py --eval gfl_r101
     python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
     python crosskd.py --export student.pt2 --weights runs/crosskd/best.pt
-Own data: train a teacher (--method none --student gfl_r101 --train-json a.json --train-images a/ ...), then
-give it as --teacher runs/teacher/best.pt; see README.md.
+Own data: train a teacher (--method none --student gfl_r101 --out runs/teacher --train-json a.json
+--train-images a/ ...), then give it as --teacher runs/teacher/best.pt; see README.md.
 
 Expected, COCO val2017 AP (paper; 8 GPUs x 2 images, 12 epochs): GFL R50 teacher 40.2, R18 alone 35.8,
 CrossKD 38.7; GFL R101 teacher 44.9, R50 alone 40.2, CrossKD 43.7, with PKD 43.9. Measured here: COCO
@@ -98,11 +103,11 @@ class Outputs(NamedTuple):
     """What a detector's forward pass gives."""
     maps: dict   # {"cls", "reg", "ctr"} -> L raw maps (B, outputs, H_l, W_l)
     feats: list  # FPN: L maps (B, C, H_l, W_l)
-    held: dict   # {(tower, i): L maps f_i}, tower "cls" or "reg", for the i that were asked for
+    held: dict   # {(tower, i): L maps f_i} of the i asked for: block i's output after its ReLU, f_0 = FPN
 
 
 class Targets(NamedTuple):
-    """What the labels say about each prior. All on the device: making them waits for nothing."""
+    """What the labels say about each prior. All on the device, made without waiting for it."""
     priors: torch.Tensor    # (A, 4) anchors, or (A, 2) points
     strides: torch.Tensor   # (A, 1)
     positive: torch.Tensor  # (B, A) bool
@@ -110,7 +115,7 @@ class Targets(NamedTuple):
     onehot: torch.Tensor    # (B, A, K) 1 at the class of a positive
     boxes: torch.Tensor     # (B, A, 4) the assigned box (arbitrary where not positive)
     centerness: torch.Tensor  # (B, A) target in [0, 1], 0 where not positive
-    count: torch.Tensor     # () normaliser of the classification loss, mean over processes
+    count: torch.Tensor     # () positives, mean over processes: the normaliser of most losses
 
 
 def fp32(x):
@@ -122,8 +127,9 @@ def quality_focal(cross_logits, t_logits, beta=1.0):
     """Eq. 7, QFL with the teacher's scores as labels, element by element.
 
     cross_logits, t_logits: (..., K) logits, t_logits a constant. The factor |q - t|^beta carries
-    gradient; beta 0 is plain BCE. Returns (...,  K), 0 where both are equal (beta > 0).
-    Source: Li et al. 2020 (GFL), Eq. 2. `quality_focal_kd` below is the same in less memory.
+    gradient; beta 0 is plain BCE. Returns (..., K), 0 where both are equal (beta > 0).
+    Source: Li et al. 2020 (GFL), Eq. 2. To read and to copy; called is `quality_focal_kd`, the same in less
+    memory.
     """
     cross_logits, t = fp32(cross_logits), fp32(t_logits.detach()).sigmoid()
     bce = F.binary_cross_entropy_with_logits(cross_logits, t, reduction="none")
@@ -164,12 +170,13 @@ class QualityFocal(torch.autograd.Function):
 
 
 def quality_focal_kd(cross_logits, t_logits, beta=1.0):
-    """Eq. 7 as `quality_focal`; this one is used."""
+    """Eq. 7, as `quality_focal`."""
     return QualityFocal.apply(fp32(cross_logits), fp32(t_logits.detach()).sigmoid(), beta)
 
 
 def region_kl(cross_logits, t_logits, T=1.0):
-    """Eq. 6: T^2 KL(teacher || cross-head) of a binned box edge. (..., R) logits -> (...), summed over R."""
+    """Eq. 6: T^2 KL(teacher || cross-head) of a binned box edge. (..., R) logits -> (...), summed over R.
+    (LD uses it for classes, too.)"""
     log_q = (cross_logits / T).log_softmax(-1)
     log_p = (t_logits.detach() / T).log_softmax(-1)
     return T * T * (log_p.exp() * (log_p - log_q)).sum(-1)  # Eq. 6
@@ -204,14 +211,17 @@ def align(source, target, sync=False, eps=1e-6):
 
 
 def cross_head(head, s_held, t_held, i, aligned=True, sync=False, act=torch.relu):
-    """Cross-head predictions of Eq. 3: C_{i+1} .. C_5 of `head` on phi(f_i^s; f_i^t). Returns maps.
+    """Cross-head predictions of Eq. 3: C_{i+1} .. C_5 of `head` on phi(f_i^s; f_i^t).
 
-    head: the frozen teacher's Head (below). s_held, t_held: Outputs.held of student and teacher. Frozen, but
-    never under no_grad: the gradient passes through the head to the student's f_i.
+    head(cls_feats, reg_feats, start=i)[0]: predictions of the frozen teacher head behind block i, here the
+    maps of class Head. s_held, t_held: Outputs.held of student and teacher. Frozen, but never under no_grad:
+    the gradient passes through the head to the student's f_i. act: the activation behind that head's blocks.
 
-    To lift it: these lines, align, channel_stats, fp32. Another detector's head needs a forward that starts
-    behind block i, as nn.Sequential(*blocks[i:], prediction) is, called level by level. act: that head's
-    activation. Its BatchNorm, if any, must stay in eval mode.
+    Around another head, one tower, L maps each (f_i: outputs of its i-th block, AFTER the activation):
+        rest = nn.Sequential(*teacher_tower[i:], teacher_prediction)            # frozen, in eval mode
+        cross = [rest(align(s, t).relu()) for s, t in zip(s_feats, t_feats)]    # t_feats under no_grad
+        loss = quality_focal(cross_logits, t_logits).sum() / max(positives, 1)  # plus the student's own
+    Both heads must read the same levels, anchors, classes and pixels. (sync needs reduce_mean of run.py.)
     """
     towers = []
     for tower in ("cls", "reg"):
@@ -231,9 +241,10 @@ def kd_losses(cross, teacher, targets, box_loss, cls_weight, *, branches="both",
 
     cross, teacher: flattened head outputs {"cls": (B, A, K), "reg": (B, A, ...)}, one sigmoid logit a class;
     teacher without gradient. targets: Targets (weight, positive are read). Classes: S by region, D = QFL,
-    Eq. 7, or BCE, times cls_weight, a scalar: 1 / normaliser. Boxes: box_loss(cross, teacher, targets, S, T)
-    -> {name: scalar}, Eq. 5 or 6 and its normaliser; S = the teacher's top class score ("soft") or the
-    foreground ("fg"). class_logits: the teacher's, where `teacher` is something else (strategy c).
+    Eq. 7, or BCE, times cls_weight, a scalar: weight / the batch's positives. Boxes: box_loss(cross, teacher,
+    targets, S, T) -> {name: scalar}, Eq. 5 or 6 with its normaliser, as RetinaNet.kd_box; S = the teacher's
+    top class score ("soft") or the foreground ("fg"). class_logits: the teacher's, where `teacher` is
+    something else (strategies c, d).
     """
     losses = {}
     if branches != "reg":
@@ -255,29 +266,31 @@ class Distiller(nn.Module):
     """The student and its losses: forward(batch) -> {name: loss}, whose sum is Eq. 4.
 
     teacher: None, or the frozen detector. It is kept outside the module tree: move it to the device yourself.
-    layer: i of Eq. 3, None for the detector's own. phi: "post" or "pre" the ReLU of f_i, or "none". adapt:
+    layer: i of Eq. 3, None for the detector's own. align: "post" or "pre" the ReLU of f_i, or "none". adapt:
     f_i^s passes a 1x1 convolution a tower to the teacher's width. kd: keyword arguments of kd_losses.
+    Of a detector it uses normalise, forward, head, assign, flatten, losses, kd_box, kd_cls_weight: see
+    class Detector.
     """
 
-    def __init__(self, student, teacher=None, layer=None, phi="post", sync_stats=False, amp=False,
+    def __init__(self, student, teacher=None, layer=None, align="post", sync_stats=False, amp=False,
                  adapt=False, kd=None):
         super().__init__()
         self.student = student
         # In a tuple, so that parameters(), state_dict(), train(), DDP and the optimizer never see it.
         self.teacher = (teacher.eval().requires_grad_(False),) if teacher else ()
         self.layer = student.kd_layer if layer is None else layer
-        self.phi, self.sync_stats, self.amp, self.kd = phi, sync_stats, amp, kd or {}
+        self.align, self.sync_stats, self.amp, self.kd = align, sync_stats, amp, kd or {}
         self.keep_layers = (self.layer,) if teacher else ()
         self.adapter = None
         if adapt:
             widths = student.arch["channels"], teacher.arch["channels"]
             self.adapter = nn.ModuleDict({tower: nn.Conv2d(*widths, 1) for tower in ("cls", "reg")})
 
-    def run(self, detector, batch):
+    def outputs_of(self, detector, batch):
         """Outputs of student or teacher, with f_i of both towers."""
         images = detector.normalise(batch["images"], batch["sizes"])
         with self.autocast(images):
-            return detector(images, self.keep_layers, self.phi == "pre")
+            return detector(images, self.keep_layers, self.align == "pre")
 
     def autocast(self, like):
         return torch.autocast(like.device.type, torch.bfloat16, enabled=self.amp)
@@ -295,17 +308,17 @@ class Distiller(nn.Module):
 
     def forward(self, batch):
         student = self.student
-        student_out = self.run(student, batch)
+        student_out = self.outputs_of(student, batch)
         targets = self.assign(student_out, batch)
         losses = student.losses(student.flatten(student_out.maps), targets)
         if not self.teacher:
             return losses
         teacher, = self.teacher
-        with torch.no_grad():  # not inference_mode: its tensors cannot be saved for phi's backward
-            teacher_out = self.run(teacher, batch)
+        with torch.no_grad():  # not inference_mode: its tensors cannot be saved for align's backward
+            teacher_out = self.outputs_of(teacher, batch)
         with self.autocast(batch["images"]):
             cross_maps = cross_head(teacher.head, self.adapted(student_out.held), teacher_out.held,
-                                    self.layer, self.phi != "none", self.sync_stats)
+                                    self.layer, self.align != "none", self.sync_stats)
         losses |= kd_losses(student.flatten(cross_maps), student.flatten(teacher_out.maps), targets,
                             student.kd_box, student.kd_cls_weight(targets), **self.kd)
         return losses
@@ -370,7 +383,7 @@ def strategy_maps(strategy, student, teacher, student_out, teacher_out, i, align
         return on_student(), teacher_out.maps
     if strategy == "b":
         return on_teacher(), teacher_out.maps
-    with torch.no_grad():
+    with torch.no_grad():  # of the target alone: student_out.maps have their graph already
         return student_out.maps, on_teacher() if strategy == "c" else on_student()
 
 
@@ -386,8 +399,6 @@ class Comparison(Distiller):
         if "pkd" in methods and pkd_at != "neck":
             keep.add(self.pkd_layer)
         self.keep_layers = tuple(sorted(keep))
-        if "crosskd" not in methods:
-            self.phi = "none"
 
     def pkd_places(self, out):
         """Lists of L maps, one a place where PKD compares. The ReLU: --align pre holds f_i before it."""
@@ -397,23 +408,24 @@ class Comparison(Distiller):
 
     def forward(self, batch):
         student, (teacher,) = self.student, self.teacher
-        student_out = self.run(student, batch)
+        student_out = self.outputs_of(student, batch)
         targets = self.assign(student_out, batch)
         student_pred = student.flatten(student_out.maps)
         losses = student.losses(student_pred, targets)
         with torch.no_grad():
-            teacher_out = self.run(teacher, batch)
+            teacher_out = self.outputs_of(teacher, batch)
         teacher_pred = student.flatten(teacher_out.maps)
-        rest = student.kd_box, student.kd_cls_weight(targets)
+        kd_terms = student.kd_box, student.kd_cls_weight(targets)
         if "crosskd" in self.methods:
-            adapted = student_out._replace(held=self.adapted(student_out.held))
             with self.autocast(batch["images"]):
+                adapted = student_out._replace(held=self.adapted(student_out.held))
                 pair = strategy_maps(self.strategy, student, teacher, adapted, teacher_out, self.layer,
-                                     self.phi != "none", self.sync_stats)
+                                     self.align != "none", self.sync_stats)
             cross, target = map(student.flatten, pair)
-            losses |= kd_losses(cross, target, targets, *rest, class_logits=teacher_pred["cls"], **self.kd)
+            logits = teacher_pred["cls"]
+            losses |= kd_losses(cross, target, targets, *kd_terms, class_logits=logits, **self.kd)
         if "mimic" in self.methods:  # Eq. 2: the student's own predictions, same distances
-            mimic = kd_losses(student_pred, teacher_pred, targets, *rest, **self.kd)
+            mimic = kd_losses(student_pred, teacher_pred, targets, *kd_terms, **self.kd)
             losses |= {name.replace("kd", "mimic"): loss for name, loss in mimic.items()}
         if "ld" in self.methods:
             losses |= ld_losses(student_pred, teacher_pred, targets, self.kd.get("branches", "both"))
@@ -503,7 +515,7 @@ class P6P7(ExtraFPNBlock):
 
 
 class Block(nn.Module):
-    """C_1 .. C_4: 3x3 convolution, GroupNorm (RetinaNet: none), ReLU."""
+    """C_1 .. C_4 up to the ReLU, which Head applies: 3x3 convolution, GroupNorm (RetinaNet: none)."""
 
     def __init__(self, channels, norm):
         super().__init__()
@@ -511,12 +523,11 @@ class Block(nn.Module):
         self.norm = nn.GroupNorm(32, channels) if norm else nn.Identity()
 
     def forward(self, x):
-        """Before the ReLU, since --align pre wants it so."""
         return self.norm(self.conv(x))
 
 
 class Head(nn.Module):
-    """Two towers of n - 1 = 4 blocks and their prediction convolutions C_5, shared by all levels.
+    """Two towers of four blocks and their prediction convolutions C_5, shared by all levels.
 
     ctr: None, "cls" or "reg", the tower that centerness is read from. scales: a learnt factor a level on reg.
     """
@@ -586,13 +597,16 @@ def distribution_focal_loss(logits, target):
 
 
 class Detector(nn.Module):
-    """Backbone, FPN, head. Subclasses say what the head's numbers mean and how they are trained."""
+    """Backbone, FPN, head. Subclasses say what the head's numbers mean, decode(reg, priors, strides), how they
+    are trained, losses(out, targets), and distilled, kd_box(cross, teacher, targets, S, T). priors and match
+    here are those of GFL and ATSS."""
     kind = ""
     cells = 1          # priors a position
     reg_out = 4        # numbers a prior
     norm = True        # GroupNorm in the towers
     ctr = None         # the tower that centerness is read from
     scales = True      # a learnt factor a level on reg
+    p6_relu = False    # between P6 and P7
     nms_iou = 0.6
     kd_layer = 3       # i of Eq. 3
     pkd_weight = 2.0
@@ -603,8 +617,7 @@ class Detector(nn.Module):
         self.num_classes, self.frozen = num_classes, False
         self.caffe = self.kind == "fcos" and backbone in ("r50", "r101")
         self.body, widths = make_body(backbone, self.caffe, init)
-        self.fpn = FeaturePyramidNetwork(list(widths), channels,
-                                         P6P7(widths[-1], channels, p6, relu=self.kind == "fcos"))
+        self.fpn = FeaturePyramidNetwork(list(widths), channels, P6P7(widths[-1], channels, p6, self.p6_relu))
         for m in self.fpn.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.xavier_uniform_(m.weight)
@@ -687,22 +700,22 @@ class Detector(nn.Module):
         labels = gt_labels.gather(1, index).clamp(min=0)
         onehot = torch.zeros(*labels.shape, self.num_classes, device=device)
         onehot.scatter_(2, labels[..., None], positive[..., None].float())
-        per_image = positive.sum(1).float()
-        if self.kind == "fcos":
-            count = reduce_mean(per_image.sum(), 1.0)
-        else:  # an image without positives counts as one, before the sum over images
-            count = reduce_mean(per_image.clamp(min=1).sum())
+        count = self.positives(positive.sum(1).float())
         points = priors if priors.shape[1] == 2 else centers(priors)
         centerness = centerness_target(boxes, points) * positive
         return Targets(priors, self.strides(counts, device), positive, (owner > -2).float(), onehot, boxes,
                        centerness, count)
+
+    def positives(self, per_image):
+        """Normaliser: positives of the batch. An image without any counts as one."""
+        return reduce_mean(per_image.clamp(min=1).sum())
 
     def cls_loss(self, out, targets):
         """Sigmoid focal loss over all classes and priors, per positive."""
         return (focal_loss(out["cls"], targets.onehot).sum(-1) * targets.weight).sum() / targets.count
 
     def kd_cls_weight(self, targets):
-        """1 / normaliser of Eq. 3's class term."""
+        """Weight / normaliser of Eq. 3's class term."""
         return 1.0 / targets.count
 
     def decoded(self, out, targets):
@@ -765,7 +778,7 @@ class GFL(Detector):
         return decode_distances(distances * strides, centers(priors))
 
     def losses(self, out, targets):
-        """QFL + 2 GIoU + 0.25 DFL. Boxes are weighted by the student's own top score, over its sum."""
+        """QFL + 2 GIoU + 0.25 DFL. Boxes are weighted by the detector's own top score, over its sum."""
         iou, giou = overlap(self.decoded(out, targets), targets.boxes)
         quality = targets.onehot * iou.detach()[..., None]  # (B, A, K) at the true class of a positive
         scores = out["cls"].sigmoid()
@@ -811,6 +824,7 @@ class ATSS(Detector):
 class FCOS(Detector):
     """One point per cell regresses the four distances; centerness from the class tower."""
     kind, ctr, nms_iou = "fcos", "cls", 0.5
+    p6_relu = True
     kd_layer = 2
     ranges = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
 
@@ -821,6 +835,9 @@ class FCOS(Detector):
         ranges = constant(self.ranges, priors.device, priors.dtype)
         ranges = torch.cat([ranges[level].expand(n, 2) for level, n in enumerate(counts)])
         return assign_fcos(priors, ranges, gt_boxes, valid)
+
+    def positives(self, per_image):
+        return reduce_mean(per_image.sum(), 1.0)
 
     def decode(self, reg, priors, strides):
         return decode_distances(reg.clamp(max=20).exp(), priors)  # finite, where no loss acts, too
@@ -928,9 +945,9 @@ def split_name(student):
 def check_arch(theirs, ours, args):
     """The teacher's head must be able to read the student's features. theirs, ours: the `arch` of each."""
     methods = set(args.method.split("+"))
-    reads = methods & {"pkd", "fitnet"} or ("crosskd" in methods and not args.adapt)  # features, not boxes
+    needs_width = methods & {"pkd", "fitnet"} or ("crosskd" in methods and not args.adapt)
     for what in ("kind", "channels", "num_classes"):
-        if theirs[what] == ours[what] or (what == "channels" and not reads):
+        if theirs[what] == ours[what] or (what == "channels" and not needs_width):
             continue
         more = ""
         if what == "channels" and methods == {"crosskd"}:
@@ -972,7 +989,7 @@ def kd_options(args):
 
 def make_distiller(student, teacher, args):
     """The module that is trained: Distiller, or Comparison where a table's baseline is asked for."""
-    options = dict(layer=args.kd_layer, phi=args.align, sync_stats=args.sync_stats, amp=args.amp == "bf16",
+    options = dict(layer=args.kd_layer, align=args.align, sync_stats=args.sync_stats, amp=args.amp == "bf16",
                    adapt=args.adapt and teacher is not None, kd=kd_options(args))
     if teacher is None or (args.method == "crosskd" and args.kd_strategy == "a"):
         return Distiller(student, teacher, **options)
@@ -983,7 +1000,7 @@ def make_distiller(student, teacher, args):
 
 def prepare(args, data, val, student, teacher, rank, world, device):
     """The Distiller, its networks described and compiled, its teacher checked."""
-    example = collate([data[0, 0]])["images"].float()
+    example = collate([data[0, 0]])["images"].float()  # image 0, random seed 0
     for name, net in (("student", student), ("teacher", teacher)):
         if net:
             fast_layout(net, device)
@@ -1233,7 +1250,7 @@ python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
 """
 SHAPES = dict(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="none")  # --data shapes
 GUESS = "  # which losses made this row is not published"
-ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark
+ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark; t1 .. t10 are our numbers
     t1-none         35.8  --student gfl_r18 --method none
     t1-i0           38.2  SMALL --kd-layer 0  # the position of f_i
     t1-i1           38.3  SMALL --kd-layer 1
@@ -1263,7 +1280,7 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark
     t5-r34-none     38.9  --student gfl_r34 --method none
     t6-none         40.2  --student gfl_r50 --method none
     t6-fitnet       40.7  --teacher gfl_r101 --method fitnet
-    t6-ld           43.0  --teacher gfl_r101 --method ld  # mmdetection's LD: 41.1, CWD in mmrazor: 41.9
+    t6-ld           43.0  --teacher gfl_r101 --method ld  # mmdetection's LD: 41.1 (mmrazor's CWD: 41.9)
     t6-pkd          43.3  --teacher gfl_r101 --method pkd
     t6-crosskd      43.7  --teacher gfl_r101
     t6-crosskd+pkd  43.9  --teacher gfl_r101 --method crosskd+pkd
@@ -1297,7 +1314,7 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark
     fcos_r101       40.8  --eval fcos_r101
     atss_r101       41.5  --eval atss_r101
     """, SMALL="--teacher gfl_r50 --student gfl_r18")
-# flags, the flag that gives them an effect, its values
+# flags, the flag that gives them an effect, its values (None: it is not given)
 BELONGS = (
     ("kd_layer kd_strategy align adapt", "method", ("crosskd", None)),
     ("kd_cls_loss kd_region kd_reg_mask kd_T kd_beta", "method", ("crosskd", "mimic", None)),

@@ -533,7 +533,7 @@ def test_the_tables_own_forward_gives_the_losses_of_the_algorithm(kind):
     args = make_args(kind)
     plain = make_distiller(student, teacher, args)
     assert type(plain) is crosskd.Distiller
-    other = crosskd.Comparison(student, teacher, ["crosskd"], layer=args.kd_layer, phi="post", kd=kd_options(args))
+    other = crosskd.Comparison(student, teacher, ["crosskd"], layer=args.kd_layer, align="post", kd=kd_options(args))
     a, b = plain(batch), other(batch)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 

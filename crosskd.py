@@ -597,7 +597,7 @@ def distribution_focal_loss(logits, target):
 
 
 class Detector(nn.Module):
-    """Backbone, FPN, head. Subclasses say what the head's numbers mean, decode(reg, priors, strides), how they
+    """Backbone, FPN, head. Subclasses say what its numbers mean, decode(reg, priors, strides), how they
     are trained, losses(out, targets), and distilled, kd_box(cross, teacher, targets, S, T). priors and match
     here are those of GFL and ATSS."""
     kind = ""

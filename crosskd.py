@@ -520,7 +520,8 @@ class Block(nn.Module):
     def __init__(self, channels, norm):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, 1, 1, bias=not norm)
-        self.norm = nn.GroupNorm(32, channels) if norm else nn.Identity()
+        groups = min(32, channels // 2)  # one channel on one cell would be a norm of a single number
+        self.norm = nn.GroupNorm(groups, channels) if norm else nn.Identity()
 
     def forward(self, x):
         return self.norm(self.conv(x))

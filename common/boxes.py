@@ -31,7 +31,7 @@ def grid_points(level_sizes, strides, offset, device=None, dtype=torch.float32):
     for (h, w), s in zip(level_sizes, strides):
         y = (torch.arange(h, device=device, dtype=dtype) + offset) * s
         x = (torch.arange(w, device=device, dtype=dtype) + offset) * s
-        points.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], 1))
+        points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], 2).flatten(0, 1))
     return torch.cat(points)
 
 

@@ -51,6 +51,7 @@ def export_program(module, path, names, classes):
         raise UserError(f"--export {path}: torch.export does not take this network ({why(e)})") from None
     for size in ((1, 320, 256), (3, LEAST, 448)):
         compare(path, run, module, pictures(*size, 1))
+    checked = "equal to the detector on other sizes of picture"
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,24 @@ def export_program(module, path, names, classes):
             onnx = torch.onnx.export(program, dynamo=True, output_names=list(names), verbose=False)
             onnx.model.metadata_props["classes"] = json.dumps(classes)
             onnx.save(draft)
+            if importlib.util.find_spec("onnxruntime"):
+                compare(path, onnx_runner(draft), module, pictures(1, 320, 256, 1))
+            else:
+                checked = "not run here, which needs onnxruntime"
         os.replace(draft, path)
     except (OSError, RuntimeError) as e:
         raise UserError(f"--export {path}: not written ({why(e)})") from None
     finally:
         draft.unlink(missing_ok=True)
-    print(f"{path}: {path.stat().st_size >> 20} MB, equal to the detector on two other sizes of picture; "
-          f"outputs {', '.join(names)}, raw maps")
+    print(f"{path}: {path.stat().st_size >> 20} MB, {checked}; outputs {', '.join(names)}, raw maps")
+
+
+def onnx_runner(file):
+    """Function images -> outputs of an ONNX file."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(x) for x in session.run(None, {name: images.numpy()})]
 
 
 def compare(path, run, module, images):

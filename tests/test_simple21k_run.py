@@ -60,7 +60,7 @@ def same(a, b):
 def test_both_stages_then_eval_and_predict(small, tmp_path):
     root, flags = small[:2]
     out = tmp_path / "run"
-    r = run(*flags, "--max-iters", "3", "--out", out)
+    r = run(*flags, "--max-iters", "3", "--log-every", "1", "--out", out)
     assert "loaded body, cls, fpn, head | new box, det, fg, rpn | left out nothing" in r.stdout and "20 in both" in r.stdout
     for stage, files in (("stage1", ()), ("stage2", ("detections.json", "samples.jpg"))):
         for name in ("args.json", "log.jsonl", "last.pt", "best.pt", "results.json", "curves.png", *files):

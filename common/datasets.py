@@ -1317,8 +1317,8 @@ def read_captions(path, records):
         if row is not None and isinstance(text, str) and text.strip():
             sentences[row].append(text.strip())
     if not any(sentences):
-        raise UserError(f"{path}: has no sentence for any image of {records.path}; captions of another "
-                        "split, or ids that are text in one of them?")
+        raise UserError(f"{path}: has no caption for any of the images of {records.path.name}: another "
+                        "split's, or ids that are text in one of them? (--data shapes needs nothing)")
     return sentences
 
 

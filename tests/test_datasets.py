@@ -713,6 +713,6 @@ def test_captions_belong_to_their_image(tiny, tmp_path):
     assert {data[1, seed]["caption"] for seed in range(20)} == {"a dog", "c"} and data[2, 0]["caption"] == ""
     assert "1 images have no caption" in data.report()
     path.write_text(json.dumps(dict(annotations=[dict(image_id="5", caption="of another split")])))
-    assert "has no sentence for any image" in error_of(lambda: dataset(tiny, captions=path))
+    assert "has no caption for any of the images" in error_of(lambda: dataset(tiny, captions=path))
     path.write_text("[]")
     assert error_of(lambda: dataset(tiny, captions=path)) == f"{path}: no 'annotations' list; this is not COCO captions json"

@@ -718,7 +718,7 @@ def filled(golden, name, tmp_path):
 def test_retinanet_of_mmdetection_detects_what_crosskds_does(golden, tmp_path):
     """crosskd.py's RetinaNet, its own code from anchors to NMS, is held to mmdetection by other goldens; torchvision's, with our anchors and P7, must agree."""
     _, path, images = filled(golden, "retinanet_r18", tmp_path)
-    ours, (theirs, _) = load_detector(path).double(), crosskd.load_detector(str(path))
+    ours, (theirs, _) = load_detector(path).double(), crosskd.load(str(path))
     theirs = theirs.double()
     sizes = [(256, 320), (230, 270)]
     with torch.no_grad():

@@ -35,16 +35,15 @@ made the numbers:
   5. RetinaNet students make P6 from P5, as in the code; teachers and mmdetection's plain RetinaNets, rows
      *-none with --p6 on_input, from C5.
 and from their code:
-  6. Normalisers are max(sum over processes, 1) / processes (GFL's sum of S and RetinaNet's positives are
-     local there). FCOS distillation divides by at least 1. Local, as there: the statistics of phi and PKD
-     (--sync-stats makes them global), and LD's box term, which has no normaliser: N processes of B images
-     weigh it 1/N of what one process of N x B images does.
+  6. Normalisers are max(sum over processes, bound) / processes, the bound 1 or 1e-6 as there, but 1 in FCOS
+     distillation (GFL's sum of S and RetinaNet's positives are local there). Local, as there: the statistics
+     of phi and PKD (--sync-stats makes them global), and LD's box term, which has no normaliser: N processes
+     of B images weigh it 1/N of what one process of N x B images does.
 Not published, our choice:
-  7. strategies b-d (a figure only), the LD rows (--method ld joins
-     mmdetection's box term and the LD authors' class term, main region; --method mimic is i = 5 with
-     CrossKD's own losses), the weight of PKD alone (that of CrossKD+PKD), MobileNetV2 (torchvision's
-     weights, running statistics fixed), --adapt (a 1x1 convolution a tower, for heads of another width;
-     the authors call it possible).
+  7. Strategies b-d (a figure only), the LD rows (--method ld joins mmdetection's box term and the LD authors'
+     class term, main region; --method mimic is i = 5 with CrossKD's own losses), the weight of PKD alone
+     (that of CrossKD+PKD), MobileNetV2 (torchvision's weights, running statistics fixed), --adapt (a 1x1
+     convolution a tower, for heads of another width; the authors call it possible).
 
 Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes
 (padded), K classes, R = 17 bins of a box edge; C_1 .. C_5 the layers of a head, C3 .. C5 stages of the
@@ -966,7 +965,7 @@ def make_pair(args, data, rank, world, device):
     ours = dict(kind=kind, channels=args.channels, num_classes=len(data.classes))
     teacher = None
     if args.method != "none":
-        if args.teacher:  # before the 200 MB of a zoo model are downloaded
+        if args.teacher and not Path(args.teacher).exists():  # a zoo model: before its 200 MB come
             check_arch(arch_of(args.teacher, "--teacher"), ours, args)
         teacher, classes = load(args.teacher or shapes_teacher(args, rank, world, device), "--teacher")
         check_arch(teacher.arch, ours, args)
@@ -1236,9 +1235,9 @@ class Exported(nn.Module):
 def export(args):
     """--export: the detector as a torch.export (.pt2) or ONNX (.onnx) program."""
     from common.export import export_program
-    if arch_of(args.weights, "--weights")["backbone"] == "swint":
-        raise UserError("--export: torch.export would fix the size of pictures, whose windows Swin pads")
     model, classes = load(args.weights)
+    if model.arch["backbone"] == "swint":
+        raise UserError("--export: torch.export would fix the size of pictures, whose windows Swin pads")
     export_program(Exported(model), args.export, ("boxes", "scores"), classes)
 
 

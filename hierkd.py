@@ -60,7 +60,7 @@ from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, collate, 
 from common.evaluation import class_agnostic_recall, class_mean, coco_evaluate, to_coco_results
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number, open_run,
-                        parse, parser, rebuilding, reduce_mean, run_flags, saved_flags, seed_all, started,
+                        parse, parser, rebuilding, reduce_mean, run_flags, saved_flags, seed_all, started, to_device,
                         warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -499,10 +499,6 @@ def truth_of(val, names):
     called = dict(zip(val.category_ids, val.classes))
     truth = val.truth(names, holding=True)
     return truth | dict(categories=[c | dict(name=called[c["id"]]) for c in truth["categories"]])
-
-
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def get_clip(args, device):

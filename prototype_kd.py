@@ -57,7 +57,7 @@ from common.datasets import (CocoDataset, collate, eval_loader, find_coco, own_f
                              read_annotations, read_json, read_voc, resize, start_worker, to_corners,
                              train_loader)
 from common.evaluation import class_table, coco_evaluate, to_coco_results, voc_evaluate
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, dash, describe_model,
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash, describe_model,
                         fast_layout, fused, fold, gather, given_flags, load_checkpoint, load_strict, made_once,
                         number, open_run, parse, parser, rebuilding, reduce_mean, run_flags, saved_flags,
                         seed_all, started, warmup_multistep, wrap_ddp)
@@ -948,17 +948,6 @@ def make_optimizer(model, algorithm, lr, weight_decay):
     return optimizer
 
 
-def check_teacher(teacher, val, rank, world, device, args):
-    """Prints the teacher's AP on up to 100 validation images; one that finds nothing has nothing to teach."""
-    metrics, _ = evaluate(teacher, val, rank, world, device, args, most=100)
-    if rank == 0:
-        print(f"teacher AP {metrics['AP']:.1f} on {metrics['images']} validation images", flush=True)
-        if metrics["AP"] < 1 and not args.no_teacher_check:
-            raise UserError(f"--teacher {args.teacher or 'of shapes'}: AP {metrics['AP']:.1f} on "
-                            f"{metrics['images']} validation images: wrong weights, other classes or other "
-                            "pixels? --no-teacher-check goes on")
-
-
 def method_of(args):
     """What is distilled, in words, for the start of a run."""
     start = f"from {args.init or 'the student of shapes'}"
@@ -1014,7 +1003,7 @@ def prepare(args, data, val, student, teacher, rank, world, device):
             if args.compile:
                 net.backbone.compile()
     if teacher and val and not (Path(args.out) / "last.pt").exists():
-        check_teacher(teacher, val, rank, world, device, args)
+        check_teacher(evaluate(teacher, val, rank, world, device, args, most=100)[0], args)
     continued(args, rank, world, device)
     seed_all(args.seed)  # H does not depend on what ran before
     distiller = Distiller(student, teacher, make_bank(args, data, rank, world), args).to(device).train()

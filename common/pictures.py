@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import box_convert, nms
 from tqdm import tqdm
 
 from .run import UserError, write_whole
@@ -188,24 +189,20 @@ MOST = 5  # boxes of a picture: the surest
 SURE = 0.3  # a score from which on a box is drawn
 
 
-def by_image(results, dataset):
-    """{image id: its surest MOST results above SURE, of classes that the dataset knows, the surest
-    alone where several lie on one another}."""
-    known, found = {c for c in dataset.category_ids if c is not None}, {}
-    for r in sorted(results, key=lambda r: -r["score"]):
-        mine = found.setdefault(r["image_id"], [])
-        if r["score"] > SURE and r["category_id"] in known and len(mine) < MOST:
-            if all(overlap(r["bbox"], other["bbox"]) < 0.6 for other in mine):
-                mine.append(r)
+def surest(results, dataset, items):
+    """{image id: its surest MOST results above SURE} of these items; of results that lie on one another
+    the surest, whatever its class. Classes that the dataset has no id for are left out."""
+    known = {c for c in dataset.category_ids if c is not None}
+    found = {item[0]: [] for item in items}
+    for r in results:
+        if r["image_id"] in found and r["score"] > SURE and r["category_id"] in known:
+            found[r["image_id"]].append(r)
+    for image_id, mine in found.items():
+        boxes = torch.tensor([r["bbox"] for r in mine], dtype=torch.float32).reshape(-1, 4)
+        boxes = box_convert(boxes, "xywh", "xyxy")
+        keep = nms(boxes, torch.tensor([float(r["score"]) for r in mine]), 0.6)[:MOST]
+        found[image_id] = [mine[k] for k in keep.tolist()]
     return found
-
-
-def overlap(a, b):
-    """IoU of two boxes x, y, width, height."""
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    both = max(width, 0) * max(height, 0)
-    return both / max(a[2] * a[3] + b[2] * b[3] - both, 1e-9)
 
 
 def show(dataset, item, size, results=None):
@@ -257,11 +254,12 @@ def save_samples(dataset, results, path, title="", count=6, size=320):
     folder, classes, category_ids, None for a class that the file lacks. results: COCO result dicts.
     title: stands above the page and in the file's comment. No readable image: no page.
     """
-    found, pairs = by_image(results, dataset), []
-    for item in (dataset.items[k] for k in range(min(count, len(dataset.items)))):
+    items, pairs = [dataset.items[k] for k in range(min(count, len(dataset.items)))], []
+    found = surest(results, dataset, items)
+    for item in items:
         truth = show(dataset, item, size)
         if truth:
-            pairs.append([truth, show(dataset, item, size, found.get(item[0], []))])
+            pairs.append([truth, show(dataset, item, size, found[item[0]])])
     if not pairs:
         return
     names = ["ground truth", "found"] * min(2, len(pairs))
@@ -274,17 +272,17 @@ def save_samples(dataset, results, path, title="", count=6, size=320):
 def save_comparison(dataset, results, out, count=3, size=300):
     """Path of a page: `count` images with two to MOST objects, a row each; ground truth and what the
     detectors find. results: {column title: a detections.json}."""
-    found = {title: by_image(json.loads(Path(path).read_text()), dataset)
-             for title, path in results.items()}
     fit, rows = [], []
     for k in range(len(dataset.items)):
         item = dataset.items[k]
         if 2 <= len(item[4]) <= MOST:
             fit.append((item[3] < item[2], k))  # landscape first
-    for _, k in sorted(fit)[:count]:
-        item = dataset.items[k]
-        rows.append([show(dataset, item, size)])
-        rows[-1] += [show(dataset, item, size, of.get(item[0], [])) for of in found.values()]
+    items = [dataset.items[k] for _, k in sorted(fit)[:count]]
+    columns = [{item[0]: None for item in items}]  # the ground truth
+    for path in results.values():
+        columns.append(surest(json.loads(Path(path).read_text()), dataset, items))
+    for item in items:
+        rows.append([show(dataset, item, size, column[item[0]]) for column in columns])
     path = Path(out) / "comparison.jpg"
     write_page(rows, ["ground truth", *results], path)
     return path

@@ -176,7 +176,7 @@ def test_a_page_shows_the_five_surest_boxes_of_an_image(tmp_path):
     data = dataset_of(tmp_path, [(100, 80)])
     results = [result(1, score=0.4 + 0.01 * k, bbox=(10 * k, k, 10, 10)) for k in range(9)]
     results += [result(1, category_id=7, score=0.475, bbox=(80, 9, 10, 10))]  # where a surer one is
-    found = pictures.by_image(results, data)[1]
+    found = pictures.surest(results, data, data.items)[1]
     assert [round(r["score"], 2) for r in found] == [0.48, 0.47, 0.46, 0.45, 0.44]
 
 

@@ -577,7 +577,7 @@ def test_variants_are_found_however_the_config_spells_them(tmp_path, config, key
     "", "norm_on_bbox=False", "my_norm_on_bbox=True", "style='caffe2'", "norm_on_bbox=Truely",
     "{'norm_on_bbox': False, 'x': True}"])
 def test_other_settings_are_no_variant(config):
-    guard(config, ("norm_on_bbox=True", "style='caffe'"), "x")
+    assert guard(config, ("norm_on_bbox=True", "style='caffe'"), "x") is None  # no refusal
 
 
 def test_a_file_without_config_has_none():

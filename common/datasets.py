@@ -1516,7 +1516,10 @@ def unsent(queue, error, item):
     """In a loader process: a batch cannot be handed over, as /dev/shm or the file descriptors are
     used up. The error is handed over instead: Python only prints it, and the run waits for ever."""
     info = type(error), error, error.__traceback__
-    queue.put((item[0], ExceptionWrapper(info, where="in a loader process")))
+    try:
+        queue.put((item[0], ExceptionWrapper(info, where="in a loader process")))
+    except ValueError:  # the queue is closed: the run ends already, and nobody waits for this batch
+        pass
 
 
 def train_loader(dataset, batch_size, rank, world, seed, workers, pin=None):

@@ -2,6 +2,7 @@
 """common/datasets.py: which images and boxes are kept, what a wrong file says, pixels against OpenCV, batches and their order."""
 import json
 import math
+import multiprocessing
 import random
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ from PIL import Image
 
 from common.datasets import (BASE_48, BatchPlan, CocoDataset, Records, collate, eval_loader, find_coco, find_lvis, objects365,
                              parse_image_size, read_captions, read_image, read_voc, records_of, repeat_factors,
-                             repeat_fractions, resize, train_loader)
+                             repeat_fractions, resize, train_loader, unsent)
 from common.run import UserError
 
 
@@ -716,3 +717,16 @@ def test_captions_belong_to_their_image(tiny, tmp_path):
     assert "has no caption for any of the images" in error_of(lambda: dataset(tiny, captions=path))
     path.write_text("[]")
     assert error_of(lambda: dataset(tiny, captions=path)) == f"{path}: no 'annotations' list; this is not COCO captions json"
+
+
+def test_a_batch_that_cannot_be_handed_over_sends_its_error_and_is_silent_once_the_queue_is_closed():
+    queue = multiprocessing.Queue()
+    unsent(queue, RuntimeError("No space left"), (3, None))
+    number, error = queue.get(timeout=10)
+    assert number == 3
+    with pytest.raises(RuntimeError, match="No space left"):
+        error.reraise()
+    queue.close()
+    with pytest.raises(ValueError, match="closed"):
+        queue.put(0)
+    unsent(queue, RuntimeError("No space left"), (4, None))

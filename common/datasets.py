@@ -1020,13 +1020,15 @@ class CocoDataset(Dataset):
     are left out. hidden: names whose boxes go to `hidden` (H, 4), never to boxes: for oracles.
     originals: items have the file's pixels and the window (6,) that was cut. photometric: colours
     are distorted, as SSD does. small: boxes that training drops are dropped in validation, too; it
-    keeps them otherwise, since COCO's evaluation counts them.
+    keeps them otherwise, since COCO's evaluation counts them. flip_words: the caption of a flipped image
+    has left and right swapped.
     """
 
     def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32,
                  classes=None, without=(), captions=None, canvas=None, jitter=(0.1, 2.0),
                  masks=False, hidden=(), originals=False, photometric=False, like=None,
-                 keep_empty=False, small=None):
+                 keep_empty=False, small=None, flip_words=False):
+        self.flip_words = flip_words
         self.folder, self.train, self.flip = Path(images), train, flip if train else 0.0
         sizes = parse_image_size(image_size)
         self.sizes = sizes if train else [max(sizes)]
@@ -1213,7 +1215,8 @@ class CocoDataset(Dataset):
         boxes = torch.from_numpy(boxes) * torch.tensor([w / width, h / height] * 2)  # per axis
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, w)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, h)
-        if rng.random() < self.flip:
+        flipped = rng.random() < self.flip
+        if flipped:
             image = image.flip(2)
             boxes[:, 0::2] = w - boxes[:, 0::2].flip(1)
         if self.distort:
@@ -1224,6 +1227,8 @@ class CocoDataset(Dataset):
                     image_id=image_id, original_size=(height, width))
         if self.captions is not None:
             item["caption"] = rng.choice(self.captions[index] or [""])
+            if flipped and self.flip_words:
+                item["caption"] = mirror_caption(item["caption"])
         return item
 
     def pixels(self, name, width, height, image_id):
@@ -1320,6 +1325,12 @@ def read_captions(path, records):
         raise UserError(f"{path}: has no sentence for any image of {records.path}; captions of another "
                         "split, or ids that are text in one of them?")
     return sentences
+
+
+def mirror_caption(text):
+    """A sentence with left and right swapped, as whole words: what it says of the flipped image."""
+    other = dict(left="right", right="left", Left="Right", Right="Left", LEFT="RIGHT", RIGHT="LEFT")
+    return re.sub(r"\b(left|right|Left|Right|LEFT|RIGHT)\b", lambda found: other[found[0]], text)
 
 
 # ------------------------------------------------------------------ pixels and boxes of an item

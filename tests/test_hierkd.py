@@ -623,3 +623,249 @@ def test_missing_captions_are_told_before_anything_is_loaded(coco_mini, tmp_path
         hierkd.train(resolve(parse_args([*own, "--train-captions", str(tmp_path / "none.json")])), 0, 1, torch.device("cpu"))
     capsys.readouterr()
     assert not resolve(parse_args(own)).gkd and "note: --train-json without --train-captions: no GKD (--no-gkd)" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ any vocabulary
+
+def test_a_split_of_ones_own():
+    names = ["car", "cat", "traffic_light", "sink"]
+    split = hierkd.class_split
+    assert split("own", names, None, ["traffic light"]) == (["car", "cat", "sink"], ["traffic_light"])  # --novel alone: base are the others
+    assert split("own", names, None, None, ["cat", "car"]) == (["cat", "car"], ["traffic_light", "sink"])  # --base alone
+    assert split("own", names, None, ["sink"], ["cat"]) == (["cat"], ["sink"])  # the rest is neither
+    assert split("own", names, ["cat"], ["sink", "bear"]) == (["cat"], ["sink", "bear"])  # a checkpoint's names need not be in the file
+    with pytest.raises(hierkd.UserError, match="--base and --novel both name cat"):
+        split("own", names, None, ["cat"], ["cat", "car"])
+
+
+def test_own_split_on_the_command_line_reaches_both_sets_and_a_misspelling_is_told(four_images):
+    own = ["--train-json", str(four_images / "instances.json"), "--train-images", str(four_images), "--val-json", str(four_images / "instances.json"),
+           "--val-images", str(four_images)]
+    a = resolve(parse_args([*own, "--novel", "cat,sink"]))
+    train = hierkd.make_data(a, "train")
+    val = hierkd.make_data(a, "val", base=train.classes)
+    assert (train.classes, val.classes, a.split, a.novel) == (["car"], ["car", "cat", "sink"], "own", [["cat", "sink"]])
+    a = resolve(parse_args([*own, "--base", "cat", "--novel", "car"]))  # sink is neither: its image is not evaluated
+    val = hierkd.make_data(a, "val", base=hierkd.make_data(a, "train").classes)
+    assert val.classes == ["car", "cat"] and len(val) == 3
+    for words, text in ((["--base", "cat,sinc"], "--base: .* has no class 'sinc'; is 'sink' meant"), (["--novel", "dog"], "--novel: .* has no class 'dog'")):
+        a = resolve(parse_args([*own, *words]))
+        with pytest.raises(hierkd.UserError, match=text):
+            hierkd.make_data(a, "val", base=hierkd.make_data(a, "train").classes)
+
+
+def test_names_of_a_run_survive_its_resume(tmp_path):
+    """Names are read once: a file may go, and a name with a comma stays one."""
+    (tmp_path / "names.txt").write_text("crane, grey\n")
+    a = resolve(parse_args(["--novel", str(tmp_path / "names.txt"), "--base", "a, b", "--out", str(tmp_path)]))
+    save_checkpoint(dict(script="hierkd.py", args=vars(a), model={}, optimizer={}, rng=[], it=0), tmp_path / "last.pt")
+    (tmp_path / "names.txt").unlink()
+    assert hierkd.given_names(resolve(parse_args(["--resume", "--out", str(tmp_path)]))) == (["a", "b"], ["crane, grey"])
+
+
+def test_lvis_files_say_which_classes_were_looked_for():
+    truth = dict(images=[dict(id=1, neg_category_ids=[7]), dict(id=2, neg_category_ids=[])], annotations=[dict(image_id=1, category_id=5)])
+    results = [dict(image_id=i, category_id=c) for i, c in ((1, 5), (1, 6), (1, 7), (2, 5))]
+    assert hierkd.judged(truth, results) == [results[0], results[2]]
+    del truth["images"][0]["neg_category_ids"], truth["images"][1]["neg_category_ids"]  # COCO: all were
+    assert hierkd.judged(truth, results) == results
+
+
+def test_novel_classes_do_not_choose_the_weights(four_images, monkeypatch):
+    a = resolve(parse_args(["--eval", "x", "--val-json", str(four_images / "instances.json"), "--val-images", str(four_images)]))
+    val = hierkd.make_data(a, "val", base=["car"])
+    model = OpenATSS("tiny8", None, 64)
+    model.arch["base"] = ["car"]
+    box = dict((i, (b, labels)) for i, _, _, _, b, labels in val.items)
+
+    def only(wanted):
+        def find(model, batch, texts, amp="none", direct=None):
+            boxes, labels = box[batch["image_ids"][0]]
+            found = []
+            for names in texts:
+                here = [k for k, label in enumerate(labels) if val.classes[label] in names and val.classes[label] in wanted]
+                found.append((torch.from_numpy(boxes[here]), torch.ones(len(here)), torch.tensor([names.index(val.classes[labels[k]]) for k in here])))
+            return found
+        monkeypatch.setattr(hierkd, "run_detector", find)
+        return hierkd.evaluate(model, val, 0, 1, torch.device("cpu"), a, Names())[0]
+    base, novel = only(["car"]), only(["cat", "sink"])
+    assert (base["score"], base["zsd_AP50"], novel["score"], novel["zsd_AP50"]) == (100, 0, 0, 100)
+    assert hierkd.reported(argparse.Namespace(epochs=1, data="x"), None)["metric"] == "base AP50"
+
+
+def test_names_that_clip_reads_in_part_are_told(clip, capsys):
+    from common.clip import cut_names
+    long = "a very long name " * 10
+    assert cut_names(clip, ["cat", long, ""]) == [long]
+    whole = " ".join(["cat"] * (clip.model.context_length - 2 - 5))  # "a photo of a ... ." and the two ends fill the rest
+    assert cut_names(clip, [whole, whole + " cat"]) == [whole + " cat"]
+    hierkd.tell_cut(clip, ["cat", long])
+    assert f"1 names are longer than CLIP's {clip.model.context_length} tokens" in capsys.readouterr().err
+
+
+def test_weights_of_another_activation_are_refused(tmp_path):
+    import zipfile
+
+    from common.clip import check_activation
+    with zipfile.ZipFile(tmp_path / "jit.pt", "w") as archive:  # as OpenAI's archives
+        archive.writestr("x/code/__torch__/model.py", "return torch.mul(x, torch.sigmoid(torch.mul(x, CONSTANTS.c1)))  # 1.702")
+    torch.save(dict(input_resolution=torch.tensor(224)), tmp_path / "keys.pt")
+    torch.save(dict(logit_scale=torch.tensor(1.0)), tmp_path / "other.pt")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(quick_gelu=False))))
+    (tmp_path / "hub/open_clip_model.safetensors").write_bytes(b"x")
+    for file, quick in (("jit.pt", True), ("keys.pt", True), ("hub/open_clip_model.safetensors", False)):
+        right, wrong = ("ViT-B-32-quickgelu", "ViT-B-32") if quick else ("ViT-B-32", "ViT-B-32-quickgelu")
+        check_activation(f"{right}/{tmp_path / file}")
+        with pytest.raises(hierkd.UserError, match=f"GELU; use {right}/"):
+            check_activation(f"{wrong}/{tmp_path / file}")
+    for spec in (f"ViT-B-32/{tmp_path / 'other.pt'}", "ViT-B-32-quickgelu/openai", "nothing", "ViT-B-32/absent.pt"):
+        check_activation(spec)
+
+
+def saved(tmp_path, clip, width=64, name=None, seed=0, **arch):
+    """A checkpoint of an untrained detector, and the file of its tiny CLIP."""
+    path = tmp_path / "tiny.pt"
+    torch.save(dict(config=TINY, id="x", model=clip.model.state_dict()), path)
+    torch.manual_seed(seed)
+    model = OpenATSS("tiny8", torch.ones(width), width, 64, **tower_of(64))
+    model.arch |= dict(image_size="96", clip=str(path), clip_name=name or "tiny-x", templates=["a photo of a {}."], data="own", data_seed=0,
+                       base=["cat", "crane, grey"], novel=["red panda"]) | arch
+    save_checkpoint(dict(hierkd.plain_of(model), model=model.state_dict()), tmp_path / "best.pt")
+    return tmp_path / "best.pt"
+
+
+def test_load_and_predict_image_know_the_names_of_training(clip, tmp_path, coco_mini):
+    from PIL import Image
+    model, classes = hierkd.load(saved(tmp_path, clip))
+    assert classes == ["cat", "crane, grey", "red panda"] and not model.training and model.clip is None
+    file = sorted((coco_mini / "val2017").iterdir())[0]
+    pixels = hierkd.as_pixels(file)
+    answers = [hierkd.predict_image(model, classes, x, score=0.0) for x in (file, str(file), Image.open(file), pixels)]
+    boxes, scores, names = answers[0]
+    assert len(boxes) == len(scores) == len(names) > 10 and set(names) <= set(classes) and (scores.diff() <= 0).all()
+    assert all(torch.equal(boxes, b) and torch.equal(scores, s) and names == n for b, s, n in answers[1:])
+    loaded = model.clip
+    assert set(hierkd.predict_image(model, ["umbrella"], pixels, score=0.0)[2]) == {"umbrella"} and model.clip is loaded
+
+
+def test_another_clip_is_told(clip, tmp_path, capsys):
+    model, classes = hierkd.load(saved(tmp_path, clip, width=32))
+    with pytest.raises(hierkd.UserError, match="has 64-d embeddings, the checkpoint 32-d"):
+        hierkd.text_of(model, classes)
+    model, classes = hierkd.load(saved(tmp_path, clip, name="tiny-y"))
+    hierkd.text_of(model, classes)
+    assert "was trained with CLIP tiny-y, this is tiny-x" in capsys.readouterr().err
+
+
+def test_files_of_other_towers_are_refused_not_misread(clip, tmp_path):
+    path = saved(tmp_path, clip)
+    content = torch.load(path, weights_only=True)
+    old = {k: v for k, v in content["arch"].items() if k not in ("norm", "depth", "clip_name", "templates")}
+    save_checkpoint(dict(script="hierkd.py", arch=old, model=content["model"]), path)
+    with pytest.raises(hierkd.UserError, match="earlier version, with other towers"):
+        hierkd.load(path)
+    save_checkpoint(dict(script="hierkd.py", arch=dict(content["arch"], norm="batch"), model=content["model"]), path)
+    with pytest.raises(hierkd.UserError, match="damaged"):
+        hierkd.load(path)
+
+
+def test_exported_detector_gives_its_boxes_and_scores(clip, tmp_path, capsys):
+    path = saved(tmp_path, clip)
+    hierkd.export(parse_args(["--export", str(tmp_path / "d.pt2"), "--weights", str(path), "--classes", "cat, dog"]))
+    names = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "d.pt2", extra_files=names).module()
+    assert json.loads(names["classes.json"]) == ["cat", "dog"] and "equal to the detector" in capsys.readouterr().out
+    model, _ = hierkd.load(path)
+    images = torch.randint(0, 256, (1, 3, 192, 256), dtype=torch.uint8)
+    with torch.no_grad():
+        boxes, scores, *_ = program(images)
+        out = model.flatten(model(normalise(images)))
+        want = model.classify(out.f, hierkd.text_of(model, ["cat", "dog"])).softmax(-1)[..., :2] * out.quality.sigmoid()[..., None]
+    torch.testing.assert_close(scores, want, atol=1e-5, rtol=0)
+    assert boxes.shape == (1, scores.shape[1], 4)
+
+
+# ------------------------------------------------------------------ towers, captions, seeds
+
+def test_narrow_towers_know_nothing_of_the_rest_of_the_image(clip):
+    """GroupNorm of two channels a group is nearly an instance norm: a change in one corner moves f in the other. PlaceNorm does not."""
+    x = torch.randn(1, 64, 16, 16, generator=torch.Generator().manual_seed(0))
+    changed = x.clone()
+    changed[..., :3, :3] += 5
+    far = {}
+    for norm in ("group", "place"):
+        tower = hierkd.make_tower(64, 1, norm)
+        far[norm] = (tower(x) - tower(changed))[..., 8:, 8:].abs().max().item()
+    assert far["place"] == 0 < far["group"]
+    y = hierkd.PlaceNorm(64)(x)
+    torch.testing.assert_close(y.mean(1), torch.zeros(1, 16, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.var(1, correction=0), torch.ones(1, 16, 16), atol=1e-3, rtol=0)
+
+
+def test_towers_are_the_papers_at_its_width_only():
+    assert tower_of(256) == dict(depth=4, norm="group") and tower_of(64) == dict(depth=1, norm="place")
+    model = OpenATSS("tiny8", None, 64)
+    assert [type(m).__name__ for m in model.cls_tower] == ["Conv2d", "GroupNorm", "ReLU"] * 4 and model.arch["norm"] == "group"
+    a = resolve(parse_args(["--data", "shapes"]))
+    assert (a.gkd_weight, a.tau_a, a.flip_words) == (0.5, 1.0, True) and not resolve(parse_args([])).flip_words
+
+
+def test_words_of_a_flipped_image_are_swapped_where_asked(four_images):
+    from common.datasets import mirror_caption
+    assert mirror_caption("A star on the left, left of a ring; Right.") == "A star on the right, right of a ring; Left."
+    assert mirror_caption("leftover bright") == "leftover bright"
+    (four_images / "captions.json").write_text(json.dumps(dict(annotations=[dict(image_id=11, caption="A car on the left.")])))
+    make = lambda **more: CocoDataset(four_images, four_images / "instances.json", True, "48", classes=["car"], captions=four_images / "captions.json", **more)
+    kept, swapped = make(), make(flip_words=True)
+    said = set()
+    for seed in range(20):
+        a, b = kept[0, seed], swapped[0, seed]
+        flipped = a["boxes"][0, 0] > 10
+        assert torch.equal(a["image"], b["image"]) and a["caption"] == "A car on the left."
+        assert b["caption"] == ("A car on the right." if flipped else "A car on the left.")
+        said.add(b["caption"])
+    assert len(said) == 2
+
+
+def test_the_tiny_clip_does_not_see_the_images_that_are_distilled_from(monkeypatch, tmp_path):
+    import common.shapes
+    import common.tiny
+    drawn = []
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: drawn.append(seed) or tmp_path / f"data/s{seed}")
+    monkeypatch.setattr(common.tiny, "tiny_clip", lambda root, folder, seed, device: (root.name, folder.name, seed))
+    assert common.tiny.shapes_clip(3) == ("s10003", "clip", 3) and drawn == [10003]
+
+
+def test_each_process_draws_its_own_negatives_and_rank_0_as_before(monkeypatch, clip, four_images):
+    a = resolve(parse_args(["--data", "shapes", "--clip", "x", "--backbone", "tiny8"]))
+    monkeypatch.setattr(hierkd, "get_clip", lambda *_: clip)
+    data = CocoDataset(four_images, four_images / "instances.json", True, "48", classes=["car"])
+    draws, weights = [], []
+    for rank in (0, 1, 2):
+        student, _ = hierkd.make_pair(a, data, None, rank, torch.device("cpu"))
+        weights.append(student.embed.weight)
+        draws.append(torch.rand(4))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+    hierkd.seed_all(a.seed)
+    background = clip.encode_text(["a photo of background."])[0]
+    OpenATSS("tiny8", background, clip.dim, 64, **tower_of(64), embed_bias="zero")
+    assert torch.equal(draws[0], torch.rand(4))  # nothing is seeded anew there
+
+
+def test_variants_of_the_tables_are_a_class_of_their_own(clip):
+    assert type(learner_of(clip)) is Distiller and type(learner_of(clip, "--ikd-norm", "l2")) is Distiller
+    for flags in (["--gkd-pool", "avg"], ["--gkd-loss", "pl"], ["--ikd-box", "gt"], ["--ikd-details", "released"], ["--cls-weight", "learn"],
+                  ["--shuffle-crops"], ["--shuffle-captions"]):
+        learner = learner_of(clip, *flags)
+        assert type(learner) is Comparison
+        losses = learner(batch_of())
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in learner.parameters()), flags  # DDP waits for every one
+
+
+def test_sections_and_width_of_the_script():
+    lines = open(hierkd.__file__, encoding="utf-8").read().splitlines()
+    titles = [line.split(" ", 2)[2] for line in lines if line.startswith("# =====")]
+    assert titles == ["the paper", "what its tables compare with", "detector", "data", "train", "evaluate, predict", "flags", "main"]
+    assert max(map(len, lines)) <= 110

@@ -213,3 +213,39 @@ def test_predict_walks_folders_and_keeps_two_runs_apart(whole, coco_mini, tmp_pa
     found = json.loads((tmp_path / "p/predictions.json").read_text())
     assert [Path(n).name for n in found] == ["one.jpg"] and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
     assert "no such file" in run("--predict", tmp_path / "nothing", *flags, fail=True).stderr
+
+
+@pytest.mark.parametrize("layout", ["coco", "lvis"])
+def test_an_own_split_from_the_command_line_to_names_in_a_fresh_process(clip, coco_mini, tmp_path, layout):
+    """Five base and three novel categories by name, one with a comma in it; training, evaluation and prediction need not be told again."""
+    folders = {split: coco_mini / f"{split}2017" for split in ("train", "val")}
+    for split in ("train", "val"):
+        path = coco_mini / f"annotations/instances_{split}2017.json"
+        if layout == "lvis":
+            path = coco_mini.parent / f"lvis_mini/annotations/coco_mini_as_lvis_v1_{split}.json"
+            folders[split] = coco_mini
+        content = json.loads(path.read_text())
+        for c in content["categories"]:
+            c["name"] = "book, printed" if c["name"] == "book" else c["name"]
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    files = {split: [f"--{split}-json", tmp_path / f"{split}.json", f"--{split}-images", folders[split]] for split in ("train", "val")}
+    base, novel = ["person", "book, printed", "bottle", "bowl", "chair"], ["cup", "boat", "knife"]
+    words = [w for n in base for w in ("--base", n)]
+    r = run(*files["train"], *files["val"], *words, "--novel", ",".join(novel), "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", 96,
+            "--workers", 0, "--batch-size", 4, "--max-iters", 2, "--out", tmp_path / "run")
+    assert "5 base and 3 novel classes" in " ".join(r.stdout.split())
+    arch = torch.load(tmp_path / "run/best.pt", weights_only=True)["arch"]
+    assert sorted(arch["base"]) == sorted(base) and sorted(arch["novel"]) == sorted(novel) and arch["templates"] and arch["clip_name"].startswith("tiny-")
+    r = run("--eval", tmp_path / "run/last.pt", *files["val"], "--workers", 0, "--out", tmp_path / "eval")
+    results, again = (json.loads((tmp_path / f"{n}/results.json").read_text()) for n in ("run", "eval"))
+    assert results["classes"] == again["classes"] and set(again["classes"]["zsd"]) <= set(novel) and "book, printed" in again["classes"]["base"]
+    assert set(again["classes"]["gzsd"]) <= {*base, *novel} and {"zsd_AP50", "base_AP50", "gzsd_all_AP50"} <= set(again)
+    assert "are not in the checkpoint's vocabulary and left out" in r.stderr
+    run("--eval", tmp_path / "run/last.pt", *files["val"], "--workers", 0, "--classes", "cup,person,boat", "--out", tmp_path / "few")
+    few = json.loads((tmp_path / "few/results.json").read_text())
+    assert (set(few["classes"]["zsd"]), set(few["classes"]["base"])) == ({"cup", "boat"}, {"person"})
+    photo = next((coco_mini / "val2017").iterdir())
+    subprocess.run([sys.executable, "hierkd.py", "--predict", str(photo), "--weights", str(tmp_path / "run/best.pt"), "--score", "0", "--out", str(tmp_path / "p")],
+                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    found, = json.loads((tmp_path / "p/predictions.json").read_text()).values()
+    assert len(found) > 10 and {b["label"] for b in found} <= {*base, *novel}

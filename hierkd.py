@@ -671,9 +671,9 @@ def top_detections(boxes, scores, iou, count):
 
 # ================================================================== data
 
-def make_data(args, split, base=None, novel=None):
+def make_data(args, split, like=None, novel=None):
     """The training set (base boxes, with captions), or the images of val with a base or novel object; None
-    without a val set. base, novel: the names that are known already, of training or of a checkpoint."""
+    without a val set. like, novel: base and novel names that are known already, of training or a checkpoint."""
     files = own_files(args, split)
     if files is False:
         return None
@@ -691,17 +691,18 @@ def make_data(args, split, base=None, novel=None):
     folder, annotations = files
     records, size = read_annotations(annotations, folder), args.image_size or "800"
     rule = "own" if getattr(args, f"{split}_json") else args.split
-    flags = given_names(args) if base is None or split == "val" else (None, None)
-    base, novel = class_split(rule, records.classes, base, flags[1] if novel is None else novel, flags[0])
+    asked_base, asked_novel = given_names(args)
+    base, novel = class_split(rule, records.classes, like, novel or asked_novel, asked_base)
     if split == "train":
-        refuse_strange(base, records.classes, "--base", annotations)
+        if asked_base:
+            refuse_strange(base, records.classes, "--base", annotations)
         data = CocoDataset(folder, records, True, size, classes=base, captions=captions if need else None,
                            keep_empty=args.keep_empty, flip_words=args.flip_words)
         if need and not any(data.captions):
             raise UserError(f"{captions}: has no caption for any of the {len(data)} training images; do "
                             "their ids agree? Or use --no-gkd (--data shapes needs nothing)")
         return data
-    if flags[1]:
+    if asked_novel:
         refuse_strange(novel, records.classes, "--novel", annotations)
     names, wanted = respell(records.classes, base + novel), set(base + novel)
     here = [n for n, name in zip(records.classes, names) if name in wanted]
@@ -780,8 +781,9 @@ def class_split(split, names, base=None, novel=None, asked=None):
 
 def refuse_strange(names, known, flag, path):
     """A name that the file does not know is a misspelling."""
+    spelled = plain(known)
     for n in names:
-        if n.replace("_", " ") not in plain(known):
+        if n.replace("_", " ") not in spelled:
             near = difflib.get_close_matches(n, known, 1)
             hint = f"; is {near[0]!r} meant?" if near else f"; it knows {', '.join(known[:5])} ..."
             raise UserError(f"{flag}: {path} has no class {n!r}{hint} (One value is split at commas; for "
@@ -850,15 +852,9 @@ def plain_of(model):
     return dict(script="hierkd.py", arch=model.arch)
 
 
-def make_pair(args, data, val, rank, device):
+def make_pair(args, data, rank, world, device):
     """(student, CLIP) of the flags, on the device."""
     clip = get_clip(args.clip, args.data_seed, device)
-    base = data.classes
-    novel = class_split(args.split, data.records.classes, base, *given_names(args)[::-1])[1]
-    if val:
-        novel = [n for n in val.classes if n not in base]
-    clip.class_embeddings(base + novel)  # a name that the evaluation could not use is told now
-    tell_cut(clip, base + novel)
     seed_all(args.seed)  # here, so that every method starts from the same student
     background = None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0]
     channels = 64 if args.backbone.startswith("tiny") else 256
@@ -866,8 +862,7 @@ def make_pair(args, data, val, rank, device):
                        args.cls_weight == "learn", args.gkd, args.embed_bias, args.init, **tower_of(channels))
     spec = str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip
     student.arch |= dict(image_size=args.image_size, clip=spec, clip_name=clip.name,
-                         templates=list(TEMPLATES), data=args.data, data_seed=args.data_seed, base=base,
-                         novel=novel)
+                         templates=list(TEMPLATES), data=args.data, data_seed=args.data_seed)
     if rank > 0:
         seed_all(args.seed + rank)  # each process draws negatives of its own; the weights are rank 0's
     return student.to(device), clip
@@ -895,7 +890,16 @@ def make_distiller(student, clip, classes, args):
 
 
 def prepare(args, data, val, student, teacher, rank, world, device):
-    """The Distiller; the student described and compiled."""
+    """The Distiller; the student told its names, described and compiled."""
+    base = data.classes
+    novel = class_split(args.split, data.records.classes, base, *given_names(args)[::-1])[1]
+    if val:
+        novel = [n for n in val.classes if n not in base]
+    teacher.class_embeddings(base + novel)  # a name that the evaluation could not use is told now
+    tell_cut(teacher, base + novel)
+    student.arch |= dict(base=base, novel=novel)
+    if rank == 0:
+        print(f"CLIP {teacher.name} | {len(base)} base and {len(novel)} novel classes")
     fast_layout(student, device)
     example = collate([data[0, 0]])["images"].float()
     describe_model(f"student {type(student).__name__}_{args.backbone}", student, example, rank=rank)
@@ -916,11 +920,15 @@ def make_optimizer(model, algorithm, lr, weight_decay):
     return torch.optim.AdamW(groups, lr, **fused())
 
 
-def method_of(args, student):
-    """What is distilled, and from whom, in words, for the start of a run."""
-    arch = student.arch
-    return (f"CLIP {arch['clip_name']} | IKD {args.ikd} GKD {args.gkd} | {len(arch['base'])} base and "
-            f"{len(arch['novel'])} novel classes")
+def method_of(args):
+    """What is distilled, in words, for the start of a run."""
+    return f"IKD {args.ikd} GKD {args.gkd}"
+
+
+def count_draws(run, distiller):
+    """last.pt keeps how often crops were chosen: a resumed run goes on drawing where the other stopped."""
+    distiller.draws = run.state.get("draws", 0) if run.resumed else 0
+    run.beside = dict(draws=lambda: distiller.draws)
 
 
 def reported(args, distiller):
@@ -938,9 +946,9 @@ def rate_factor(args, it, steps):
 def train(args, rank, world, device):
     """Train under args; returns the last evaluation's metrics (rank 0) or None."""
     data = make_data(args, "train")
-    val = make_data(args, "val", base=data.classes)
+    val = make_data(args, "val", like=data.classes)
     open_run(args, rank, args.resume)
-    student, teacher = make_pair(args, data, val, rank, device)
+    student, teacher = make_pair(args, data, rank, world, device)
     distiller = prepare(args, data, val, student, teacher, rank, world, device)
     model = wrap_ddp(distiller, device, world)
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers)
@@ -948,11 +956,10 @@ def train(args, rank, world, device):
     paper_batch = 16
     lr = args.lr * total_batch / paper_batch
     optimizer = make_optimizer(distiller, args.optimizer, lr, args.weight_decay)
-    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world, device,
-              legend=LEGEND, **reported(args, distiller))
-    distiller.draws = run.state.get("draws", 0) if run.resumed else 0
-    run.beside = dict(draws=lambda: distiller.draws)
-    run.describe(method_of(args, student), lr, args.lr, paper_batch, data, val)
+    run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world,
+              device, legend=LEGEND, **reported(args, distiller))
+    count_draws(run, distiller)
+    run.describe(method_of(args), lr, args.lr, paper_batch, data, val)
     while True:
         if run.due:
             run.scored(*evaluate(student, val, rank, world, device, args, teacher), val)
@@ -1153,7 +1160,7 @@ def evaluate_file(args, rank, world, device):
         known = plain(base)
         base = [n for n in model.arch["base"] if n.replace("_", " ") in plain(classes)]
         novel = [n for n in classes if n.replace("_", " ") not in known] or None
-    val = make_data(args, "val", base=base, novel=novel)
+    val = make_data(args, "val", like=base, novel=novel)
     strange = [n for n in respell(val.records.classes, val.classes) if n not in val.classes]
     if strange and args.val_json:
         tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "

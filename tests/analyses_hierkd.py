@@ -115,7 +115,7 @@ def rpn(flags, rank, world, device):
     rate = [] if "shapes" in flags or "--lr" in flags else ["--lr", "0.02"]  # of a total batch of 16
     args = hierkd.resolve(hierkd.parse_args([*own, *rate, *flags]))
 
-    def make_pair(args, data, val, rank, device):
+    def make_pair(args, data, rank, world, device):
         seed_all(args.seed)
         student = BaseRPN(args.backbone, args.init, 64 if args.backbone.startswith("tiny") else 256)
         student.arch |= dict(image_size=args.image_size, data=args.data, base=data.classes)
@@ -130,8 +130,8 @@ def rpn(flags, rank, world, device):
     def reported(args, distiller):
         return dict(every=args.epochs if args.data == "shapes" else None, metric="novel AR1000", report="last")
 
-    def method_of(args, student):
-        return f"RPN | {len(student.arch['base'])} base classes"
+    def method_of(args):
+        return "RPN, trained on base boxes"
 
     with mock.patch.multiple(hierkd, make_pair=make_pair, prepare=prepare, evaluate=measure_recall,
                              reported=reported, method_of=method_of):
@@ -150,7 +150,7 @@ def bound(flags, rank, world, device):
     args = hierkd.resolve(hierkd.parse_args(["--out", "runs/hierkd-bound", "--no-table", *flags]))
     scale = args.crop_scale if "--crop-scale" in flags else 1.0
     answer_folder(args.out, rank)
-    val = hierkd.make_data(args, "val", base=[] if args.val_json else None)
+    val = hierkd.make_data(args, "val", like=[] if args.val_json else None)
     split = "own" if args.val_json else args.split
     novel = hierkd.class_split(split, val.classes, [] if args.val_json else None,
                                *hierkd.given_names(args)[::-1])[1]

@@ -108,7 +108,7 @@ import hierkd as h
 from common.shapes import NOVEL
 model, _ = h.load(sys.argv[1])
 a = h.follow(h.resolve(h.parse_args(["--data", "shapes", "--eval", sys.argv[1]])), model.arch)
-val = h.make_data(a, "val", base=model.arch["base"], novel=model.arch["novel"])
+val = h.make_data(a, "val", like=model.arch["base"], novel=model.arch["novel"])
 names, found = [n for n in val.classes if n in NOVEL], []
 text = h.text_of(model, names)
 with torch.no_grad():

@@ -557,7 +557,7 @@ def test_perfect_detections_score_100_whatever_the_files_ids(four_images, monkey
         a["image_id"] = f"image {a['image_id']}"
     (four_images / "val.json").write_text(json.dumps(content))
     a = resolve(parse_args(["--eval", "x", "--val-json", str(four_images / "val.json"), "--val-images", str(four_images)]))
-    val = hierkd.make_data(a, "val", base=["car", "an absent one"])
+    val = hierkd.make_data(a, "val", like=["car", "an absent one"])
     assert val.classes == ["car", "cat", "sink", "an absent one"]  # in the order of the file
     truth = {i: (boxes, labels) for i, _, _, _, boxes, labels in val.items}
 
@@ -574,7 +574,7 @@ def test_perfect_detections_score_100_whatever_the_files_ids(four_images, monkey
     metrics, found = hierkd.evaluate(model, val, 0, 1, torch.device("cpu"), a, Names())
     assert {metrics[f"{g}_AP50"] for g in ("zsd", "base", "gzsd_base", "gzsd_novel", "gzsd_all")} == {100.0} and len(found) == 5
     assert metrics["score"] == 100 and sorted(metrics["classes"]["zsd"]) == ["cat", "sink"]
-    only = hierkd.make_data(a, "val", base=["car", "cat", "sink"])  # no novel class: ZSD is left out
+    only = hierkd.make_data(a, "val", like=["car", "cat", "sink"])  # no novel class: ZSD is left out
     model.arch["base"] = only.classes
     truth.update({i: (boxes, labels) for i, _, _, _, boxes, labels in only.items})
     val = only
@@ -643,15 +643,15 @@ def test_own_split_on_the_command_line_reaches_both_sets_and_a_misspelling_is_to
            "--val-images", str(four_images)]
     a = resolve(parse_args([*own, "--novel", "cat,sink"]))
     train = hierkd.make_data(a, "train")
-    val = hierkd.make_data(a, "val", base=train.classes)
+    val = hierkd.make_data(a, "val", like=train.classes)
     assert (train.classes, val.classes, a.split, a.novel) == (["car"], ["car", "cat", "sink"], "own", [["cat", "sink"]])
     a = resolve(parse_args([*own, "--base", "cat", "--novel", "car"]))  # sink is neither: its image is not evaluated
-    val = hierkd.make_data(a, "val", base=hierkd.make_data(a, "train").classes)
+    val = hierkd.make_data(a, "val", like=hierkd.make_data(a, "train").classes)
     assert val.classes == ["car", "cat"] and len(val) == 3
     for words, text in ((["--base", "cat,sinc"], "--base: .* has no class 'sinc'; is 'sink' meant"), (["--novel", "dog"], "--novel: .* has no class 'dog'")):
         a = resolve(parse_args([*own, *words]))
         with pytest.raises(hierkd.UserError, match=text):
-            hierkd.make_data(a, "val", base=hierkd.make_data(a, "train").classes)
+            hierkd.make_data(a, "val", like=hierkd.make_data(a, "train").classes)
 
 
 def test_names_of_a_run_survive_its_resume(tmp_path):
@@ -673,7 +673,7 @@ def test_lvis_files_say_which_classes_were_looked_for():
 
 def test_novel_classes_do_not_choose_the_weights(four_images, monkeypatch):
     a = resolve(parse_args(["--eval", "x", "--val-json", str(four_images / "instances.json"), "--val-images", str(four_images)]))
-    val = hierkd.make_data(a, "val", base=["car"])
+    val = hierkd.make_data(a, "val", like=["car"])
     model = OpenATSS("tiny8", None, 64)
     model.arch["base"] = ["car"]
     box = dict((i, (b, labels)) for i, _, _, _, b, labels in val.items)
@@ -843,7 +843,7 @@ def test_each_process_draws_its_own_negatives_and_rank_0_as_before(monkeypatch, 
     data = CocoDataset(four_images, four_images / "instances.json", True, "48", classes=["car"])
     draws, weights = [], []
     for rank in (0, 1, 2):
-        student, _ = hierkd.make_pair(a, data, None, rank, torch.device("cpu"))
+        student, _ = hierkd.make_pair(a, data, rank, 3, torch.device("cpu"))
         weights.append(student.embed.weight)
         draws.append(torch.rand(4))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])

@@ -64,11 +64,8 @@ Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6, R50 3x 25.3; GZSD b
 43.2. Measured here: COCO not run; shapes: README.md.
 """
 import argparse
-import difflib
 import math
-import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -84,15 +81,15 @@ from tqdm import tqdm
 
 from common.boxes import (IGNORED, assign_atss, cells_inside, centerness_target, constant, decode_deltas,
                           grid_anchors, overlap)
-from common.clip import TEMPLATES, check_activation, cut_names, load_clip
-from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, as_pixels, collate, eval_loader,
-                             find_coco, own_files, parse_image_size, read_annotations, resize, respell,
-                             train_loader)
-from common.evaluation import class_mean, coco_evaluate, to_coco_results
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, barrier, describe_model,
+from common.clip import TEMPLATES, clip_of, get_clip, tell_cut
+from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, as_pixels, class_names, collate,
+                             eval_loader, find_coco, own_files, parse_image_size, read_annotations,
+                             refuse_strange, resize, respell, spaced, split_classes, train_loader)
+from common.evaluation import class_mean, coco_evaluate, judged, to_coco_results
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
                         open_run, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_flags,
-                        seed_all, started, to_device, warmup_multistep, wrap_ddp)
+                        seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
@@ -673,7 +670,7 @@ def top_detections(boxes, scores, iou, count):
 
 def make_data(args, split, like=None, novel=None):
     """The training set (base boxes, with captions), or the images of val with a base or novel object; None
-    without a val set. like, novel: base and novel names that are known already, of training or a checkpoint."""
+    without a val set. like, novel: base and novel names that are known already, of training or of weights."""
     files = own_files(args, split)
     if files is False:
         return None
@@ -726,22 +723,6 @@ def check_captions(captions, root):
     raise UserError(f"{where}. GKD needs captions; or use --no-gkd (--data shapes needs nothing)")
 
 
-def class_names(values, flag="--classes"):
-    """One value is split at commas, or is a file with one name a line; several values are one name each.
-    A list: names that were read before, as of the run that --resume continues."""
-    names = values
-    if isinstance(values[0], list):
-        return values[0]
-    if len(values) == 1 and Path(values[0]).is_file():
-        names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
-    elif len(values) == 1:
-        names = values[0].split(",")
-    names = [n.strip() for n in names]
-    if not all(names):
-        raise UserError(f"{flag} {' '.join(values)}: holds an empty name")
-    return names
-
-
 def given_names(args):
     """(--base, --novel), lists of names, or None where they are not given."""
     base = class_names(args.base, "--base") if args.base else None
@@ -749,45 +730,16 @@ def given_names(args):
     return base, novel
 
 
-def plain(names):
-    return {n.replace("_", " ") for n in names}
-
-
 def class_split(split, names, base=None, novel=None, asked=None):
-    """Class names of a file -> (base, novel), as the file spells them where it knows them.
-
-    split: of COCO, or "shapes", or "own". base: what training knows; asked: --base. novel: --novel, or a
-    checkpoint's. Without base and asked all names but the novel ones are base; without novel, all others are.
-    """
-    if split != "own":
-        if split == "shapes":
-            from common.shapes import BASE, NOVEL
-            return BASE, NOVEL
-        if split == "48_17":
-            return BASE_48, NOVEL_17
-        return [n for n in names if n not in NOVEL_15], NOVEL_15
-    novel = respell(novel, names) if novel else novel
-    if base is None and asked:
-        base = respell(asked, names)
-    elif base is None:
-        base = [n for n in names if n.replace("_", " ") not in plain(novel or [])]
-    if not novel:
-        novel = [n for n in names if n.replace("_", " ") not in plain(base)]
-    both = sorted(plain(base) & plain(novel))
-    if both:
-        raise UserError(f"--base and --novel both name {', '.join(both[:5])}")
-    return list(base), list(novel)
-
-
-def refuse_strange(names, known, flag, path):
-    """A name that the file does not know is a misspelling."""
-    spelled = plain(known)
-    for n in names:
-        if n.replace("_", " ") not in spelled:
-            near = difflib.get_close_matches(n, known, 1)
-            hint = f"; is {near[0]!r} meant?" if near else f"; it knows {', '.join(known[:5])} ..."
-            raise UserError(f"{flag}: {path} has no class {n!r}{hint} (One value is split at commas; for "
-                            "names that hold one give the flag several times, or a file)")
+    """Class names of a file -> (base, novel). split: of COCO, or "shapes", or "own", see split_classes."""
+    if split == "own":
+        return split_classes(names, base, novel, asked)
+    if split == "shapes":
+        from common.shapes import BASE, NOVEL
+        return BASE, NOVEL
+    if split == "48_17":
+        return BASE_48, NOVEL_17
+    return [n for n in names if n not in NOVEL_15], NOVEL_15
 
 
 def truth_of(val, names):
@@ -797,42 +749,6 @@ def truth_of(val, names):
     return truth | dict(categories=[c | dict(name=called[c["id"]]) for c in truth["categories"]])
 
 
-def get_clip(spec, data_seed, device):
-    """FrozenCLIP of "model/weights", or of "", the tiny CLIP of shapes. The first process of a machine goes
-    first: it downloads, or trains the tiny CLIP."""
-    def load():
-        if spec:
-            check_activation(spec)
-            return load_clip(spec, device)
-        from common.tiny import shapes_clip
-        return load_clip(shapes_clip(data_seed, device), device)
-    clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
-    barrier()
-    return clip or load()
-
-
-def clip_of(arch, spec, device):
-    """The CLIP that a checkpoint was trained with, unless spec (--clip) is another; its width must fit."""
-    clip = get_clip(arch["clip"] if spec is None else spec, arch["data_seed"], device)
-    if clip.dim != arch["dim"]:
-        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {arch['dim']}-d")
-    if clip.name != arch["clip_name"]:
-        tell(f"the checkpoint was trained with CLIP {arch['clip_name']}, this is {clip.name}: unless they "
-             "have the same weights, names mean something else")
-    return clip
-
-
-def tell_cut(clip, names, templates=TEMPLATES):
-    """Says which names CLIP reads in part only."""
-    cut = cut_names(clip, names, templates)
-    if cut:
-        tell(f"{len(cut)} names are longer than CLIP's {clip.model.context_length} tokens and are cut, first "
-             f"{cut[0][:60]!r}")
-
-
-def tell(text):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 # ================================================================== train
@@ -1073,16 +989,6 @@ def predict_image(model, classes, image, score=0.3):
 KEYS = ("AP50", "AR50", "AP50s", "AP50m", "AP50l")
 
 
-def judged(truth, results):
-    """LVIS-format files say for each image which classes were looked for: detections of others are neither
-    right nor wrong, and left out. (not_exhaustive_category_ids are not read.)"""
-    looked = {i["id"]: set(i["neg_category_ids"]) for i in truth["images"] if "neg_category_ids" in i}
-    for a in truth["annotations"]:
-        if a["image_id"] in looked:
-            looked[a["image_id"]].add(a["category_id"])
-    return [r for r in results if r["category_id"] in looked.get(r["image_id"], (r["category_id"],))]
-
-
 def evaluate(model, val, rank, world, device, args, clip):
     """(AP50 and AR50 under ZSD, GZSD and base only, GZSD's detections) on rank 0, (None, None) elsewhere or
     without a validation set.
@@ -1157,8 +1063,8 @@ def evaluate_file(args, rank, world, device):
     base, novel = model.arch["base"], model.arch["novel"] or None
     if args.classes:
         classes = class_names(args.classes)
-        known = plain(base)
-        base = [n for n in model.arch["base"] if n.replace("_", " ") in plain(classes)]
+        known = spaced(base)
+        base = [n for n in model.arch["base"] if n.replace("_", " ") in spaced(classes)]
         novel = [n for n in classes if n.replace("_", " ") not in known] or None
     val = make_data(args, "val", like=base, novel=novel)
     strange = [n for n in respell(val.records.classes, val.classes) if n not in val.classes]

@@ -25,7 +25,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from .run import UserError, first_not_finite, read_file, why
+from .run import UserError, barrier, first_not_finite, read_file, tell, why
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -309,8 +309,8 @@ def check_activation(spec):
     named, found = bool(config.get("quick_gelu")), quick_gelu_of(Path(file))
     if found is not None and found != named:
         other = f"{model_name}-quickgelu" if found else model_name.replace("-quickgelu", "")
-        raise UserError(f"--clip {spec}: these weights were trained with {'Quick' if found else 'plain '}GELU; "
-                        f"use {other}/{file}")
+        kind = "QuickGELU" if found else "plain GELU"
+        raise UserError(f"--clip {spec}: these weights were trained with {kind}; use {other}/{file}")
 
 
 def quick_gelu_of(path):
@@ -329,6 +329,39 @@ def quick_gelu_of(path):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return True if "input_resolution" in state else None
     return True if "openai" in path.name.lower() else None
+
+
+def get_clip(spec, data_seed, device):
+    """FrozenCLIP of "model/weights", or of "", the tiny CLIP of shapes. The first process of a machine goes
+    first: it downloads, or trains the tiny CLIP."""
+    def load():
+        if spec:
+            check_activation(spec)
+            return load_clip(spec, device)
+        from .tiny import shapes_clip
+        return load_clip(shapes_clip(data_seed, device), device)
+    clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    barrier()
+    return clip or load()
+
+
+def clip_of(arch, spec, device):
+    """The CLIP that a checkpoint was trained with, unless spec (--clip) is another; its width must fit."""
+    clip = get_clip(arch["clip"] if spec is None else spec, arch["data_seed"], device)
+    if clip.dim != arch["dim"]:
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {arch['dim']}-d")
+    if clip.name != arch["clip_name"]:
+        tell(f"the checkpoint was trained with CLIP {arch['clip_name']}, this is {clip.name}: unless they "
+             "have the same weights, names mean something else")
+    return clip
+
+
+def tell_cut(clip, names, templates=TEMPLATES):
+    """Says which names CLIP reads in part only."""
+    cut = cut_names(clip, names, templates)
+    if cut:
+        tell(f"{len(cut)} names are longer than CLIP's {clip.model.context_length} tokens and are cut, first "
+             f"{cut[0][:60]!r}")
 
 
 def load_tiny(spec):

@@ -11,6 +11,7 @@ and a resumed run sees exactly the images that the uninterrupted run would have 
 
 Of `common` this file needs the error class of run.py.
 """
+import difflib
 import errno
 import gzip
 import hashlib
@@ -1331,6 +1332,59 @@ def mirror_caption(text):
     """A sentence with left and right swapped, as whole words: what it says of the flipped image."""
     other = dict(left="right", right="left", Left="Right", Right="Left", LEFT="RIGHT", RIGHT="LEFT")
     return re.sub(r"\b(left|right|Left|Right|LEFT|RIGHT)\b", lambda found: other[found[0]], text)
+
+
+# ------------------------------------------------------------------ base and novel names
+
+def spaced(names):
+    """The set of names, "_" and " " being the same."""
+    return {n.replace("_", " ") for n in names}
+
+
+def class_names(values, flag="--classes"):
+    """One value is split at commas, or is a file with one name a line; several values are one name each.
+    A list: names that were read before, as of the run that --resume continues."""
+    names = values
+    if isinstance(values[0], list):
+        return values[0]
+    if len(values) == 1 and Path(values[0]).is_file():
+        names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+    elif len(values) == 1:
+        names = values[0].split(",")
+    names = [n.strip() for n in names]
+    if not all(names):
+        raise UserError(f"{flag} {' '.join(values)}: holds an empty name")
+    return names
+
+
+def split_classes(names, base=None, novel=None, asked=None):
+    """Class names of a file -> (base, novel), as the file spells them where it knows them.
+
+    base: what training knows; asked: --base. novel: --novel, or a checkpoint's. Without base and asked all
+    names but the novel ones are base; without novel all names but the base ones are novel.
+    """
+    novel = respell(novel, names) if novel else novel
+    if base is None and asked:
+        base = respell(asked, names)
+    elif base is None:
+        base = [n for n in names if n.replace("_", " ") not in spaced(novel or [])]
+    if not novel:
+        novel = [n for n in names if n.replace("_", " ") not in spaced(base)]
+    both = sorted(spaced(base) & spaced(novel))
+    if both:
+        raise UserError(f"--base and --novel both name {', '.join(both[:5])}")
+    return list(base), list(novel)
+
+
+def refuse_strange(names, known, flag, path):
+    """A name that the file does not know is a misspelling."""
+    spelled = spaced(known)
+    for n in names:
+        if n.replace("_", " ") not in spelled:
+            near = difflib.get_close_matches(n, known, 1)
+            hint = f"; is {near[0]!r} meant?" if near else f"; it knows {', '.join(known[:5])} ..."
+            raise UserError(f"{flag}: {path} has no class {n!r}{hint} (One value is split at commas; for "
+                            "names that hold one give the flag several times, or a file)")
 
 
 # ------------------------------------------------------------------ pixels and boxes of an item

@@ -612,7 +612,7 @@ def test_missing_captions_are_told_before_anything_is_loaded(coco_mini, tmp_path
     (tmp_path / "annotations").mkdir()
     for name in ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"):
         (tmp_path / name).symlink_to(coco_mini / name)
-    monkeypatch.setattr(hierkd, "load_clip", lambda *_: pytest.fail("CLIP was loaded first"))
+    monkeypatch.setattr(hierkd, "get_clip", lambda *_: pytest.fail("CLIP was loaded first"))
     monkeypatch.setattr(hierkd, "read_annotations", lambda *_: pytest.fail("boxes were read first"))
     with pytest.raises(hierkd.UserError, match="captions_train2017.json is missing.*--no-gkd.*--data shapes"):
         hierkd.train(resolve(parse_args(["--data", str(tmp_path)])), 0, 1, torch.device("cpu"))

@@ -749,8 +749,6 @@ def truth_of(val, names):
     return truth | dict(categories=[c | dict(name=called[c["id"]]) for c in truth["categories"]])
 
 
-
-
 # ================================================================== train
 
 LEGEND = dict(  # of the log's terms
@@ -798,9 +796,7 @@ def make_distiller(student, clip, classes, args):
                    levels=args.gkd_levels, tau_a=args.tau_a, amp=args.amp == "bf16", seed=args.seed)
     variant = dict(details=args.ikd_details, box=args.ikd_box, pool=args.gkd_pool, loss=args.gkd_loss,
                    shuffle_crops=args.shuffle_crops, shuffle_captions=args.shuffle_captions)
-    plainly = dict(details="paper", box="pred", pool="max", loss="cl", shuffle_crops=False,
-                   shuffle_captions=False)
-    if variant == plainly and student.s is None:
+    if set(variant.values()) == {"paper", "pred", "max", "cl", False} and student.s is None:
         return Distiller(student, clip, classes, **options)
     return Comparison(student, clip, classes, **options, **variant)
 
@@ -1130,7 +1126,8 @@ python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "re
 """
 SHAPES = dict(  # --data shapes
     backbone="tiny16", init="none", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64, gkd_weight=0.5,
-    gkd_levels=2, epochs=16, batch_size=16, optimizer="adamw", lr=0.004, clip="", flip_words=True)
+    gkd_levels=2, epochs=16, batch_size=16, optimizer="adamw", lr=0.004, clip="", flip_words=True,
+    crop_scale=1.2, image_size="72-120")
 ROWS = rows("""  # --row NAME: the paper's AR50/AP50 of novel classes (ZSD), COCO 48/17, R50; flags; a remark
     t2-l1           62.4/14.6  IKD
     t2-l2           65.1/12.8  IKD --ikd-norm l2
@@ -1322,9 +1319,16 @@ def flags_of_run(args):
     one, table = Path(args.out) / "last.pt", Path(args.out) / "baseline/last.pt"
     if one.exists() and table.exists():
         raise UserError(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
-    if table.exists():
-        return saved_flags(table, "hierkd.py") | dict(ikd=True, gkd=True, table=True)
-    return saved_flags(one, "hierkd.py") if one.exists() else {}
+    if not (one.exists() or table.exists()):
+        return {}
+    last = table if table.exists() else one
+    flags = saved_flags(last, "hierkd.py")
+    if "ikd_details" not in flags:
+        raise UserError(f"--resume {last}: was written by an earlier version, whose --lr was for 32 images; "
+                        "start anew")
+    if last == table:
+        flags |= dict(ikd=True, gkd=not flags["train_json"] or bool(flags["train_captions"]), table=True)
+    return flags
 
 
 def resolve(args):
@@ -1342,17 +1346,15 @@ def resolve(args):
     defaults = dict(
         backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", ikd_weight=1.0, gkd_weight=1.0,
         gkd_levels=5, epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd",
-        lr=0.005 if args.gkd else 0.01, flip_words=False, crop_scale=1.0)
+        lr=0.005 if args.gkd else 0.01, flip_words=False, crop_scale=1.0, split="48_17", table=False,
+        image_size="480-800" if args.schedule == "3x" else "800", clip="ViT-B-32-quickgelu/openai")
     if shapes:
-        defaults |= SHAPES
-    if training:
-        defaults |= dict(
-            split="own" if named else "shapes" if shapes else "48_17", clip="" if shapes else BEST_CLIP,
-            image_size="72-120" if shapes else "480-800" if args.schedule == "3x" else "800",
-            crop_scale=1.2 if shapes else 1.0,
-            table=shapes and args.ikd and args.gkd and args.max_iters is None and not named)
-    else:
-        defaults.pop("clip", None)  # the checkpoint's
+        every_part = args.ikd and args.gkd and args.max_iters is None
+        defaults |= SHAPES | dict(split="shapes", table=every_part and not named)
+    if named:
+        defaults["split"] = "own"
+    if not training:
+        defaults |= dict(crop_scale=1.0, split=None, image_size=None, clip=None)  # the checkpoint's
         args.base = args.novel = args.train_json = None
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -1366,10 +1368,6 @@ def resolve(args):
                             "is always 0; use more, or --no-gkd")
     return args
 
-
-BEST_CLIP = "ViT-B-32-quickgelu/openai"
-
-
 # ================================================================== main
 
 def quick_start(args, rank, world, device):
@@ -1378,7 +1376,7 @@ def quick_start(args, rank, world, device):
     for name, distil in (("baseline", False), ("HierKD", True)):
         since, out = time.time(), Path(args.out) / name.lower()
         resume = args.resume and (out / "last.pt").exists()
-        more = dict(ikd=distil, gkd=distil, out=str(out), resume=resume, table=False)
+        more = dict(ikd=distil, gkd=distil and args.gkd, out=str(out), resume=resume, table=False)
         metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
         if rank == 0:
             zsd, base, of_base, of_novel, of_all = (metrics.get(f"{g}_AP50", -1) for g in

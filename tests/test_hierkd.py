@@ -438,6 +438,11 @@ def test_resume_takes_the_flags_of_a_run_or_of_the_tables_runs(tmp_path, capsys)
             parse_args(["--resume", "--out", str(tmp_path / "baseline"), *wrong])
         assert f"{words}: the run in {tmp_path / 'baseline'} has" in capsys.readouterr().err
     assert parse_args(["--resume", "--out", str(tmp_path), "--lr", "0.5"]).lr == 0.5
+    old = {k: v for k, v in saved.items() if k != "ikd_details"}
+    (tmp_path / "old").mkdir()
+    save_checkpoint(dict(last, args=old), tmp_path / "old/last.pt")  # whose rate was for another batch
+    with pytest.raises(hierkd.UserError, match="earlier version, whose --lr was for 32"):
+        parse_args(["--resume", "--out", str(tmp_path / "old")])
     save_checkpoint(last, tmp_path / "last.pt")  # which of the two?
     with pytest.raises(hierkd.UserError, match="a run and a table of runs"):
         parse_args(["--resume", "--out", str(tmp_path)])
@@ -755,6 +760,11 @@ def test_another_clip_is_told(clip, tmp_path, capsys):
         hierkd.text_of(model, classes)
     model, classes = hierkd.load(saved(tmp_path, clip, name="tiny-y"))
     hierkd.text_of(model, classes)
+    model, classes = hierkd.load(saved(tmp_path, clip, name="tiny-x"))
+    (tmp_path / "tiny.pt").rename(tmp_path / "moved.pt")
+    with pytest.raises(hierkd.UserError, match="tiny.pt: is missing.*--clip"):
+        hierkd.text_of(model, classes)
+    assert len(hierkd.text_of(model, classes, str(tmp_path / "moved.pt"))) == 3
     assert "was trained with CLIP tiny-y, this is tiny-x" in capsys.readouterr().err
 
 

@@ -36,15 +36,14 @@ and 6), and --row released is the code:
      parallel. --embed-bias focal|zero.
   7. As in the code, not in the text: N_pos counts an image without positives as 1; of a level without
      positives all negatives are dropped.
-and from both:
-  8. The normalisers of IKD and GKD are means over all processes, too (not with --ikd-details released), and
-     where 1 is a lower bound it holds for the sum over processes.
+  8. From both: the normalisers of IKD and GKD are means over all processes, too (not with --ikd-details
+     released), and where 1 is a lower bound it holds for the sum over processes.
   9. A flipped image keeps its caption's "left" and "right", as in the code. --flip-words swaps them (default
      on shapes, whose captions say where).
- 10. At other widths than 256 channels (tiny*) the towers have one convolution instead of four, which would
-     see the whole small picture, and a norm over the channels of each place instead of GroupNorm(32), which
-     would be nearly an instance norm: through the statistics of the image GKD reads the caption off the
-     background. On shapes, whose images are 16 cells of P3 wide, GKD reads P3 and P4 only.
+ 10. From both, at other widths than 256 channels (tiny*): the towers have one convolution instead of four,
+     which would see the whole small picture, and a norm over the channels of each place instead of
+     GroupNorm(32), which would be nearly an instance norm: through the statistics of the image GKD reads the
+     caption off the background. On shapes, whose images are 16 cells of P3 wide, GKD reads P3 and P4 only.
  11. The code's jitter of 640-800 (3x), its NMS at 0.6 (2x), and L1 in its runs of IKD alone are not here.
 best.pt is chosen by the AP50 of base classes: novel labels are what is tested, so they must not choose.
 

@@ -1347,7 +1347,7 @@ def class_names(values, flag="--classes"):
     names = values
     if isinstance(values[0], list):
         return values[0]
-    if len(values) == 1 and Path(values[0]).is_file():
+    if len(values) == 1 and os.path.isfile(values[0]):  # Path's raises for a long list
         names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
     elif len(values) == 1:
         names = values[0].split(",")

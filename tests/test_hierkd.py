@@ -597,6 +597,7 @@ def test_class_lists(tmp_path):
     (tmp_path / "names.txt").write_text("\ufeffcrane, grey\nStra\u00dfe\n", encoding="utf-8")
     assert hierkd.class_names(["cat, red panda"]) == ["cat", "red panda"]
     assert hierkd.class_names(["crane, grey", "cat"]) == ["crane, grey", "cat"]  # several values: a name may hold a comma
+    assert len(hierkd.class_names([",".join(f"class {k}" for k in range(2000))])) == 2000  # no name of a file is as long
     assert hierkd.class_names([str(tmp_path / "names.txt")]) == ["crane, grey", "Stra\u00dfe"]
     for wrong in (["cat,"], ["cat", " "], [","]):
         with pytest.raises(hierkd.UserError, match="empty name"):

@@ -348,8 +348,8 @@ def get_clip(spec, data_seed, device):
 def clip_of(arch, spec, device):
     """The CLIP that a checkpoint was trained with, unless spec (--clip) is another; its width must fit."""
     if spec is None and os.path.isabs(arch["clip"]) and not Path(arch["clip"]).is_file():
-        raise UserError(f"{arch['clip']}: is missing, the CLIP that the checkpoint was trained with; give its "
-                        "new place as --clip")
+        raise UserError(f"{arch['clip']}: is missing, the CLIP that the checkpoint was trained with; give "
+                        "its new place as --clip")
     clip = get_clip(arch["clip"] if spec is None else spec, arch["data_seed"], device)
     if clip.dim != arch["dim"]:
         raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {arch['dim']}-d")

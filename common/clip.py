@@ -16,6 +16,8 @@ import json
 import math
 import os
 import unicodedata
+import zipfile
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from .run import UserError, first_not_finite, read_file, why
+from .run import UserError, barrier, first_not_finite, read_file, tell, why
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -282,6 +284,87 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
                         f"elsewhere and give {model_name}/PATH") from None
     refuse_nan(model, f"--clip {spec}")
     return FrozenCLIP(model, open_clip.get_tokenizer(model_name), spec, device)
+
+
+def cut_names(clip, names, templates=TEMPLATES):
+    """The names that clip (FrozenCLIP) does not read to their end: a sentence of theirs holds more tokens
+    than its text tower takes."""
+    most = clip.model.context_length
+    cut = []
+    for name in names:
+        sentences = [t.format(name) for t in templates]
+        beyond = clip.tokenizer(["", *sentences], context_length=most + 1)[:, -1]
+        if (beyond[1:] != beyond[0]).any():  # of "" it is padding
+            cut.append(name)
+    return cut
+
+
+def check_activation(spec):
+    """Raises UserError where spec is MODEL/FILE and the file shows that its weights were trained with
+    QuickGELU but the model's name says GELU, or the reverse: they would load and give worse features."""
+    model_name, _, file = spec.partition("/")
+    config = open_clip.get_model_config(model_name)
+    if Path(spec).is_file() or config is None or not Path(file).is_file():
+        return
+    named, found = bool(config.get("quick_gelu")), quick_gelu_of(Path(file))
+    if found is not None and found != named:
+        other = f"{model_name}-quickgelu" if found else model_name.replace("-quickgelu", "")
+        kind = "QuickGELU" if found else "plain GELU"
+        raise UserError(f"--clip {spec}: these weights were trained with {kind}; use {other}/{file}")
+
+
+def quick_gelu_of(path):
+    """Whether a file of weights was trained with QuickGELU; None where it does not show. It shows in
+    open_clip_config.json beside it, in the code of OpenAI's archives, in the keys that only OpenAI's have."""
+    config = path.parent / "open_clip_config.json"
+    if config.is_file():
+        with suppress(ValueError, AttributeError):
+            return bool(json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {}).get("quick_gelu"))
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            code = [n for n in archive.namelist() if "/code/" in n and n.endswith(".py")]
+            if code:
+                return any(b"1.702" in archive.read(n) for n in code)
+        with suppress(Exception):  # whatever is wrong with the file, load_clip says it
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return True if "input_resolution" in state else None
+    return True if "openai" in path.name.lower() else None
+
+
+def get_clip(spec, data_seed, device):
+    """FrozenCLIP of "model/weights", or of "", the tiny CLIP of shapes. The first process of a machine goes
+    first: it downloads, or trains the tiny CLIP."""
+    def load():
+        if spec:
+            check_activation(spec)
+            return load_clip(spec, device)
+        from .tiny import shapes_clip
+        return load_clip(shapes_clip(data_seed, device), device)
+    clip = load() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    barrier()
+    return clip or load()
+
+
+def clip_of(arch, spec, device):
+    """The CLIP that a checkpoint was trained with, unless spec (--clip) is another; its width must fit."""
+    if spec is None and os.path.isabs(arch["clip"]) and not Path(arch["clip"]).is_file():
+        raise UserError(f"{arch['clip']}: is missing, the CLIP that the checkpoint was trained with; give "
+                        "its new place as --clip")
+    clip = get_clip(arch["clip"] if spec is None else spec, arch["data_seed"], device)
+    if clip.dim != arch["dim"]:
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {arch['dim']}-d")
+    if clip.name != arch["clip_name"]:
+        tell(f"the checkpoint was trained with CLIP {arch['clip_name']}, this is {clip.name}: unless they "
+             "have the same weights, names mean something else")
+    return clip
+
+
+def tell_cut(clip, names, templates=TEMPLATES):
+    """Says which names CLIP reads in part only."""
+    cut = cut_names(clip, names, templates)
+    if cut:
+        tell(f"{len(cut)} names are longer than CLIP's {clip.model.context_length} tokens and are cut, first "
+             f"{cut[0][:60]!r}")
 
 
 def load_tiny(spec):

@@ -11,6 +11,7 @@ and a resumed run sees exactly the images that the uninterrupted run would have 
 
 Of `common` this file needs the error class of run.py.
 """
+import difflib
 import errno
 import gzip
 import hashlib
@@ -1020,13 +1021,15 @@ class CocoDataset(Dataset):
     are left out. hidden: names whose boxes go to `hidden` (H, 4), never to boxes: for oracles.
     originals: items have the file's pixels and the window (6,) that was cut. photometric: colours
     are distorted, as SSD does. small: boxes that training drops are dropped in validation, too; it
-    keeps them otherwise, since COCO's evaluation counts them.
+    keeps them otherwise, since COCO's evaluation counts them. flip_words: the caption of a flipped image
+    has left and right swapped.
     """
 
     def __init__(self, images, annotations, train, image_size="800", flip=0.5, min_side=32,
                  classes=None, without=(), captions=None, canvas=None, jitter=(0.1, 2.0),
                  masks=False, hidden=(), originals=False, photometric=False, like=None,
-                 keep_empty=False, small=None):
+                 keep_empty=False, small=None, flip_words=False):
+        self.flip_words = flip_words
         self.folder, self.train, self.flip = Path(images), train, flip if train else 0.0
         sizes = parse_image_size(image_size)
         self.sizes = sizes if train else [max(sizes)]
@@ -1213,7 +1216,8 @@ class CocoDataset(Dataset):
         boxes = torch.from_numpy(boxes) * torch.tensor([w / width, h / height] * 2)  # per axis
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, w)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, h)
-        if rng.random() < self.flip:
+        flipped = rng.random() < self.flip
+        if flipped:
             image = image.flip(2)
             boxes[:, 0::2] = w - boxes[:, 0::2].flip(1)
         if self.distort:
@@ -1224,6 +1228,8 @@ class CocoDataset(Dataset):
                     image_id=image_id, original_size=(height, width))
         if self.captions is not None:
             item["caption"] = rng.choice(self.captions[index] or [""])
+            if flipped and self.flip_words:
+                item["caption"] = mirror_caption(item["caption"])
         return item
 
     def pixels(self, name, width, height, image_id):
@@ -1320,6 +1326,65 @@ def read_captions(path, records):
         raise UserError(f"{path}: has no caption for any of the images of {records.path.name}: another "
                         "split's, or ids that are text in one of them? (--data shapes needs nothing)")
     return sentences
+
+
+def mirror_caption(text):
+    """A sentence with left and right swapped, as whole words: what it says of the flipped image."""
+    other = dict(left="right", right="left", Left="Right", Right="Left", LEFT="RIGHT", RIGHT="LEFT")
+    return re.sub(r"\b(left|right|Left|Right|LEFT|RIGHT)\b", lambda found: other[found[0]], text)
+
+
+# ------------------------------------------------------------------ base and novel names
+
+def spaced(names):
+    """The set of names, "_" and " " being the same."""
+    return {n.replace("_", " ") for n in names}
+
+
+def class_names(values, flag="--classes"):
+    """One value is split at commas, or is a file with one name a line; several values are one name each.
+    A list: names that were read before, as of the run that --resume continues."""
+    names = values
+    if isinstance(values[0], list):
+        return values[0]
+    if len(values) == 1 and os.path.isfile(values[0]):  # Path's raises for a long list
+        names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+    elif len(values) == 1:
+        names = values[0].split(",")
+    names = [n.strip() for n in names]
+    if not all(names):
+        raise UserError(f"{flag} {' '.join(values)}: holds an empty name")
+    return names
+
+
+def split_classes(names, base=None, novel=None, asked=None):
+    """Class names of a file -> (base, novel), as the file spells them where it knows them.
+
+    base: what training knows; asked: --base. novel: --novel, or a checkpoint's. Without base and asked all
+    names but the novel ones are base; without novel all names but the base ones are novel.
+    """
+    novel = respell(novel, names) if novel else novel
+    if base is None and asked:
+        base = respell(asked, names)
+    elif base is None:
+        base = [n for n in names if n.replace("_", " ") not in spaced(novel or [])]
+    if not novel:
+        novel = [n for n in names if n.replace("_", " ") not in spaced(base)]
+    both = sorted(spaced(base) & spaced(novel))
+    if both:
+        raise UserError(f"--base and --novel both name {', '.join(both[:5])}")
+    return list(base), list(novel)
+
+
+def refuse_strange(names, known, flag, path):
+    """A name that the file does not know is a misspelling."""
+    spelled = spaced(known)
+    for n in names:
+        if n.replace("_", " ") not in spelled:
+            near = difflib.get_close_matches(n, known, 1)
+            hint = f"; is {near[0]!r} meant?" if near else f"; it knows {', '.join(known[:5])} ..."
+            raise UserError(f"{flag}: {path} has no class {n!r}{hint} (One value is split at commas; for "
+                            "names that hold one give the flag several times, or a file)")
 
 
 # ------------------------------------------------------------------ pixels and boxes of an item

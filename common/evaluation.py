@@ -146,6 +146,16 @@ def class_mean(stats, names, key):
     return sum(values) / len(values) if values else -1.0
 
 
+def judged(truth, results):
+    """LVIS-format files say for each image which classes were looked for: detections of others are neither
+    right nor wrong, and left out. (not_exhaustive_category_ids are not read.)"""
+    looked = {i["id"]: set(i["neg_category_ids"]) for i in truth["images"] if "neg_category_ids" in i}
+    for a in truth["annotations"]:
+        if a["image_id"] in looked:
+            looked[a["image_id"]].add(a["category_id"])
+    return [r for r in results if r["category_id"] in looked.get(r["image_id"], (r["category_id"],))]
+
+
 def class_table(stats, columns=3):
     """Per-class AP as text, `columns` classes a line; a dash where the truth has no object."""
     cells = []

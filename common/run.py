@@ -252,6 +252,12 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+def tell(text):
+    """A line that concerns the user and stops nothing; of one process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def seed_all(seed):
     random.seed(seed)
     torch.manual_seed(seed)

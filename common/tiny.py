@@ -300,3 +300,14 @@ def zero_shot(clip, val):
     novel = torch.tensor([coloured(n) for n in val["names"]])
     return dict(all=100 * right.float().mean().item(),
                 novel=100 * right[novel].float().mean().item())
+
+
+CLIP_SEED = 10_000  # added to the seed of the images that a detector sees
+
+
+def shapes_clip(seed=0, device="cpu"):
+    """Path of the tiny CLIP for `shapes` of this seed. It learns from images of another seed of the same
+    world, none of which a detector sees. To be called by one process of a machine, as tiny_clip."""
+    from .shapes import make_shapes
+    root = make_shapes(seed=seed + CLIP_SEED)
+    return tiny_clip(root, root.parent / "clip", seed, device=device)

@@ -39,8 +39,8 @@ def small_models():
     """{script: (plain content of a checkpoint, function that loads one)}: the smallest network that each script can make."""
     classes = ["cat", "dog"]
     gfl = crosskd.GFL("tiny8", 2, 64)
-    atss = hierkd.OpenATSS("tiny8", torch.ones(8), 8, 64)
-    atss.arch.update(image_size="96", clip="", data="shapes", split="48_17", data_seed=0)
+    atss = hierkd.OpenATSS("tiny8", torch.ones(8), 8, 64, **hierkd.tower_of(64))
+    atss.arch.update(image_size="96", clip="", clip_name="tiny", templates=["a {}."], data="shapes", data_seed=0, base=classes, novel=[])
     detr = dkdetr.DKDETR("tiny8", 8, 32, 1, 32, 3, 1, 1, 4, 0.0, False, "none", "sync", "per_rank")
     detr.arch.update(image_size=96, clip="", data="shapes", dataset="ovcoco", data_seed=0, tau=0.05, templates="one", name_style="clean")
     faster = prototype_kd.new_detector("faster_tiny8", classes, "none")
@@ -49,7 +49,7 @@ def small_models():
     word = simple21k.Detector(arch)
     return dict(
         crosskd=(dict(crosskd.plain_of(gfl, classes), model=gfl.state_dict()), lambda p: crosskd.load(str(p), "--weights")[0]),
-        hierkd=(hierkd.weights_of(atss), lambda p: hierkd.load_detector(p, "--weights")),
+        hierkd=(dict(hierkd.plain_of(atss), model=atss.state_dict()), lambda p: hierkd.load(p, "--weights")[0]),
         dkdetr=(dkdetr.weights_of(detr), lambda p: dkdetr.load_detector(p, "--weights")),
         prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load_detector(str(p), "--weights")),
         simple21k=(simple21k.weights_of(word), lambda p: simple21k.load_model(p, "--weights")))

@@ -29,7 +29,7 @@ if __name__ == "__main__":
         for split in ("train", "val"):
             (data / f"annotations/captions_{split}2017.json").symlink_to(COCO / "annotations/captions_train2017.json")
         subprocess.run([sys.executable, "hierkd.py", "--data", data, "--clip", tiny_clip(root, root.parent / "clip"), "--backbone", a.backbone, "--init", "none",
-                        "--image-size", a.image_size, "--epochs", a.epochs, "--batch-size", "4", "--optimizer", "adamw", "--lr", "0.016", "--embed-bias", "zero",
+                        "--image-size", a.image_size, "--epochs", a.epochs, "--batch-size", "4", "--optimizer", "adamw", "--lr", "0.008", "--embed-bias", "zero",
                         "--negatives", "1.0", "--ikd-weight", "0.02", "--gkd-weight", "0.02", "--out", out, *more], cwd=ROOT, check=True)
         m = json.loads((out / "results.json").read_text())
         print(f"{boxes} boxes of all classes: base AP50 {m['base_AP50']:.1f}, AR50 {m['base_AR50']:.1f} on the 16 photographs")

@@ -106,17 +106,17 @@ import argparse, json, sys, torch
 sys.path.insert(0, ".")
 import hierkd as h
 from common.shapes import NOVEL
-model = h.load_detector(sys.argv[1])
+model, _ = h.load(sys.argv[1])
 a = h.follow(h.resolve(h.parse_args(["--data", "shapes", "--eval", sys.argv[1]])), model.arch)
-val = h.make_data(a, "val")
+val = h.make_data(a, "val", like=model.arch["base"], novel=model.arch["novel"])
 names, found = [n for n in val.classes if n in NOVEL], []
-text = h.clip_of(model, a, torch.device("cpu")).class_embeddings(names)
+text = h.text_of(model, names)
 with torch.no_grad():
     for batch in h.eval_loader(val, 0, 1, 0, False):
         maps = model(h.normalise(batch["images"], batch["sizes"]))
         anchors, level_sizes, counts = h.anchors_of(maps)
         owner = h.assign_atss(anchors, counts, batch["boxes"], batch["labels"] >= 0, h.cells_inside(batch["sizes"], level_sizes, h.STRIDES))[0]
-        f = model.flatten(maps)["f"][0]
+        f = model.flatten(maps).f[0]
         for k, label in enumerate(batch["labels"][0].tolist()):
             if label >= 0 and val.classes[label] in names and (owner == k).any():
                 guess, truth = names[(f[owner == k] @ text.T).mean(0).argmax()], val.classes[label]
@@ -134,8 +134,8 @@ def named(out):
 
 def gate(seed):
     """Draws the images and trains the tiny CLIP of a seed; its accuracy on novel objects, in percent."""
-    code = ("import sys, torch; from common.shapes import make_shapes; from common.tiny import tiny_clip; seed = int(sys.argv[1]); root = make_shapes(seed=seed); "
-            "print(torch.load(tiny_clip(root, root.parent / 'clip', seed), weights_only=True)['accuracy']['novel'])")
+    code = ("import sys, torch; from common.shapes import make_shapes; from common.tiny import shapes_clip; seed = int(sys.argv[1]); make_shapes(seed=seed); "
+            "print(torch.load(shapes_clip(seed), weights_only=True)['accuracy']['novel'])")
     r = subprocess.run([sys.executable, "-c", code, str(seed)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return float(r.stdout.split()[-1])
 

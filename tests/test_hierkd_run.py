@@ -61,7 +61,7 @@ def losses(out):
 
 def test_two_processes_train_on_real_photographs_evaluate_and_predict_any_names(small, coco_mini, tmp_path):
     out = tmp_path / "run"
-    r = run(*small, "--max-iters", 4, "--gkd-gather", "--out", out, procs=2)
+    r = run(*small, "--max-iters", 4, "--out", out, procs=2)
     words = " ".join(r.stdout.split())  # lines are folded
     assert "48 base and 17 novel classes" in words and "batch 4 x 2 x 1 = 8" in words and "GZSD base" in words
     assert words.count("student OpenATSS_tiny8: ") == 1 and "GFLOPs at 128 x" in words and "ikd: Eq. 2: embeddings" in words
@@ -87,7 +87,7 @@ def test_two_processes_train_on_real_photographs_evaluate_and_predict_any_names(
 def whole(photos, clip, tmp_path_factory):
     """A run that nothing disturbed, with its flags; the choice of crops is random, too."""
     flags = ["--data", photos, "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--workers", "0", "--batch-size", "4",
-             "--log-every", "1", "--max-iters", 16, "--save-every", 4, "--ikd-max", 2, "--ikd-iou", -1]
+             "--log-every", "1", "--max-iters", 16, "--save-every", 4, "--ikd-max", 2]
     out = tmp_path_factory.mktemp("whole") / "run"
     run(*flags, "--out", out)
     return out, flags
@@ -121,7 +121,7 @@ def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
     for name in ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"):
         (tmp_path / "data" / name).symlink_to(coco_mini / name)
     for words, flags in (("captions_train2017.json is missing", ["--data", tmp_path / "data", *small[2:], "--out", tmp_path / "a"]),
-                         ("use more or --gkd-gather", [*small, "--batch-size", 1, "--out", tmp_path / "b"]),
+                         ("use more, or --no-gkd", [*small, "--batch-size", 1, "--out", tmp_path / "b"]),
                          ("expected MODEL/WEIGHTS", [*small, "--clip", "nothing", "--out", tmp_path / "c"]),
                          ("choose among r50, r101", [*small, "--backbone", "r18", "--out", tmp_path / "d"]),
                          ("no checkpoint of hierkd.py", ["--eval", small[3], *small[:2], "--out", tmp_path / "e"])):
@@ -132,36 +132,37 @@ def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
 def test_analyses_of_the_paper_write_their_numbers_and_pictures(small, photos, coco_mini, tmp_path):
     """Table 9 (true boxes), Table 1 (RPN), Table 6 (CLIP direct), Fig. 4 (heat map) on real photographs."""
     read = lambda name: json.loads((tmp_path / name / "results.json").read_text())
-    r = run(*small[:4], "--gt-upper-bound", "--out", tmp_path / "bound")
+    analyse = lambda *words, **how: launch("tests/analyses_hierkd" if how else "analyses_hierkd", words, **how)
+    r = analyse("bound", *small[:4], "--out", tmp_path / "bound")
     bound = read("bound")
     assert "true boxes of 17 novel classes" in r.stdout and 0 <= bound["AR50"] <= 100
     found = json.loads((tmp_path / "bound/detections.json").read_text())
     truth = json.loads((photos / "annotations/instances_val2017.json").read_text())
     novel = {c["id"] for c in truth["categories"] if c["name"] in NOVEL_17}
     assert len(found) == sum(a["category_id"] in novel and not a["iscrowd"] for a in truth["annotations"])  # one name a box
-    run(*small[:2], *small[4:], "--rpn-recall", "--max-iters", 3, "--out", tmp_path / "rpn", procs=2)
+    analyse("rpn", *small[:2], *small[4:], "--max-iters", 3, "--out", tmp_path / "rpn", procs=2)
     rpn = read("rpn")
     assert rpn["AR100_0.5"] <= rpn["AR300_0.5"] <= rpn["AR1000_0.5"] and rpn["AR1000_0.75"] <= rpn["AR1000_0.5"]
     run(*small, "--max-iters", 2, "--split", "65_15", "--out", tmp_path / "run")
     run("--eval", tmp_path / "run/last.pt", *small[:4], "--workers", 0, "--clip-direct", "--out", tmp_path / "direct")
     assert {p: len(c) for p, c in read("direct")["classes"].items()} == {"zsd": 15} and read("direct")["zsd_AP50"] >= 0  # the checkpoint's split
     photo = next((coco_mini / "val2017").iterdir())
-    run("--predict", photo, "--weights", tmp_path / "run/best.pt", "--classes", "cat, red panda", "--heat-map", "--out", tmp_path / "heat")
+    analyse("heat", "--predict", photo, "--weights", tmp_path / "run/best.pt", "--classes", "cat, red panda", "--out", tmp_path / "heat")
+    assert "is an RPN" in run("--predict", photo, "--weights", tmp_path / "rpn/best.pt", "--out", tmp_path / "no", fail=True).stderr
     assert {p.name.split("_heat_")[1] for p in (tmp_path / "heat").glob("*_heat_*")} == {"cat.jpg", "red_panda.jpg"}
 
 
-@pytest.mark.parametrize("pool, steps", [("avg", 10), ("max", 4)])
-def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, drawn, tmp_path, pool, steps):
-    """On shapes, where the images of a batch have one size: photographs are padded per process, and GroupNorm sees the padding. All negatives
-    and all crops, because a draw belongs to a process; true boxes, because a predicted one at a threshold or
-    at a whole pixel jumps by rounding; the maximum of a patch for four steps only, because it jumps from cell to cell; captions contrasted over all processes."""
-    flags = ["--data", "shapes", "--clip", clip, "--max-iters", steps, "--image-size", 96, "--workers", 0, "--log-every", 1, "--negatives", "1.0", "--gkd-gather",
-             "--val-json", drawn / "annotations/instances_val2017.json", "--val-images", drawn / "val2017",
-             "--ikd-max", 1000, "--ikd-box", "gt", "--ikd-iou", -1, "--gkd-pool", pool, "--optimizer", "sgd", "--lr", "0.01"]
+def test_one_process_of_four_and_two_of_two_have_the_same_losses(clip, drawn, tmp_path, steps=10):
+    """On shapes, where the images of a batch have one size: photographs are padded per process, and the towers see the padding. All negatives
+    and all crops, because a draw belongs to a process; true boxes, because a predicted one at a whole pixel jumps by rounding. GKD contrasts the
+    images of a process, so that its loss is another there: without it."""
+    flags = ["--data", "shapes", "--clip", clip, "--max-iters", steps, "--image-size", 96, "--workers", 0, "--log-every", 1, "--negatives", "1.0",
+             "--no-gkd", "--val-json", drawn / "annotations/instances_val2017.json", "--val-images", drawn / "val2017",
+             "--ikd-max", 1000, "--ikd-box", "gt", "--optimizer", "sgd", "--lr", "0.01"]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
     run(*flags, "--batch-size", 2, "--out", tmp_path / "two", procs=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == steps and all(one[steps][k] > 0 for k in ("cls", "box", "quality", "ikd", "gkd"))
+    assert len(one) == steps and all(one[steps][k] > 0 for k in ("cls", "box", "quality", "ikd"))
     for it in one:
         for k in set(one[it]) - ({"norm"} if it > 1 else set()):  # a gradient jumps where rounding turns a ReLU
             assert two[it][k] == pytest.approx(one[it][k], rel=1e-4, abs=1e-5), (it, k)
@@ -191,7 +192,9 @@ def test_own_files_without_and_with_a_validation_set_of_fewer_classes(clip, draw
     run("--eval", tmp_path / "run/last.pt", *with_val, "--workers", 0, "--out", tmp_path / "eval")
     again = json.loads((tmp_path / "eval/results.json").read_text())
     assert again["classes"] == results["classes"]
-    assert "--train-captions" in run(*own, *with_val, "--out", tmp_path / "no", fail=True).stderr  # GKD needs them
+    assert "--train-captions" in run(*own, *with_val, "--gkd", "--out", tmp_path / "no", fail=True).stderr  # GKD needs them
+    r = run(*own, "--out", tmp_path / "without")
+    assert "no GKD (--no-gkd)" in r.stderr and "--row own" in r.stderr and "gkd" not in losses(tmp_path / "without")[2]
 
 
 def test_predict_walks_folders_and_keeps_two_runs_apart(whole, coco_mini, tmp_path):
@@ -210,3 +213,39 @@ def test_predict_walks_folders_and_keeps_two_runs_apart(whole, coco_mini, tmp_pa
     found = json.loads((tmp_path / "p/predictions.json").read_text())
     assert [Path(n).name for n in found] == ["one.jpg"] and len(list((tmp_path / "p").glob("*_boxes.jpg"))) == 1
     assert "no such file" in run("--predict", tmp_path / "nothing", *flags, fail=True).stderr
+
+
+@pytest.mark.parametrize("layout", ["coco", "lvis"])
+def test_an_own_split_from_the_command_line_to_names_in_a_fresh_process(clip, coco_mini, tmp_path, layout):
+    """Five base and three novel categories by name, one with a comma in it; training, evaluation and prediction need not be told again."""
+    folders = {split: coco_mini / f"{split}2017" for split in ("train", "val")}
+    for split in ("train", "val"):
+        path = coco_mini / f"annotations/instances_{split}2017.json"
+        if layout == "lvis":
+            path = coco_mini.parent / f"lvis_mini/annotations/coco_mini_as_lvis_v1_{split}.json"
+            folders[split] = coco_mini
+        content = json.loads(path.read_text())
+        for c in content["categories"]:
+            c["name"] = "book, printed" if c["name"] == "book" else c["name"]
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    files = {split: [f"--{split}-json", tmp_path / f"{split}.json", f"--{split}-images", folders[split]] for split in ("train", "val")}
+    base, novel = ["person", "book, printed", "bottle", "bowl", "chair"], ["cup", "boat", "knife"]
+    words = [w for n in base for w in ("--base", n)]
+    r = run(*files["train"], *files["val"], *words, "--novel", ",".join(novel), "--clip", clip, "--backbone", "tiny8", "--init", "none", "--image-size", 96,
+            "--workers", 0, "--batch-size", 4, "--max-iters", 2, "--out", tmp_path / "run")
+    assert "5 base and 3 novel classes" in " ".join(r.stdout.split())
+    arch = torch.load(tmp_path / "run/best.pt", weights_only=True)["arch"]
+    assert sorted(arch["base"]) == sorted(base) and sorted(arch["novel"]) == sorted(novel) and arch["templates"] and arch["clip_name"].startswith("tiny-")
+    r = run("--eval", tmp_path / "run/last.pt", *files["val"], "--workers", 0, "--out", tmp_path / "eval")
+    results, again = (json.loads((tmp_path / f"{n}/results.json").read_text()) for n in ("run", "eval"))
+    assert results["classes"] == again["classes"] and set(again["classes"]["zsd"]) <= set(novel) and "book, printed" in again["classes"]["base"]
+    assert set(again["classes"]["gzsd"]) <= {*base, *novel} and {"zsd_AP50", "base_AP50", "gzsd_all_AP50"} <= set(again)
+    assert "are not in the checkpoint's vocabulary and left out" in r.stderr
+    run("--eval", tmp_path / "run/last.pt", *files["val"], "--workers", 0, "--classes", "cup,person,boat", "--out", tmp_path / "few")
+    few = json.loads((tmp_path / "few/results.json").read_text())
+    assert (set(few["classes"]["zsd"]), set(few["classes"]["base"])) == ({"cup", "boat"}, {"person"})
+    photo = next((coco_mini / "val2017").iterdir())
+    subprocess.run([sys.executable, "hierkd.py", "--predict", str(photo), "--weights", str(tmp_path / "run/best.pt"), "--score", "0", "--out", str(tmp_path / "p")],
+                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    found, = json.loads((tmp_path / "p/predictions.json").read_text()).values()
+    assert len(found) > 10 and {b["label"] for b in found} <= {*base, *novel}

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import unicodedata
+import zipfile
 from functools import cached_property
 from pathlib import Path
 
@@ -282,6 +283,50 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
                         f"elsewhere and give {model_name}/PATH") from None
     refuse_nan(model, f"--clip {spec}")
     return FrozenCLIP(model, open_clip.get_tokenizer(model_name), spec, device)
+
+
+def cut_names(clip, names, templates=TEMPLATES):
+    """Those of `names` whose sentences are longer than the model reads: their ends have no effect."""
+    most, longest = clip.model.context_length, max(templates, key=len)
+    sentences = [longest.format(name) for name in names]
+    tokens = clip.tokenizer(["", *sentences], context_length=4 * most)
+    beyond = (tokens[1:, most:] != tokens[0, -1]).any(1)  # whatever the tokenizer pads with
+    return [name for name, cut in zip(names, beyond.tolist()) if cut]
+
+
+def wrong_activation(spec):
+    """Why the file of "MODEL/FILE" belongs to the other of MODEL and MODEL-quickgelu; "" where nothing says
+    so. Such weights load without complaint and give worse features.
+
+    Told by the file's form: OpenAI's are TorchScript, or hold `input_resolution`, and were trained with
+    QuickGELU; else by its name, if it holds a tag that open_clip knows for one of the two only.
+    """
+    model, _, path = spec.partition("/")
+    if not Path(path).is_file():
+        return ""
+    quick = model.endswith("-quickgelu")
+    other = model.removesuffix("-quickgelu") if quick else f"{model}-quickgelu"
+    if not quick and is_openai(path):
+        return f"{path} is a file of OpenAI's, trained with QuickGELU; use {other}/{path}"
+    mine, theirs = (set(open_clip.list_pretrained_tags_by_model(m)) for m in (model, other))
+    stem = Path(path).stem.lower().replace("-", "_")
+    tags = [tag for tag in theirs - mine if tag in stem]
+    if tags and not any(tag in stem for tag in mine):
+        return f"{path} is named after {tags[0]}, which open_clip has for {other}; use {other}/{path}"
+    return ""
+
+
+def is_openai(path):
+    """Whether a file of weights has the form of OpenAI's: TorchScript, or their state dict."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any("/code/" in name for name in file.namelist()):
+                return True
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # safetensors, or whatever load_clip will complain of
+        return False
+    return isinstance(state, dict) and "input_resolution" in state
 
 
 def load_tiny(spec):

@@ -1303,6 +1303,26 @@ def respell(names, like):
     return answer if len(set(answer)) == len(names) else names
 
 
+def class_names(values, flag="--classes"):
+    """Names of a flag that may be repeated: one value is split at commas, or is a file with one name a line;
+    several values are one name each, so a name may hold a comma. values: list of str."""
+    names = values
+    if len(values) == 1 and Path(values[0]).is_file():
+        try:
+            names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{flag} {values[0]}: is no text file ({e})") from None
+    elif len(values) == 1:
+        names = values[0].split(",")
+    names = [n.strip() for n in names]
+    if not names or not all(names):
+        raise UserError(f"{flag} {' '.join(values)}: holds an empty name")
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise UserError(f"{flag}: {', '.join(twice)} occurs twice")
+    return names
+
+
 def read_captions(path, records):
     """For each image of the records the list of its sentences; images are found by id."""
     content = read_json(path)

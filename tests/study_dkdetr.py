@@ -111,12 +111,12 @@ import argparse, json, sys, torch
 sys.path.insert(0, ".")
 import dkdetr as d
 from common.boxes import pairwise_iou
-model, _ = d.load_detector(sys.argv[1])
-a = d.follow(d.parse_args(["--data", "shapes", "--no-table", *sys.argv[2:]]), model.arch)
+model, classes = d.load(sys.argv[1])
+a = d.follow(d.parse_args(["--data", "shapes", "--no-table", *sys.argv[2:]]), model, classes)
 data = d.make_data(a, "val")
 base, novel = d.class_split(a, data.records.categories)
-clip = d.clip_of(model, a, torch.device("cpu"))
-distiller = d.Distiller(model, None, clip, a)
+clip = d.clip_of(model, torch.device("cpu"))
+distiller = d.make_distiller(model, None, clip, d.settings_of(a))
 targets = right = inside = among = total = 0
 own, other = [], []
 with torch.no_grad():
@@ -124,11 +124,11 @@ with torch.no_grad():
         batch = d.to_device(batch, torch.device("cpu"))
         out = model(d.normalise(batch["images"], batch["sizes"]), batch["sizes"])
         scale = batch["sizes"].flip(1).repeat(1, 2)[:, None].float()
-        boxes = d.box_convert(out["proposals"], "cxcywh", "xyxy") * scale
+        boxes = d.box_convert(out.proposals, "cxcywh", "xyxy") * scale
         known = torch.tensor([data.classes[k] in base for k in batch["labels"][0].tolist()])
         hidden, labelled = batch["boxes"][0][~known & (batch["labels"][0] >= 0)], batch["boxes"][0][known & (batch["labels"][0] >= 0)]
-        near = (pairwise_iou(boxes, labelled[None]) >= 0.5).any(-1) if len(labelled) else torch.zeros_like(out["usable"])
-        index, there = d.choose_targets(out["usable"], near, boxes, a.kd_topk, a.kd_min_size)
+        near = (pairwise_iou(boxes, labelled[None]) >= 0.5).any(-1) if len(labelled) else torch.zeros_like(out.usable)
+        index, there = d.choose_targets(out.usable, near, boxes, a.kd_topk, a.kd_min_size)
         chosen = boxes[0, index[0][there[0]]]
         targets += len(chosen)
         if len(hidden) and len(chosen):
@@ -138,7 +138,7 @@ with torch.no_grad():
             among, total = among + int((pairwise_iou(boxes[0], hidden).amax(0) >= 0.5).sum()), total + len(hidden)
         if len(chosen) > 1:
             v = distiller.crop_embeddings(batch, chosen, torch.zeros(len(chosen), dtype=torch.long))
-            f = (model.kd_features(out) if a.aux_queries else out["features"])[-1, 0, index[0][there[0]]]
+            f = distiller.kd_features(out)[0, index[0][there[0]]]
             c = torch.nn.functional.normalize(f, dim=-1) @ v.T
             own.append(c.diagonal().mean()), other.append((c.sum() - c.diagonal().sum()) / (c.numel() - len(c)))
 mean = lambda x: float(sum(x) / max(len(x), 1))

@@ -949,6 +949,7 @@ def detect_masks(model, out, image, queries, size, original_size, chunk=32):
 DATASETS = dict(lvis="data/lvis", ovcoco="data/coco", coco="data/coco", objects365="data/objects365",
                 voc="data")
 CLIP = "ViT-B-32-quickgelu/openai"
+CLIP_SEED = 1000  # added to --data-seed: of the pictures that the tiny CLIP of shapes sees
 QUALITIES = ("good", "bad", "bright", "dark", "low resolution", "cropped", "close-up", "jpeg corrupted",
              "blurry", "pixelated", "black and white")
 KINDS = ("nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")
@@ -1034,7 +1035,8 @@ def make_data(args, split):
     names = [n for n in records.classes if n in {*base, *novel}]
     if not names:
         raise UserError(f"{records.path}: has no class of --dataset {args.dataset}, as {', '.join(base[:3])}")
-    whole = len(names) == len(records.classes)  # then images without objects count, too
+    # of all classes: images without objects count, too; LVIS says of each image which classes count
+    whole = args.dataset == "lvis" or len(names) == len(records.classes)
     return CocoDataset(folder, records, False, classes=None if whole else names, **options)
 
 
@@ -1090,7 +1092,7 @@ def get_clip(spec, data, data_seed, device):
             return load_clip(spec or CLIP, device)
         from common.shapes import make_shapes
         from common.tiny import tiny_clip
-        root = make_shapes(seed=data_seed)
+        root = make_shapes(seed=CLIP_SEED + data_seed)  # no picture that is distilled from, same world
         return load_clip(tiny_clip(root, root.parent / "clip", data_seed, device=device), device)
     clip = make() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
     barrier()
@@ -1427,9 +1429,10 @@ def predict_image(model, classes, image, score=0.3):
 
 
 def evaluated_names(args, val):
-    """The class names of an evaluation: all of the validation set's, or those of --classes among them."""
+    """The class names of an evaluation: the validation set's, base and novel, or those of --classes."""
     if args.classes is None:
-        return val.classes
+        known = set(sum(class_split(args, val.records.categories), []))
+        return [n for n in val.classes if n in known]
     chosen = set(respell(class_names(args.classes), val.classes))
     unknown = sorted(chosen - set(val.classes))
     if unknown:

@@ -192,6 +192,16 @@ def test_a_clip_file_of_the_other_activation_is_refused(tmp_path):
         dkdetr.get_clip(f"ViT-B-32/{tmp_path / 'state.pt'}", "data/coco", 0, torch.device("cpu"))
 
 
+def test_the_tiny_clip_sees_no_picture_that_is_distilled_from(monkeypatch, tmp_path):
+    import common.shapes
+    import common.tiny
+    drawn = []
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: drawn.append(seed) or tmp_path / f"shapes-{seed}")
+    monkeypatch.setattr(common.tiny, "tiny_clip", lambda root, folder, seed, device: f"{root} {seed}")
+    monkeypatch.setattr(dkdetr, "load_clip", lambda path, device: path)
+    assert dkdetr.get_clip(None, "shapes", 3, "cpu") == f"{tmp_path / 'shapes-1003'} 3" and drawn == [1003]
+
+
 def saved(path, clip_file, **arch):
     """A small detector with names, as a checkpoint."""
     torch.manual_seed(0)

@@ -1309,7 +1309,7 @@ def load(weights, flag="--weights"):
         model, state, classes, novel = rebuilt(content[0], where)
     else:
         model, state = rebuilt_foreign(content[0], where)
-        classes, novel = [], []
+        classes, novel = [], None
     # the KD queries are of no use any more
     load_strict(model, state | dict(kd_queries=model.kd_queries.detach()), where)
     model.novel, model.texts = novel, {}
@@ -1317,11 +1317,11 @@ def load(weights, flag="--weights"):
 
 
 def rebuilt(content, where):
-    """(model, its weights, class names, novel ones among them) of a checkpoint of ours."""
+    """(model, its weights, class names, the novel ones or, of an older version, None) of our checkpoint."""
     arch, state = content["arch"], content["model"]
     with rebuilding(where):
         classes = [str(n) for n in content.get("classes", [])]
-        novel = [str(n) for n in content.get("novel", [])]
+        novel = [str(n) for n in content["novel"]] if "novel" in content else None
         for part in ("encoder", "decoder"):
             count = len({key.split(".")[1] for key in state if key.startswith(f"{part}.")})
             if arch[part] != count:
@@ -1546,7 +1546,7 @@ def follow(args, model, classes):
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
     if shapes:
         known.update(data="shapes", data_seed=arch["data_seed"])
-    if same and classes and args.classes is None:
+    if same and model.novel is not None and not (args.classes or args.base or args.novel):
         known.update(base_names=[n for n in classes if n not in model.novel], novel_names=model.novel)
     return resolve(argparse.Namespace(**vars(args) | known | dict(train_json=None)))
 

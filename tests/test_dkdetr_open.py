@@ -239,6 +239,20 @@ def test_load_and_predict_image_from_python(clip_file, tmp_path):
     assert set(dkdetr.predict_image(model, ["red panda"], pixels, 0.0)[2]) == {"red panda"}
 
 
+def test_names_of_a_checkpoint_are_what_is_evaluated_unless_it_is_of_a_version_before(clip_file, tmp_path):
+    path = saved(tmp_path / "a.pt", clip_file, data="data/coco", dataset="ovcoco")
+    follow = lambda *flags: dkdetr.follow(dkdetr.parse_args(["--eval", str(path), *flags]), *dkdetr.load(path))
+    a = follow()
+    assert a.base_names == ["worker", "stool, wooden"] and a.novel_names == ["dog"] and (a.dataset, a.image_size) == ("ovcoco", 160)
+    for flags in (["--dataset", "voc"], ["--classes", "dog"]):
+        assert follow(*flags).base_names == follow(*flags).novel_names == []
+    assert follow("--novel", "cat").novel_names == ["cat"] and follow("--novel", "cat").base_names == []
+    state = torch.load(path, weights_only=True)
+    del state["novel"]
+    torch.save(state, path)
+    assert follow().base_names == [] and dkdetr.class_split(follow(), [])[0] == dkdetr.BASE_48
+
+
 def test_export_is_the_detector_with_its_names(clip_file, tmp_path):
     path = saved(tmp_path / "a.pt", clip_file)
     r = run("--export", tmp_path / "d.pt2", "--weights", path)

@@ -936,7 +936,7 @@ def text_of(model, classes, spec=None):
     each list of names read once."""
     device = model.tau_c.device
     if model.clip is None:
-        model.clip = clip_of(model.arch, spec, device)
+        model.clip = clip_of(model.arch, model.arch["dim"], spec, device)
     key = tuple(classes)
     if key not in model.texts:
         tell_cut(model.clip, key, model.arch["templates"])
@@ -1066,7 +1066,7 @@ def evaluate_file(args, rank, world, device):
     if strange and args.val_json:
         tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "
              f"left out, first {strange[0]}; --classes names others")
-    clip = clip_of(model.arch, args.clip, device)
+    clip = clip_of(model.arch, model.arch["dim"], args.clip, device)
     tell_cut(clip, val.classes)
     metrics, results = evaluate(model.to(device), val, rank, world, device, args, clip)
     if rank == 0:

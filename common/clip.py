@@ -287,35 +287,38 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
 
 
 def cut_names(clip, names, templates=TEMPLATES):
-    """The names that clip (FrozenCLIP) does not read to their end: a sentence of theirs holds more tokens
-    than its text tower takes."""
+    """The names that clip (FrozenCLIP) does not read to their end: the longest of the templates makes a
+    sentence of more tokens than its text tower takes."""
     most = clip.model.context_length
-    cut = []
-    for name in names:
-        sentences = [t.format(name) for t in templates]
-        beyond = clip.tokenizer(["", *sentences], context_length=most + 1)[:, -1]
-        if (beyond[1:] != beyond[0]).any():  # of "" it is padding
-            cut.append(name)
-    return cut
+
+    def there(sentences):
+        tokens = clip.tokenizer(["", *sentences], context_length=most + 1)
+        return tokens[1:] != tokens[0, -1]  # of "" that is padding
+
+    longest = templates[there([t.format("") for t in templates]).sum(1).argmax()]
+    beyond = there([longest.format(name) for name in names])[:, -1].tolist()
+    return [name for name, cut in zip(names, beyond) if cut]
 
 
 def check_activation(spec):
     """Raises UserError where spec is MODEL/FILE and the file shows that its weights were trained with
     QuickGELU but the model's name says GELU, or the reverse: they would load and give worse features."""
-    model_name, _, file = spec.partition("/")
-    config = open_clip.get_model_config(model_name)
-    if Path(spec).is_file() or config is None or not Path(file).is_file():
+    model, _, file = spec.partition("/")
+    quick = model.endswith("-quickgelu")
+    other = model.removesuffix("-quickgelu") if quick else f"{model}-quickgelu"
+    configs = open_clip.get_model_config(model), open_clip.get_model_config(other)
+    if Path(spec).is_file() or not Path(file).is_file() or None in configs:
         return
-    named, found = bool(config.get("quick_gelu")), quick_gelu_of(Path(file))
-    if found is not None and found != named:
-        other = f"{model_name}-quickgelu" if found else model_name.replace("-quickgelu", "")
+    found = quick_gelu_of(Path(file), model.removesuffix("-quickgelu"))
+    if found is not None and found != bool(configs[0].get("quick_gelu")):
         kind = "QuickGELU" if found else "plain GELU"
         raise UserError(f"--clip {spec}: these weights were trained with {kind}; use {other}/{file}")
 
 
-def quick_gelu_of(path):
+def quick_gelu_of(path, model):
     """Whether a file of weights was trained with QuickGELU; None where it does not show. It shows in
-    open_clip_config.json beside it, in the code of OpenAI's archives, in the keys that only OpenAI's have."""
+    open_clip_config.json beside it, in the code of OpenAI's archives, in the keys that only OpenAI's have, in
+    a file name that holds a tag which open_clip has for one of MODEL and MODEL-quickgelu only."""
     config = path.parent / "open_clip_config.json"
     if config.is_file():
         with suppress(ValueError, AttributeError):
@@ -326,9 +329,12 @@ def quick_gelu_of(path):
             if code:
                 return any(b"1.702" in archive.read(n) for n in code)
         with suppress(Exception):  # whatever is wrong with the file, load_clip says it
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return True if "input_resolution" in state else None
-    return True if "openai" in path.name.lower() else None
+            if "input_resolution" in torch.load(path, map_location="cpu", weights_only=True, mmap=True):
+                return True
+    stem = path.stem.lower().replace("-", "_")
+    quick, plain = (set(open_clip.list_pretrained_tags_by_model(m)) for m in (f"{model}-quickgelu", model))
+    quick, plain = (any(tag in stem for tag in tags) for tags in (quick, plain - {"openai"}))
+    return quick if quick != plain else None
 
 
 def get_clip(spec, data_seed, device):
@@ -345,15 +351,16 @@ def get_clip(spec, data_seed, device):
     return clip or load()
 
 
-def clip_of(arch, spec, device):
-    """The CLIP that a checkpoint was trained with, unless spec (--clip) is another; its width must fit."""
+def clip_of(arch, width, spec, device):
+    """The CLIP that a checkpoint was trained with, unless spec (--clip) is another; its width must fit. arch:
+    what the checkpoint says of it, clip (for get_clip), clip_name ("": not known) and data_seed."""
     if spec is None and os.path.isabs(arch["clip"]) and not Path(arch["clip"]).is_file():
         raise UserError(f"{arch['clip']}: is missing, the CLIP that the checkpoint was trained with; give "
                         "its new place as --clip")
     clip = get_clip(arch["clip"] if spec is None else spec, arch["data_seed"], device)
-    if clip.dim != arch["dim"]:
-        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {arch['dim']}-d")
-    if clip.name != arch["clip_name"]:
+    if clip.dim != width:
+        raise UserError(f"--clip {clip.name}: has {clip.dim}-d embeddings, the checkpoint {width}-d")
+    if arch["clip_name"] not in ("", clip.name):
         tell(f"the checkpoint was trained with CLIP {arch['clip_name']}, this is {clip.name}: unless they "
              "have the same weights, names mean something else")
     return clip

@@ -1342,18 +1342,25 @@ def spaced(names):
 
 
 def class_names(values, flag="--classes"):
-    """One value is split at commas, or is a file with one name a line; several values are one name each.
-    A list: names that were read before, as of the run that --resume continues."""
+    """Names of a flag that may be repeated: one value is split at commas, or is a file with one name a line;
+    several values are one name each, so that a name may hold a comma. A list: names that were read before, as
+    of the run that --resume continues."""
     names = values
     if isinstance(values[0], list):
         return values[0]
     if len(values) == 1 and os.path.isfile(values[0]):  # Path's raises for a long list
-        names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+        try:
+            names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{flag} {values[0]}: is no text file ({e})") from None
     elif len(values) == 1:
         names = values[0].split(",")
     names = [n.strip() for n in names]
-    if not all(names):
+    if not names or not all(names):
         raise UserError(f"{flag} {' '.join(values)}: holds an empty name")
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise UserError(f"{flag}: {', '.join(twice)} occurs twice")
     return names
 
 
@@ -1383,7 +1390,7 @@ def refuse_strange(names, known, flag, path):
         if n.replace("_", " ") not in spelled:
             near = difflib.get_close_matches(n, known, 1)
             hint = f"; is {near[0]!r} meant?" if near else f"; it knows {', '.join(known[:5])} ..."
-            raise UserError(f"{flag}: {path} has no class {n!r}{hint} (One value is split at commas; for "
+            raise UserError(f"{flag}: no class {n!r} in {path}{hint} (One value is split at commas; for "
                             "names that hold one give the flag several times, or a file)")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Speed of dkdetr.py, all from one run on this machine: python tests/bench_dkdetr.py [--size 512] [--quick]
 
-(a) deformable attention alone, one encoder layer at 1024 x 1024: grid and gather, kept or computed again, time and memory saved for the backward pass
+(a) deformable attention alone, one encoder layer at 1024 x 1024: kept or computed again, time and memory saved for the backward pass
 (b) a training step without and with distillation, CLIP's forward counted apart, and the peak memory of each   (c) crops a second.
 With a GPU also: images/s and memory at 1024 x 1024, fp32, bf16, compiled. Random weights: they take as long. Medians of interleaved repetitions.
 
@@ -11,7 +11,8 @@ again in the backward pass (the default) 0.34 / 1.70 / 53; gather 0.81 / 1.50 / 
 3.44 / 53. A training step of R50 with 2 x 512 px: 6.78 s without KD, 9.63 s with, 2.34 s of it CLIP's
 ViT-B/32 on 40 crops: 1.07 times the plain step without CLIP's forward (another run 1.14; aim 1.35). Crops
 to 224 in one batch: stretched 507 (573) a second, padded 679 (1,088). Peak memory of that step, CLIP and
-libraries included: grid 5.29 GB, with KD 5.47; gather 6.10 and 6.30. `--compile` on shapes: the losses of
+libraries included: grid 5.29 GB, with KD 5.47; gather 6.10 and 6.30. (gather, another way to sample, is
+gone since: slower forward, more memory.) `--compile` on shapes: the losses of
 the first six steps, with distillation, agree to the three digits that are printed; 170 s in all, most of it
 compiling.
 """
@@ -53,28 +54,28 @@ def bench_attention(device, repeats):
     g = torch.Generator().manual_seed(0)
     value, at = torch.randn(1, tokens, 8, 32, generator=g).to(device).requires_grad_(), torch.rand(1, tokens, 8, 4, 4, 2, generator=g).to(device).requires_grad_()
     weight = torch.rand(1, tokens, 8, 4, 4, generator=g).to(device).requires_grad_()
-    for name, core in (("grid", dkdetr.msda_grid), ("gather", dkdetr.msda_gather)):
-        for again in (False, True):
-            run = (lambda: checkpoint(core, value, sizes, at, weight, use_reentrant=False)) if again else (lambda: core(value, sizes, at, weight))
-            saved = {}
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
-                out = run()
-            kept = sum(saved.values()) / 2**20
-            del out
-            forward, both = interleaved([run, lambda: run().sum().backward()], repeats)
-            print(f"attention, {tokens} tokens, {name:6s} {'computed again' if again else 'kept          '}: forward {forward:.3f} s, with backward {both:.3f} s, "
-                  f"saved {kept:.0f} MiB", flush=True)
+    core = dkdetr.msda_grid
+    for again in (False, True):
+        run = (lambda: checkpoint(core, value, sizes, at, weight, use_reentrant=False)) if again else (lambda: core(value, sizes, at, weight))
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+            out = run()
+        kept = sum(saved.values()) / 2**20
+        del out
+        forward, both = interleaved([run, lambda: run().sum().backward()], repeats)
+        print(f"attention, {tokens} tokens, {'computed again' if again else 'kept          '}: forward {forward:.3f} s, with backward {both:.3f} s, "
+              f"saved {kept:.0f} MiB", flush=True)
 
 
-def distiller_of(device, size, distil, amp="none", msda="grid", compiled=False, small=False):
+def distiller_of(device, size, distil, amp="none", compiled=False):
     clip = FrozenCLIP(open_clip.create_model("ViT-B-32-quickgelu"), open_clip.get_tokenizer("ViT-B-32-quickgelu"), "random", device)
-    a = dkdetr.resolve(dkdetr.parse_args(["--amp", amp, "--msda", msda, "--kd-min-size", "0"]))
+    a = dkdetr.resolve(dkdetr.parse_args(["--kd-min-size", "0"]))
     torch.manual_seed(0)
     model = dkdetr.DKDETR("r50", clip.dim).to(device)
-    model.core, model.save_memory = dict(grid=dkdetr.msda_grid, gather=dkdetr.msda_gather)[msda], True
     if compiled:
         model.compile()
-    distiller = dkdetr.Distiller(model, torch.nn.functional.normalize(torch.randn(866, clip.dim), dim=1).to(device), clip, a).train()
+    text = torch.nn.functional.normalize(torch.randn(866, clip.dim), dim=1).to(device)
+    distiller = dkdetr.make_distiller(model, text, clip, dkdetr.settings_of(a), amp == "bf16").train()
     distiller.kd_active = distil
     return distiller
 
@@ -82,7 +83,7 @@ def distiller_of(device, size, distil, amp="none", msda="grid", compiled=False, 
 def batch_of(device, size, count):
     g = torch.Generator().manual_seed(0)
     corner, side = torch.rand(count, 10, 2, generator=g) * size * 0.6, size * (0.05 + 0.3 * torch.rand(count, 10, 2, generator=g))
-    return dkdetr.to_device(dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
+    return dkdetr.on_device(dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
                                  boxes=torch.cat([corner, corner + side], -1), labels=torch.randint(0, 866, (count, 10), generator=g)), device)
 
 
@@ -119,26 +120,26 @@ def bench_step(device, size, count, repeats):
         print(f"crops of one batch to 224, --crop-fit {fit}: {160 / interleaved([cut], repeats)[0]:.0f} a second", flush=True)
 
 
-def memory(size, count, distil, msda):
+def memory(size, count, distil):
     """Peak of a process that does one step, in GB."""
     code = (f"import sys, torch; sys.path[:0] = ['{ROOT}', '{ROOT}/tests']; import bench_dkdetr as b; from common.run import keep_memory\n"
-            f"d = torch.device('cpu'); l = b.distiller_of(d, {size}, {distil}, msda='{msda}'); b.step(l, b.batch_of(d, {size}, {count}), torch.optim.SGD(l.model.parameters(), 0.1))\n"
+            f"d = torch.device('cpu'); l = b.distiller_of(d, {size}, {distil}); b.step(l, b.batch_of(d, {size}, {count}), torch.optim.SGD(l.model.parameters(), 0.1))\n"
             "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 2**20)")  # ru_maxrss would be that of this process
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return float(r.stdout.split()[-1]) if r.returncode == 0 else float("nan")
 
 
 def bench_gpu(device):
-    for amp, msda, compiled in (("none", "grid", False), ("bf16", "grid", False), ("bf16", "gather", False), ("bf16", "grid", True), ("bf16", "gather", True)):
+    for amp, compiled in (("none", False), ("bf16", False), ("bf16", True)):
         count = 8
         try:
             torch.cuda.reset_peak_memory_stats()
-            distiller, batch = distiller_of(device, 1024, True, amp, msda, compiled), batch_of(device, 1024, count)
+            distiller, batch = distiller_of(device, 1024, True, amp, compiled), batch_of(device, 1024, count)
             optimizer = torch.optim.SGD(distiller.model.parameters(), 1e-9)
             t, = interleaved([lambda: step(distiller, batch, optimizer)], 5)
-            print(f"GPU, 1024 px, batch {count}, {amp}, {msda}, compile {compiled}: {count / t:.1f} images/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GB", flush=True)
+            print(f"GPU, 1024 px, batch {count}, {amp}, compile {compiled}: {count / t:.1f} images/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GB", flush=True)
         except Exception as e:  # out of memory, or a compiler that cannot
-            print(f"GPU, {amp}, {msda}, compile {compiled}: {type(e).__name__} {str(e)[:120]}", flush=True)
+            print(f"GPU, {amp}, compile {compiled}: {type(e).__name__} {str(e)[:120]}", flush=True)
 
 
 if __name__ == "__main__":
@@ -155,6 +156,5 @@ if __name__ == "__main__":
     if device.type == "cuda":
         bench_gpu(device)
     else:
-        for msda in ("grid", "gather"):
-            print(f"peak memory of a step, {a.batch_size} x {a.size} px, {msda}: without KD {memory(a.size, a.batch_size, False, msda):.2f} GB, "
-                  f"with {memory(a.size, a.batch_size, True, msda):.2f} GB (libraries and CLIP included)", flush=True)
+        print(f"peak memory of a step, {a.batch_size} x {a.size} px: without KD {memory(a.size, a.batch_size, False):.2f} GB, "
+              f"with {memory(a.size, a.batch_size, True):.2f} GB (libraries and CLIP included)", flush=True)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import torchvision
 
 from common.zoo import to_dkdetr
-from dkdetr import DKDETR, classify, detect
+from dkdetr import DKDETR, detect
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +174,19 @@ def exact(fill, state):
 
 
 def detector(state, images):
-    """Ours in the images' dtype: the dict of forward, and what reference() gives."""
-    model = DKDETR(text_dim=None, classes=80, dropout=0.0).eval()
+    """Ours in the images' dtype: Outputs of forward, and what reference() gives. Of a closed vocabulary the features are logits."""
+    model = DKDETR(text_dim=80, dropout=0.0).eval()
     model.load_state_dict(to_dkdetr(state)[0], strict=False)
     with torch.no_grad():
         out = model.to(images.dtype)(images, torch.tensor(VALID))
-    return out, (out["objectness"], out["coarse"], out["boxes"], classify(out["features"], None))
+    return out, (out.objectness, out.coarse, out.boxes, out.features)
 
 
 def test_detector_equals_the_written_out_one_in_fp64(fill, state, exact):
     out, mine = detector(state, fill.image(256, 320, 2, VALID).double())
     for got, want in zip(mine, exact):
         assert (got - want).abs().max() < 1e-9 * max(1, want.std().item())
-    boxes, scores, labels, _ = detect(dict(features=out["features"], boxes=out["boxes"]), None, torch.tensor(VALID), 1.0, 100)[1]
+    boxes, scores, labels, _ = detect(out.features[-1], out.boxes[-1], torch.tensor(VALID), 100)[1]
     assert len(scores) == 100 and boxes[:, 0::2].max() <= 270 and boxes[:, 1::2].max() <= 230 and labels.max() < 80
 
 

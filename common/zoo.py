@@ -742,6 +742,35 @@ def to_torchvision(state, where):
     return f"{'cascade' if cascade else 'retina' if retina else 'faster'}_{body}", count, ours
 
 
+def torchvision_arch(name):
+    """What one of torchvision's own COCO detectors is: COCO's ids are outputs, some of which no class has."""
+    categories = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+    named = [(k, n) for k, n in enumerate(categories) if n not in ("__background__", "N/A")]
+    return dict(name=name, mmdet=False, classes=[n for _, n in named], columns=[k for k, _ in named],
+                outputs=len(categories))
+
+
+def read_torchvision(spec, flag, script):
+    """(name of the file in errors, arch, state dict, (epoch, step) or None each) of a name in PROTOTYPE_ZOO,
+    an mmdetection .pth or a checkpoint of prototype_kd.py, under torchvision's names. arch: see its load."""
+    path = zoo_path(spec, PROTOTYPE_ZOO, flag)
+    whose, *content = load_any(path, flag, script)
+    where = f"{flag} {path}"
+    if whose == "ours":
+        trained = tuple(content[0].get(k) for k in ("epoch", "it"))  # of a best.pt
+        return where, content[0]["arch"], content[0]["model"], trained
+    state, meta = content
+    if spec in PROTOTYPE_ZOO and PROTOTYPE_ZOO[spec] is None:
+        return where, torchvision_arch(spec), state, (None, None)
+    name, count, state = to_torchvision(state, where)
+    # what the keys cannot tell: BGR pixels and other strides
+    guard(config_of(meta), ("style='caffe'",), where, f"this script's {name}", "; use one in pytorch's style")
+    classes, first = classes_of(meta), 0 if name.startswith("retina") else 1
+    arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
+                columns=list(range(first, first + count)), outputs=first + count)
+    return where, arch, state, (None, None)
+
+
 RENAMED = [  # mmdetection 3's Deformable DETR, the authors' release (mmdetection 2) -> dkdetr.py
     (r"^backbone\.(conv1|bn1|layer\d)\.", r"body.stages.\1."),
     (r"^neck\.convs\.(\d)\.conv\.", r"neck.\1.0."),

@@ -101,11 +101,11 @@ def make_learner(kind, pair, device, flags=()):
     student, teacher = (pk.new_detector(f"{kind}_{body}", names, "none").to(device) for body in pair)
     pk.freeze(student)
     teacher = teacher.eval().requires_grad_(False)
-    bank = pk.Bank(args, None, names)
+    bank = pk.Bank(None, names, **pk.bank_options(args))
     d = student.backbone.out_channels
     g_t, g_s = (F.normalize(torch.randn(80, 5, 10, d), dim=-1) for _ in range(2))
     bank.load(dict(g_t=g_t, g_s=g_s, valid=torch.ones(80, 5, 10, dtype=torch.bool), ids=torch.zeros(80, 5, 10).long(), center_t=torch.zeros(5, d), center_s=torch.zeros(5, d)), device)
-    return pk.Distiller(student, teacher, bank, args).to(device).train(), pk.Distiller(student, None, None, args).train(), teacher
+    return pk.make_distiller(student, teacher, bank, args).to(device).train(), pk.Distiller(student, amp=args.amp == "bf16").train(), teacher
 
 
 def make_batch(count, height, width, boxes, device):

@@ -51,7 +51,7 @@ def small_models():
         crosskd=(dict(crosskd.plain_of(gfl, classes), model=gfl.state_dict()), lambda p: crosskd.load(str(p), "--weights")[0]),
         hierkd=(hierkd.weights_of(atss), lambda p: hierkd.load_detector(p, "--weights")),
         dkdetr=(dkdetr.weights_of(detr), lambda p: dkdetr.load_detector(p, "--weights")),
-        prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load_detector(str(p), "--weights")),
+        prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load(str(p), "--weights")[0]),
         simple21k=(simple21k.weights_of(word), lambda p: simple21k.load_model(p, "--weights")))
 
 

@@ -256,8 +256,8 @@ def test_a_class_that_is_only_difficult_and_prototypes_of_large_objects_only(mad
 
 
 def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_path):
-    """last.pt of the run is not there yet; its flags are in args.json. --schedule given again is no contradiction to the epochs it stood for."""
-    flags = [*map(str, ("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--schedule", "1x", "--seed", 5))]
+    """last.pt of the run is not there yet; its flags are in args.json."""
+    flags = [*map(str, ("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--epochs", 12, "--seed", 5))]
     real = prototype_kd.evaluate
 
     def killed(*a, **how):  # in the evaluation that ends the control: its results.json is not there, its last.pt says that it is due
@@ -269,7 +269,7 @@ def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_
     r = run(*flags, "--control", tmp_path / "run/control", "--out", tmp_path / "other", fail=True)
     assert "that run is not finished; --resume it first" in r.stderr
     (tmp_path / "run/control/results.json").write_text('{"AP": 12')  # as if somebody had cut it: it is not taken for a result
-    r = run("--resume", "--schedule", "1x", "--out", tmp_path / "run")
+    r = run("--resume", "--epochs", 12, "--out", tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["args"]
     assert "difference" in r.stdout and saved["seed"] == 5 and saved["epochs"] == 12 and saved["max_iters"] == 2
     r = run("--resume", "--max-iters", 3, "--out", tmp_path / "run")  # the control goes on, too
@@ -334,7 +334,7 @@ def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
             ([*coco, "--teacher", tmp_path / "nan.pt", "--init", start], "backbone.fpn.inner_blocks.0.0.weight is not finite"),
             ([*coco, "--teacher", teacher, "--init", tmp_path / "nan.pt"], "backbone.fpn.inner_blocks.0.0.weight is not finite"),
             ([*coco, "--teacher", tmp_path / "other.pt", "--init", start], "its class 1 is 'wheel', --data has 'bicycle'"),
-            ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "knows 20 classes, --data has 80"),
+            ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "has 20 classes, --data has 80"),
             ([*coco, "--teacher", made["retina", "coco"][0], "--init", start], "they must be of one kind"),
             ([*coco, "--teacher", tmp_path / "foreign.pt", "--init", start], "does not describe a network of this script"),
             ([*coco, "--teacher", tmp_path / "crosskd.pt", "--init", start], "is a checkpoint of crosskd.py, not of prototype_kd.py"),

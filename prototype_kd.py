@@ -26,8 +26,8 @@ student that comes out is torchvision's own Faster R-CNN or RetinaNet: nothing i
 Differs from the paper:
   1. The largest: Eqs. 6 and 8 compare cosines with the prototypes, as the authors' code does. The paper says
      "exactly the same as in Eq. 5": with its lambda = 10 every gap shrinks by 21, Eq. 6 by 441, and sigma is
-     near 1 (--proj independent; sequential, joint: two other readings). By cosines sigma starts near 0.33, which
-     rescales Eqs. 6, 7 and the response alike.
+     near 1 (--proj independent; sequential, joint: two other readings). By cosines sigma starts near 0.33,
+     which rescales Eqs. 6, 7 and the response alike.
   2. Eq. 7 is a mean over channels, cells and levels, not a sum. Its regions, "as in FGFI", are the cells with
      an anchor whose IoU with a box is above half of the best that the box has on that level.
   3. Levels are averaged in every loss; the paper does not say.

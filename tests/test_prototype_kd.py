@@ -489,6 +489,119 @@ def test_student_loads_strictly_into_the_plain_torchvision_model(tmp_path):
     retina.load_state_dict(build("retinanet_resnet50_fpn_v2", 91).state_dict())
 
 
+def scored(name, size, file=None):
+    """A detector whose scores differ from box to box, as a training at `size` leaves it; in `file`, too."""
+    torch.manual_seed(0)
+    model = new_detector(name, NAMES, "none")
+    head = model.head.classification_head.cls_logits if name.startswith("retina") else model.roi_heads.box_predictor.cls_score
+    torch.nn.init.normal_(head.weight, std=0.1)
+    model.arch.update(image_size=str(size))
+    if file:
+        torch.save(weights_of(model), file)
+    return model
+
+
+def smooth_picture():
+    """uint8 (3, 320, 480): every size below is a whole share of it, so that torchvision and --predict round alike."""
+    noise = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(1))
+    return (F.interpolate(noise, (320, 480), mode="bilinear")[0] * 255).round().to(torch.uint8)
+
+
+def gap_to_nearest(theirs, ours):
+    """Of torchvision's five best boxes: pixels to the nearest of ours with about that score."""
+    gaps = []
+    for box, score in zip(theirs["boxes"][:5], theirs["scores"]):
+        near = (ours[1] - score).abs() < 0.02
+        gaps.append((ours[0][near] - box).abs().amax(1).min().item() if near.any() else math.inf)
+    return gaps
+
+
+@pytest.mark.parametrize("size", [96, 160])
+@pytest.mark.parametrize("name", ["faster_tiny8", "retina_tiny8"])
+def test_a_loaded_detector_answers_as_predict_does_at_the_size_of_its_training(name, size, tmp_path):
+    """model([picture]), torchvision's own call: its transform comes from the checkpoint. At torchvision's 800 the boxes are others."""
+    scored(name, size, tmp_path / "d.pt")
+    model, classes = load(tmp_path / "d.pt")
+    picture = smooth_picture()
+    with torch.no_grad():
+        found = model([picture / 255])[0]
+        ours = prototype_kd.find_boxes(model, picture)
+        assert len(found["boxes"]) > 5 and max(gap_to_nearest(found, ours)) < 2
+        model.transform.min_size, model.transform.max_size = (800,), 1333
+        assert max(gap_to_nearest(model([picture / 255])[0], ours)) > 10
+    boxes, scores, names = predict_image(model, classes, picture, 0.0)
+    assert torch.equal(boxes, ours[0]) and names == [NAMES[k] for k in ours[2]]
+
+
+def test_what_a_model_filled_by_hand_must_be_told_is_in_the_checkpoint(tmp_path):
+    """A torchvision model made from "torchvision" of the file and its weights finds what load finds."""
+    scored("faster_r18", 96, tmp_path / "d.pt")
+    content = torch.load(tmp_path / "d.pt", weights_only=True)
+    told = content["torchvision"]
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d)
+    anchors = torchvision.models.detection.anchor_utils.AnchorGenerator(tuple(tuple(map(int, level)) for level in told["anchor_sizes"]), ((0.5, 1.0, 2.0),) * 5)
+    plain = torchvision.models.detection.FasterRCNN(body, 6, min_size=told["min_size"], max_size=told["max_size"], rpn_anchor_generator=anchors).eval()
+    plain.load_state_dict(content["model"])
+    model, _ = load(tmp_path / "d.pt")
+    with torch.no_grad():
+        a, b = (net([smooth_picture() / 255])[0] for net in (plain, model))
+    assert len(a["boxes"]) > 5 and all(torch.equal(a[k], b[k]) for k in a) and told == model.settings and told["batch_norm_eps"] == 1e-5
+
+
+def test_classes_that_the_zoo_does_not_know_are_told_before_anything_is_downloaded(monkeypatch):
+    def downloads(*a):
+        raise AssertionError("downloaded")
+    monkeypatch.setattr(zoo, "fetch", downloads)
+    own = argparse.Namespace(classes=["cat", "dog"])
+    args = resolve(parse_args([]))
+    with pytest.raises(UserError, match=r"--teacher faster_r101: has 80 classes, --data has 2. The paper distils.*--init none"):
+        prototype_kd.make_pair(args, own, 0, 1, "cpu")
+    args.teacher = "none"
+    with pytest.raises(UserError, match=r"--init faster_r50: has 80 classes, --data has 2.*--teacher none --student faster_r50 --out r/s.*--init none"):
+        prototype_kd.make_pair(args, own, 0, 1, "cpu")
+    own.classes = zoo.torchvision_arch("fasterrcnn_resnet50_fpn")["classes"]
+    with pytest.raises(AssertionError, match="downloaded"):  # COCO's own: go on
+        prototype_kd.make_pair(args, own, 0, 1, "cpu")
+
+
+def test_batchnorm_affine_trains_the_factors_of_the_later_stages_only(tmp_path):
+    """The same detections before training; statistics never move; the checkpoint loads as any other."""
+    def student():
+        torch.manual_seed(0)
+        model = build("faster_r18", 6, "frozen")
+        model.arch = dict(name="faster_r18", mmdet=False, classes=NAMES, columns=[1, 2, 3, 4, 5], outputs=6, plain_norm=False)
+        return model
+    frozen, affine = student(), student()
+    freeze(frozen)
+    freeze(affine, "affine")
+    learnt = {n for n, p in affine.named_parameters() if p.requires_grad} - {n for n, p in frozen.named_parameters() if p.requires_grad}
+    assert len(learnt) == 2 * 15 and all(re.match(r"backbone\.body\.layer[234]\..*(bn\d|downsample\.1)\.(weight|bias)$", n) for n in learnt)
+    batch, learner = some_batch(), Distiller(affine).train()
+    images = images_of(batch)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(frozen.backbone(images.tensors).values(), affine.backbone(images.tensors).values()))
+    before = affine.backbone.body.layer3[0].bn1.running_mean.clone()
+    sum(learner(batch).values()).backward()
+    norm = affine.backbone.body.layer3[0].bn1
+    assert norm.weight.grad.abs().max() > 0 and torch.equal(norm.running_mean, before)
+    norm.weight.data += 1
+    torch.save(weights_of(affine), tmp_path / "a.pt")
+    assert torch.equal(load(tmp_path / "a.pt")[0].backbone.body.layer3[0].bn1.weight, norm.weight)
+    for flags in (["--student", "faster_tiny8"], ["--teacher", "none", "--init", "none", "--student", "faster_r18"]):
+        with pytest.raises(UserError, match="belongs to a student that is trained already"):
+            arguments("--bn", "affine", *flags)
+
+
+def test_global_loss_counts_objects_without_prototypes():
+    """N of Eq. 6: an object whose class has no prototype adds nothing, and is divided by."""
+    l_t, valid = torch.zeros(2, 1, 4), torch.ones(2, 1, 4, dtype=torch.bool)
+    sigma, own = torch.ones(2, 1), torch.ones(2, 1, dtype=torch.bool)
+    both = prototype_kd.global_loss(l_t, l_t + 0.1, valid, sigma, own, 1).item()
+    valid[1] = False
+    assert both == pytest.approx(0.005) and prototype_kd.global_loss(l_t, l_t + 0.1, valid, sigma, own, 1).item() == pytest.approx(0.0025)
+
+
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvisions_weights_load_with_their_labels(name, monkeypatch, tmp_path):
     """Random numbers under the names of torchvision's COCO files. Version 1 was trained with a BatchNorm whose eps is 0; labels are COCO's ids."""

@@ -214,6 +214,40 @@ def descriptors(maps, strides, boxes, owner):
     return torch.stack(levels, 1)
 
 
+class Instances:
+    """The objects that prototypes are picked from: all of max_images images of each class, drawn once by
+    seed.
+
+    trained: the training set; its images are seen as evaluation sees them, with the boxes of training. An
+    object's id: the place of its image in the dataset times 10,000, plus its place there. Blocks of 8
+    neighbouring images are shared out to the processes: each image stands in one batch, and what shares a
+    batch does not depend on the number of processes. min_size: pixels of the file, of both sides of a
+    prototype.
+    """
+
+    def __init__(self, trained, image_size, max_images, min_size, seed, workers, rank, world):
+        data = CocoDataset(trained.folder, trained.records, False, image_size, small=True)
+        records, used = data.records, np.flatnonzero(data.used)
+        corners = to_corners(records.xywh[used])
+        sides = corners[:, 2:] - corners[:, :2]
+        large, area = (sides.min(1) > min_size).tolist(), sides.prod(1).tolist()
+        label, owner = data.label_of[records.label[used]].tolist(), records.owner[used]
+        first, end = (np.searchsorted(owner, data.kept, side).tolist() for side in ("left", "right"))
+        count, chosen, self.area, self.rank = Counter(), [], {}, rank
+        for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
+            boxes = range(first[i], end[i])  # of image i, in `used`
+            wanted = [k for k in boxes if large[k] and count[label[k]] < max_images]
+            if wanted:
+                chosen.append(i)
+                count.update({label[k] for k in wanted})
+                self.area |= {i * 10000 + k - first[i]: area[k] for k in wanted}
+        chosen.sort()
+        self.index = {records.image_id(data.kept[i]): i for i in chosen}
+        blocks = [[(i, 0) for i in chosen[b:b + 8]] for b in range(0, len(chosen), 8)][rank::world]
+        self.loader = DataLoader(data, batch_sampler=blocks, num_workers=workers, collate_fn=collate,
+                                 worker_init_fn=start_worker, generator=torch.Generator())
+
+
 @torch.no_grad()
 def extract(model, instances, device, amp=False):
     """(ids (n,), labels (n,), features (n, L, D) on the CPU) of this process's share of the Instances."""
@@ -1173,40 +1207,6 @@ def to_device(batch, device):
     return dict(moved, counts=counts, image_sizes=sizes)
 
 
-class Instances:
-    """The objects that prototypes are picked from: all of max_images images of each class, drawn once by
-    seed.
-
-    trained: the training set; its images are seen as evaluation sees them, with the boxes of training. An
-    object's id: the place of its image in the dataset times 10,000, plus its place there. Blocks of 8
-    neighbouring images are shared out to the processes: each image stands in one batch, and what shares a
-    batch does not depend on the number of processes. min_size: pixels of the file, of both sides of a
-    prototype.
-    """
-
-    def __init__(self, trained, image_size, max_images, min_size, seed, workers, rank, world):
-        data = CocoDataset(trained.folder, trained.records, False, image_size, small=True)
-        records, used = data.records, np.flatnonzero(data.used)
-        corners = to_corners(records.xywh[used])
-        sides = corners[:, 2:] - corners[:, :2]
-        large, area = (sides.min(1) > min_size).tolist(), sides.prod(1).tolist()
-        label, owner = data.label_of[records.label[used]].tolist(), records.owner[used]
-        first, end = (np.searchsorted(owner, data.kept, side).tolist() for side in ("left", "right"))
-        count, chosen, self.area, self.rank = Counter(), [], {}, rank
-        for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
-            boxes = range(first[i], end[i])  # of image i, in `used`
-            wanted = [k for k in boxes if large[k] and count[label[k]] < max_images]
-            if wanted:
-                chosen.append(i)
-                count.update({label[k] for k in wanted})
-                self.area |= {i * 10000 + k - first[i]: area[k] for k in wanted}
-        chosen.sort()
-        self.index = {records.image_id(data.kept[i]): i for i in chosen}
-        blocks = [[(i, 0) for i in chosen[b:b + 8]] for b in range(0, len(chosen), 8)][rank::world]
-        self.loader = DataLoader(data, batch_sampler=blocks, num_workers=workers, collate_fn=collate,
-                                 worker_init_fn=start_worker, generator=torch.Generator())
-
-
 # ================================================================== train
 
 LEGEND = {  # of the log's terms
@@ -1327,6 +1327,11 @@ def bank_options(args):
                 density=args.density_filter, seed=args.seed, amp=args.amp == "bf16")
 
 
+# What Comparison says where it is Distiller.
+PAPER = dict(relation="global", every_class=False, proj="cosine", sigma="l2", clamp=True, instances="gt",
+             levels="all", cells="fgfi", background=0.0, by_sigma=False)
+
+
 def make_distiller(student, teacher, bank, args):
     """The module that is trained: Distiller, or Comparison where a table or a preset asks for something
     else."""
@@ -1337,9 +1342,7 @@ def make_distiller(student, teacher, bank, args):
     other = dict(relation=args.kd_relation, every_class=args.all_class_prototypes, proj=args.proj,
                  sigma=args.sigma, clamp=args.sigma_clamp, instances=args.instances, levels=args.level_assign,
                  cells=args.kd_local, background=args.bg_weight, by_sigma=args.feat_norm == "sigma")
-    paper = dict(relation="global", every_class=False, proj="cosine", sigma="l2", clamp=True, instances="gt",
-                 levels="all", cells="fgfi", background=0.0, by_sigma=False)
-    if bank and other == paper and args.kd_decay == "none":
+    if bank and args.kd_decay == "none" and other == PAPER:
         return Distiller(student, teacher, bank, **options)
     return Comparison(student, teacher, bank, lam=args.lam, **other, **options)
 
@@ -1557,21 +1560,9 @@ def load(weights, flag="--weights"):
         else:
             needed = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             load_strict(model, needed, where)
-        check_arch(arch, where)
         model.transform = GeneralizedRCNNTransform(*image_sides(model), list(MEAN), list(STD))
         model.settings = plain_settings(model)
     return model.eval(), arch["classes"]
-
-
-def check_arch(arch, where):
-    """Each class has an output of its own and a name, or none of them has one."""
-    columns, names = arch["columns"], arch["classes"]
-    if sorted(set(columns)) != columns or not columns or not 0 <= columns[0] <= columns[-1] < arch["outputs"]:
-        raise UserError(f"{where}: says that classes have the outputs {columns} of {arch['outputs']}")
-    if not all(isinstance(arch.get(k, False), bool) for k in ("mmdet", "plain_norm")):
-        raise UserError(f"{where}: its mmdet or plain_norm is neither true nor false")
-    if names is not None and (len(names) != len(columns) or not all(isinstance(n, str) for n in names)):
-        raise UserError(f"{where}: names {len(names)} classes, its head has {len(columns)}")
 
 
 @torch.no_grad()
@@ -1849,29 +1840,24 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=("coco", "voc"), default="coco",
                    help="layout of --data; voc: 07+12 trainval, 07 test")
-    g.add_argument("--data", help="root, or 'shapes': the embedded dataset (default data/coco; voc: data, "
-                   "which holds VOCdevkit)")
-    g.add_argument("--voc-train", type=voc_lists, default="2007_trainval,2012_trainval",
-                   help="lists of VOC to train on, year_list")
+    g.add_argument("--data", help="root (default data/coco; voc: data, which holds VOCdevkit), or 'shapes': "
+                   "the embedded dataset")
+    g.add_argument("--voc-train", type=voc_lists, default="2007_trainval,2012_trainval", help="lists of VOC")
     g.add_argument("--voc-val", type=voc_lists, default="2007_test", help="and to evaluate on")
     g.add_argument("--data-seed", type=SEED, default=0, help="of the embedded dataset")
-    g.add_argument("--first-images", type=number(int, 0, 2**31), metavar="N",
-                   help="train on the first so many images only, 0 for all (default 0; shapes 300, its "
-                   "teacher all)")
+    g.add_argument("--first-images", type=number(int, 0, 2**31), metavar="N", help="train on the first so "
+                   "many images only, 0 for all (default 0; shapes 300, its teacher all)")
     g.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
                    "(default 800; shapes 72-120; --eval, --predict: as trained)")
     preset(g, "photometric", "training images in other brightness, contrast, saturation, hue; shapes: off",
            action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("models")
-    g.add_argument("--teacher", help="name in common/zoo.py (faster_r101, retinanet_resnet50_fpn_v2 ...), "
-                   "mmdetection .pth or our .pt; none: plain training (default faster_r101; shapes: trained "
-                   "on demand)")
-    g.add_argument("--init", help="what the student starts from: as --teacher; imagenet; none (default: the "
-                   "r50 of the teacher's kind, trained on COCO; --teacher none, voc or own data: imagenet; "
-                   "shapes: trained on demand)")
+    g.add_argument("--teacher", help="name in common/zoo.py (faster_r101 ...), mmdetection .pth or our .pt; "
+                   "none: plain training (default: the student's kind on r101; shapes: trained on demand)")
+    g.add_argument("--init", help="where the student starts: as --teacher; imagenet; none (default: the r50 "
+                   "of the teacher's kind, from COCO; --teacher none, voc, own data: imagenet; shapes: made)")
     g.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, "
-                   "retina_r18, retina_tiny8 ... (default: the teacher's kind, else faster, on r50; shapes "
-                   "on tiny8)")
+                   "retina_r18 ... (default: the teacher's kind, else faster, on r50; shapes on tiny8)")
     g.add_argument("--bn", choices=("frozen", "affine"), default="frozen", help="BatchNorm of a student that "
                    "is trained already: fixed, or its factors learn from stage 2 on; its statistics never do")
     g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
@@ -1882,30 +1868,27 @@ def parse_args(argv=None):
     preset(g, "alpha-feat", "alpha_2 of Eq. 9", type=number())
     preset(g, "alpha-resp", "alpha_3 of Eq. 9", type=number())
     g.add_argument("--k", type=COUNT, default=10, help="K: prototypes of a class and level")
-    g.add_argument("--lam", type=number(), default=10.0, help="lambda of Eq. 2, in the selection; in the "
-                   "projection where --proj is not cosine")
+    g.add_argument("--lam", type=number(), default=10.0,
+                   help="lambda of Eq. 2, in the selection; in the projection where --proj is not cosine")
     g.add_argument("--refresh", type=POSITIVE, help="T: epochs between two selections; 0.5 is twice an epoch "
                    "(default 1; shapes 4, of 19 steps each)")
     g.add_argument("--proto-method", choices=("pgm", "kmeans", "dbscan", "ambiguous", "random"),
                    default="pgm", help="how prototypes are picked, Table 6")
     g.add_argument("--proto-space", choices=("both", "student", "teacher"), default="both",
                    help="whose features they are picked by, Table 6")
-    g.add_argument("--proto-max-images", type=COUNT, default=800,
-                   help="images drawn of each class for the selection")
-    preset(g, "proto-min-size", "prototypes only from objects wider and taller than this, pixels of the file",
-           type=number())
+    g.add_argument("--proto-max-images", type=COUNT, default=800, help="images of a class to pick from")
+    preset(g, "proto-min-size", "prototypes are wider and taller, pixels of the file", type=number())
     g.add_argument("--proj", choices=("cosine", "independent", "sequential", "joint"), default="cosine",
                    help="projection P of Eqs. 6, 8; all but cosine: readings of \"as in Eq. 5\", which "
                    "shrink Eq. 6 by 441 at lambda 10")
-    g.add_argument("--center", action="store_true",
-                   help="subtract each space's mean feature first (not in the paper; see README)")
+    g.add_argument("--center", action="store_true", help="subtract each space's mean feature first (not in "
+                   "the paper; see README)")
     g.add_argument("--all-class-prototypes", action="store_true",
                    help="Eq. 6 over the prototypes of all classes, not of the object's own")
     preset(g, "sigma", "Eq. 8 by the l2 norm, by the largest cosine, or 1", choices=("l2", "maxcos", "none"))
     preset(g, "instances", "objects: true boxes, or the student's positive proposals (anchors)",
            choices=("gt", "proposals"))
-    preset(g, "level-assign", "an object counts on all levels, or on the one of its size",
-           choices=("all", "fpn"))
+    preset(g, "level-assign", "levels an object counts on: all, or that of its size", choices=("all", "fpn"))
     g.add_argument("--kd-relation", choices=("global", "rkd"), default="global",
                    help="Eq. 6, or RKD's relations among objects, Table 4")
     preset(g, "kd-local", "cells of Eq. 7: fgfi where anchors fit an object best, defeat inside its box",
@@ -1919,12 +1902,11 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=COUNT, help="(default 24, the paper's 2x; shapes 16), x0.1 at 2/3, 11/12")
     g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
-    g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly "
-                   "(default 0.02, retina 0.01; shapes 0.002)")
+    g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly (default 0.02, "
+                   "retina 0.01; shapes 0.002)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: teacher, start, continued "
-                   "and distilled student in one table; --resume wants its flags again (default where no "
-                   "--teacher, --init, --max-iters is given)")
+                   "and distilled student in one table (default without --teacher, --init, --max-iters)")
     run_flags(p, "prototype_kd", rows=ROWS, export=True)
     apart = "train_json data", "train_json dataset", "val_json dataset"
     args = parse(p, argv, "prototype_kd", MODES, belongs=BELONGS, apart=apart, saved=saved_run, rows=ROWS)
@@ -1968,11 +1950,12 @@ def check_method(p, args, given, method):
         idle = [f for f in flags.split() if f in given and not getattr(values, weight)]
         if idle:
             p.error(f"{dash(idle[0])}: belongs to {dash(weight)} above 0, here it is 0")
-    compares = values.alpha_feat or values.alpha_global  # Eqs. 6 and 7
-    levels = values.alpha_feat or values.alpha_global and values.kd_relation == "global"
-    for flag, reads in (("level_assign", levels), ("instances", compares or values.sigma != "none")):
-        if flag in given and not reads:
-            p.error(f"{dash(flag)}: belongs to losses that these weights leave out")
+    whole = values.kd_relation == "global"  # rkd reads neither levels nor sigma
+    levels = values.alpha_feat or values.alpha_global and whole
+    if "level_assign" in given and not levels:
+        p.error("--level-assign: belongs to losses that these weights leave out")
+    if "instances" in given and not (values.alpha_feat or values.alpha_global or values.sigma != "none"):
+        p.error("--instances: belongs to losses that these weights leave out")
     idle = [f for f in OF_BANK if f in given]
     if idle and not needs_prototypes(values):
         p.error(f"{dash(idle[0])}: belongs to losses that use prototypes, Eq. 6 or --sigma in the two others")

@@ -396,7 +396,7 @@ def test_own_data_without_a_validation_set_and_with_a_subset_of_classes(made, co
     raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in {i["id"] for i in raw["images"]}]
     (tmp_path / "val.json").write_text(json.dumps(raw))
     own = ["--train-json", coco_mini / "annotations/instances_train2017.json", "--train-images", coco_mini / "train2017"]
-    few = [*pair(made, "retina", "coco"), "--batch-size", 4, "--max-iters", 2, *TINY, "--proto-max-images", 2, "--first-images", 20]
+    few = [*pair(made, "retina", "coco"), "--batch-size", 4, "--max-iters", 2, *TINY, "--proto-max-images", 2, "--first-images", 20, "--log-every", 1]
     r = run(*own, *few, "--out", tmp_path / "blind")
     assert "no validation set: no evaluation, best.pt is the last" in r.stdout and "teacher AP" not in r.stdout and "20 images" in r.stdout
     assert sorted(p.name for p in (tmp_path / "blind").iterdir()) == ["args.json", "best.pt", "curves.png", "last.pt", "log.jsonl"]

@@ -36,8 +36,8 @@ Differs from the paper:
   5. Prototypes come from --proto-max-images images of a class (800, from their code). Features are unit
      vectors; a picked instance cannot be picked again. sigma is kept within 0 and 1.
   6. The student's BatchNorm is fixed, statistics and factors. Not settled by paper or code (their config has
-     it "in eval mode", which fixes the statistics only); --bn affine trains the factors. On shapes it makes no
-     difference: tiny backbones have GroupNorm.
+     it "in eval mode", which fixes the statistics only); --bn affine trains the factors. On shapes it
+     changes nothing: tiny backbones have GroupNorm.
 Their code never evaluates Eq. 6. --preset released follows its configuration, all of which stands in PRESETS
 (no Eq. 6, sigma from the largest cosines, objects = positive proposals on the level of their size, DeFeat's
 regions and background, a 3x3 H without ReLU, tau 2, a linear decay, a density filter). It keeps: means by 8 x

@@ -38,7 +38,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, deform_conv2d, roi
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .boxes import constant
-from .run import UserError, check_ours, first_not_finite, read_file, script_of, why
+from .run import UserError, check_ours, first_not_finite, read_file, rebuilding, script_of, why
 
 MMDET_URL = "https://download.openmmlab.com/mmdetection/v2.0/"
 RETINA_R50 = "retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth"
@@ -740,6 +740,50 @@ def to_torchvision(state, where):
     count = state[last].numel()
     count = count // 9 if retina else count - 1
     return f"{'cascade' if cascade else 'retina' if retina else 'faster'}_{body}", count, ours
+
+
+def torchvision_arch(name):
+    """What one of torchvision's own COCO detectors is: COCO's ids are outputs, some of which no class has."""
+    categories = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+    named = [(k, n) for k, n in enumerate(categories) if n not in ("__background__", "N/A")]
+    return dict(name=name, mmdet=False, classes=[n for _, n in named], columns=[k for k, _ in named],
+                outputs=len(categories))
+
+
+def check_columns(arch, where):
+    """Of a checkpoint of prototype_kd.py: each class has an output of its own and a name, or none of them has
+    one."""
+
+    columns, names = arch["columns"], arch["classes"]
+    if sorted(set(columns)) != columns or not columns or not 0 <= columns[0] <= columns[-1] < arch["outputs"]:
+        raise UserError(f"{where}: says that classes have the outputs {columns} of {arch['outputs']}")
+    if not all(isinstance(arch.get(k, False), bool) for k in ("mmdet", "plain_norm")):
+        raise UserError(f"{where}: its mmdet or plain_norm is neither true nor false")
+    if names is not None and (len(names) != len(columns) or not all(isinstance(n, str) for n in names)):
+        raise UserError(f"{where}: names {len(names)} classes, its head has {len(columns)}")
+
+
+def read_torchvision(spec, flag, script):
+    """(name of the file in errors, arch, state dict, (epoch, step) or None each) of a name in PROTOTYPE_ZOO,
+    an mmdetection .pth or a checkpoint of prototype_kd.py, under torchvision's names. arch: see its load."""
+    path = zoo_path(spec, PROTOTYPE_ZOO, flag)
+    whose, *content = load_any(path, flag, script)
+    where = f"{flag} {path}"
+    if whose == "ours":
+        trained = tuple(content[0].get(k) for k in ("epoch", "it"))  # of a best.pt
+        with rebuilding(where):
+            check_columns(content[0]["arch"], where)
+        return where, content[0]["arch"], content[0]["model"], trained
+    state, meta = content
+    if spec in PROTOTYPE_ZOO and PROTOTYPE_ZOO[spec] is None:
+        return where, torchvision_arch(spec), state, (None, None)
+    name, count, state = to_torchvision(state, where)
+    # what the keys cannot tell: BGR pixels and other strides
+    guard(config_of(meta), ("style='caffe'",), where, f"this script's {name}", "; use one in pytorch's style")
+    classes, first = classes_of(meta), 0 if name.startswith("retina") else 1
+    arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
+                columns=list(range(first, first + count)), outputs=first + count)
+    return where, arch, state, (None, None)
 
 
 RENAMED = [  # mmdetection 3's Deformable DETR, the authors' release (mmdetection 2) -> dkdetr.py

@@ -101,18 +101,18 @@ def make_learner(kind, pair, device, flags=()):
     student, teacher = (pk.new_detector(f"{kind}_{body}", names, "none").to(device) for body in pair)
     pk.freeze(student)
     teacher = teacher.eval().requires_grad_(False)
-    bank = pk.Bank(args, None, names)
+    bank = pk.Bank(None, names, **pk.bank_options(args))
     d = student.backbone.out_channels
     g_t, g_s = (F.normalize(torch.randn(80, 5, 10, d), dim=-1) for _ in range(2))
     bank.load(dict(g_t=g_t, g_s=g_s, valid=torch.ones(80, 5, 10, dtype=torch.bool), ids=torch.zeros(80, 5, 10).long(), center_t=torch.zeros(5, d), center_s=torch.zeros(5, d)), device)
-    return pk.Distiller(student, teacher, bank, args).to(device).train(), pk.Distiller(student, None, None, args).train(), teacher
+    return pk.make_distiller(student, teacher, bank, args).to(device).train(), pk.Distiller(student, amp=args.amp == "bf16").train(), teacher
 
 
 def make_batch(count, height, width, boxes, device):
     g = torch.Generator().manual_seed(0)
     xy = torch.rand(count, boxes, 2, generator=g) * torch.tensor([width * 0.7, height * 0.7])
     where = torch.cat([xy, xy + 16 + torch.rand(count, boxes, 2, generator=g) * 0.25 * min(height, width)], 2)
-    return pk.to_device(dict(images=torch.randint(0, 256, (count, 3, height, width), generator=g, dtype=torch.uint8), sizes=torch.tensor([[height, width]] * count), boxes=where,
+    return pk.on_device(dict(images=torch.randint(0, 256, (count, 3, height, width), generator=g, dtype=torch.uint8), sizes=torch.tensor([[height, width]] * count), boxes=where,
                              labels=torch.randint(0, 80, (count, boxes), generator=g), image_ids=[*range(count)], original_sizes=[(height, width)] * count), device)
 
 

@@ -20,11 +20,11 @@ def test_changed_annotation_files_are_refused_in_one_line_or_score_100(tmp_path)
     assert not bad, bad
 
 
-NARROW = [*sorted(p for p in (ROOT / "common").glob("*.py") if p.name != "boxes.py"), ROOT / "crosskd.py"]
+NARROW = [*sorted(p for p in (ROOT / "common").glob("*.py") if p.name != "boxes.py"), ROOT / "crosskd.py", ROOT / "prototype_kd.py"]
 SECTIONS = ["the paper", "what its tables compare with", "detector", "data", "train", "evaluate, predict", "flags", "main"]
 
 
-@pytest.mark.parametrize("path", [ROOT / "crosskd.py"], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [ROOT / "crosskd.py", ROOT / "prototype_kd.py"], ids=lambda p: p.name)
 def test_the_paper_comes_first_and_the_other_sections_in_their_order(path):
     lines = path.read_text(encoding="utf-8").split("\n")
     titles = [(k, line.strip("# =")) for k, line in enumerate(lines) if line.startswith("# ====")]

@@ -23,10 +23,11 @@ import crosskd
 import prototype_kd
 from common import zoo
 from common.run import UserError
-from prototype_kd import (PRESETS, STRIDES, TORCHVISION, Bank, Distiller, best_anchors, build, coefficients, dense,
-                          descriptors, detect, global_gap, images_of, inside_box, kind_of, kl_bernoulli, kl_softmax,
-                          level_of, load_detector, new_detector, paint, parse_args, project, reliability, resolve,
-                          rkd_loss, run_detector, select_prototypes, to_device, weights_of)
+from prototype_kd import (PRESETS, ROWS, STRIDES, TORCHVISION, Bank, Distiller, bank_options, best_anchors, build, coefficients,
+                          dense, descriptors, detect, freeze, global_gap, images_of, inside_box, kind_of, kl_bernoulli,
+                          kl_softmax, level_of, load, make_distiller, needs_prototypes, new_detector, paint, parse_args,
+                          predict_image, project, project_by_eq5, reliability, reliability_of_largest, resolve, rkd_loss,
+                          on_device, run_detector, select_prototypes, weights_of)
 
 
 def unit(d, n, seed=0, shift=0.0):
@@ -120,7 +121,7 @@ def test_projections():
         return ((f_t - w_t @ g_t).square().sum() + (f_s - w_s @ g_s).square().sum() + lam * (w_t - w_s).square().sum()).item()
 
     for lam in (0.5, 10.0):
-        ways = {how: project(f_t, f_s, stack(g_t), stack(g_s), valid, how, lam) for how in ("independent", "sequential", "joint")}
+        ways = {how: project_by_eq5(f_t, f_s, stack(g_t), stack(g_s), valid, how, lam) for how in ("independent", "sequential", "joint")}
         assert objective(*ways["joint"], lam) < objective(*ways["sequential"], lam) < objective(*ways["independent"], lam)
         w_t, w_s = torch.zeros(2, 3, k).double()
         for sweep in range(400):
@@ -132,7 +133,7 @@ def test_projections():
         assert torch.allclose(ways["joint"][0], w_t, atol=1e-6) and torch.allclose(ways["joint"][1], w_s, atol=1e-6)
         less = valid.clone()
         less[:, 2] = False
-        a, b = project(f_t, f_s, stack(g_t), stack(g_s), less, "joint", lam), project(f_t, f_s, stack(g_t[[0, 1, 3]]), stack(g_s[[0, 1, 3]]), valid[:, :3], "joint", lam)
+        a, b = project_by_eq5(f_t, f_s, stack(g_t), stack(g_s), less, "joint", lam), project_by_eq5(f_t, f_s, stack(g_t[[0, 1, 3]]), stack(g_s[[0, 1, 3]]), valid[:, :3], "joint", lam)
         assert torch.allclose(a[0][:, [0, 1, 3]], b[0]) and a[0][:, 2].abs().max() == 0
     cosines = project(f_t, f_s, stack(g_t), stack(g_s), valid)
     assert torch.allclose(cosines[0], f_t @ g_t.T) and torch.allclose(cosines[1], f_s @ g_s.T)
@@ -144,7 +145,7 @@ def test_sigma():
     assert reliability(t, t + 0.1 / 21, valid).item() == pytest.approx(0.984942, abs=1e-6)
     assert reliability(t, t + 2, valid, clamp=False).item() == pytest.approx(1 - 2 * 10**0.5, abs=1e-5) and reliability(t, t + 2, valid).item() == 0
     a, b = torch.tensor([[0.7, 0.1]]), torch.tensor([[0.9, 0.3]])
-    assert reliability(a, b, torch.tensor([[True, True]]), "maxcos").item() == pytest.approx(0.8)
+    assert reliability_of_largest(a, b, torch.tensor([[True, True]])).item() == pytest.approx(0.8)
 
 
 def test_responses():
@@ -223,7 +224,7 @@ def test_as_many_prototypes_as_instances():
     """Joint projection reconstructs exactly; the greedy coefficients, never fitted again, do not (their objective stays above zero)."""
     f_t, f_s = unit(4, 6).T, unit(5, 6, 1).T
     valid = torch.ones(6, 6, dtype=torch.bool)
-    w_t, w_s = project(f_t, f_s, f_t.expand(6, 6, 4), f_s.expand(6, 6, 5), valid, "joint", 10.0)
+    w_t, w_s = project_by_eq5(f_t, f_s, f_t.expand(6, 6, 4), f_s.expand(6, 6, 5), valid, "joint", 10.0)
     assert torch.allclose(w_t, torch.eye(6).double(), atol=1e-8) and torch.allclose(w_s, torch.eye(6).double(), atol=1e-8)
     assert transcription(f_t.T, f_s.T, 6, 10.0)[1][-1] > 0.01
 
@@ -247,7 +248,7 @@ def test_global_loss_by_hand_and_its_gradient():
     all_valid = torch.ones(3, 4, dtype=torch.bool)
 
     def loss(f_s, how="independent"):
-        return global_gap(*project(f_t, F.normalize(f_s, dim=-1), g_t, g_s, all_valid, how, 0.5), all_valid).sum()  # lambda ties Lambda_t to the student, too
+        return global_gap(*project_by_eq5(f_t, F.normalize(f_s, dim=-1), g_t, g_s, all_valid, how, 0.5), all_valid).sum()  # lambda ties Lambda_t to the student, too
 
     start = torch.randn(3, 5, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for how in ("independent", "sequential", "joint"):
@@ -313,7 +314,7 @@ def some_batch(count=2, seed=0, boxes=3):
     where = torch.cat([xy, xy + 10 + 20 * torch.rand(count, boxes, 2, generator=g)], 2)
     for i, (h, _) in enumerate(sizes.tolist()):
         images[i, :, h:] = 0
-    return to_device(dict(images=images, sizes=sizes, boxes=where, labels=torch.randint(0, 5, (count, boxes), generator=g), image_ids=[*range(count)],
+    return on_device(dict(images=images, sizes=sizes, boxes=where, labels=torch.randint(0, 5, (count, boxes), generator=g), image_ids=[*range(count)],
                           original_sizes=[(96, 128)] * count), torch.device("cpu"))
 
 
@@ -331,7 +332,7 @@ def test_training_without_a_teacher_is_torchvisions_bit_by_bit(name):
     pictures = [image[:, :h, :w] / 255 for image, (h, w) in zip(batch["images"], batch["image_sizes"])]
     targets = [dict(boxes=b, labels=k + first) for b, k in zip(batch["boxes"], batch["labels"])]
     results = []
-    for run in (lambda: student.train()(pictures, targets), lambda: Distiller(student, None, None, arguments("--teacher", "none")).train()(batch)):
+    for run in (lambda: student.train()(pictures, targets), lambda: Distiller(student).train()(batch)):
         torch.manual_seed(5)
         student.zero_grad()
         losses = run()
@@ -352,7 +353,7 @@ def test_training_without_a_teacher_is_torchvisions_bit_by_bit(name):
 
 def make_bank(student, teacher, args, classes=5):
     """A bank with random prototypes."""
-    bank, g = Bank(args, None, NAMES), torch.Generator().manual_seed(4)
+    bank, g = Bank(None, NAMES, **bank_options(args)), torch.Generator().manual_seed(4)
     d = 64
     vectors = [F.normalize(torch.randn(classes, 5, args.k, d, generator=g), dim=-1) for _ in range(2)]
     bank.load(dict(g_t=vectors[0], g_s=vectors[1], valid=torch.ones(classes, 5, args.k, dtype=torch.bool), ids=torch.zeros(classes, 5, args.k).long(),
@@ -369,7 +370,7 @@ def test_bank_keeps_classes_and_levels_apart_and_asks_the_teacher_once(monkeypat
     calls = []
     monkeypatch.setattr(prototype_kd, "extract", lambda model, *rest: calls.append(model) or (ids, labels, f[model]))
     instances = argparse.Namespace(area={i: 1.0 for i in ids.tolist()})
-    bank = Bank(arguments("--student", "faster_tiny8"), instances, NAMES)
+    bank = Bank(instances, NAMES, **bank_options(arguments("--student", "faster_tiny8")))
     refresh = lambda: bank.refresh("student", "teacher", torch.device("cpu"), 0, 1)
     news = refresh()
     first = {k: v.clone() for k, v in bank.tensors().items()}
@@ -391,25 +392,28 @@ def test_bank_keeps_classes_and_levels_apart_and_asks_the_teacher_once(monkeypat
     refresh()
     others = torch.tensor([0, 1, 2, 4])
     assert all(torch.equal(second[k][:, others], bank.tensors()[k][:, others]) for k in ("ids", "g_t", "g_s")) and not torch.equal(second["ids"][:, 3], bank.ids[:, 3])
-    bank.args.center = True
+    bank.center = True
     refresh()
     assert torch.allclose(bank.center_t, f["teacher"].mean(0), atol=1e-5) and bank.center_s.abs().max() > 0
 
 
-EVERY = [[], ["--preset", "released"], ["--preset", "released", "--alpha-global", "1", "--sigma-clamp"], ["--kd-relation", "rkd", "--sigma", "none"],
-         ["--proj", "joint", "--proj-lambda", "10", "--adapt", "conv1x1"], ["--proj", "sequential", "--proj-lambda", "1", "--center"],
-         ["--all-class-prototypes", "--level-assign", "fpn", "--resp-rois", "all"], ["--kd-local", "defeat", "--bg-weight", "4", "--feat-norm", "sigma", "--kd-decay", "linear"]]
+EVERY = [([], {}), (["--preset", "released"], {}), (["--preset", "released", "--alpha-global", "1"], dict(sigma_clamp=True)), (["--kd-relation", "rkd", "--sigma", "none"], {}),
+         (["--proj", "joint", "--adapt", "conv1x1"], {}), (["--proj", "sequential", "--lam", "1", "--center"], {}), (["--proj", "independent"], {}),
+         (["--all-class-prototypes", "--level-assign", "fpn"], dict(resp_norm="mean")), (["--kd-local", "defeat", "--bg-weight", "4"], dict(feat_norm="sigma", kd_decay="linear"))]
 
 
-@pytest.mark.parametrize("flags", EVERY, ids=lambda f: " ".join(f) or "paper")
+@pytest.mark.parametrize("flags, settings", EVERY, ids=lambda f: " ".join(f) or "paper")
 @pytest.mark.parametrize("name", ["faster", "retina"])
 @pytest.mark.parametrize("boxes", [3, 0])
-def test_every_choice_trains_also_without_any_object(name, flags, boxes):
+def test_every_choice_trains_also_without_any_object(name, flags, settings, boxes):
     """Finite losses; every parameter of the student's backbone and of H gets a gradient, the teacher none."""
     torch.manual_seed(0)
     args = arguments("--student", f"{name}_tiny8", *flags)
+    vars(args).update(settings)  # of a preset, no flags
     teacher, student = new_detector(f"{name}_tiny16", NAMES, "none").eval().requires_grad_(False), new_detector(f"{name}_tiny8", NAMES, "none")
-    learner = Distiller(student, teacher, make_bank(student, teacher, args), args).train()
+    bank = make_bank(student, teacher, args) if needs_prototypes(args) else None
+    learner = make_distiller(student, teacher, bank, args).train()
+    assert (type(learner) is Distiller) == (flags == [])
     batch = some_batch(boxes=3)
     if boxes == 0:
         batch.update(labels=torch.full((2, 1), -1), boxes=torch.zeros(2, 1, 4), counts=[0, 0])
@@ -427,11 +431,11 @@ def test_losses_of_a_step_by_slow_loops():
     torch.manual_seed(0)
     args = arguments("--student", "faster_tiny8", "--alpha-resp", "1", "--adapt", "conv1x1", "--kd-local", "defeat")
     teacher, student = new_detector("faster_tiny16", NAMES, "none").eval().requires_grad_(False), new_detector("faster_tiny8", NAMES, "none")
-    learner = Distiller(student, teacher, make_bank(student, teacher, args), args).train()
+    learner = make_distiller(student, teacher, make_bank(student, teacher, args), args).train()
     batch = some_batch()
     torch.manual_seed(1)
     losses = learner(batch)
-    bank, images = learner.outside["bank"], images_of(batch)
+    bank, images = learner.bank, images_of(batch)
     s, t = (list(m.backbone(images.tensors).values()) for m in (student, teacher))
     total, sigmas = 0.0, {}
     for i in range(2):
@@ -479,10 +483,123 @@ def test_student_loads_strictly_into_the_plain_torchvision_model(tmp_path):
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     plain = torchvision.models.detection.FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d), num_classes=6)
     plain.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["model"])
-    again = load_detector(tmp_path / "a.pt")
+    again = load(tmp_path / "a.pt")[0]
     assert kind_of(again) == "faster" and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), plain.state_dict().values()))
     retina = torchvision.models.detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
     retina.load_state_dict(build("retinanet_resnet50_fpn_v2", 91).state_dict())
+
+
+def scored(name, size, file=None):
+    """A detector whose scores differ from box to box, as a training at `size` leaves it; in `file`, too."""
+    torch.manual_seed(0)
+    model = new_detector(name, NAMES, "none")
+    head = model.head.classification_head.cls_logits if name.startswith("retina") else model.roi_heads.box_predictor.cls_score
+    torch.nn.init.normal_(head.weight, std=0.1)
+    model.arch.update(image_size=str(size))
+    if file:
+        torch.save(weights_of(model), file)
+    return model
+
+
+def smooth_picture():
+    """uint8 (3, 320, 480): every size below is a whole share of it, so that torchvision and --predict round alike."""
+    noise = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(1))
+    return (F.interpolate(noise, (320, 480), mode="bilinear")[0] * 255).round().to(torch.uint8)
+
+
+def gap_to_nearest(theirs, ours):
+    """Of torchvision's five best boxes: pixels to the nearest of ours with about that score."""
+    gaps = []
+    for box, score in zip(theirs["boxes"][:5], theirs["scores"]):
+        near = (ours[1] - score).abs() < 0.02
+        gaps.append((ours[0][near] - box).abs().amax(1).min().item() if near.any() else math.inf)
+    return gaps
+
+
+@pytest.mark.parametrize("size", [96, 160])
+@pytest.mark.parametrize("name", ["faster_tiny8", "retina_tiny8"])
+def test_a_loaded_detector_answers_as_predict_does_at_the_size_of_its_training(name, size, tmp_path):
+    """model([picture]), torchvision's own call: its transform comes from the checkpoint. At torchvision's 800 the boxes are others."""
+    scored(name, size, tmp_path / "d.pt")
+    model, classes = load(tmp_path / "d.pt")
+    picture = smooth_picture()
+    with torch.no_grad():
+        found = model([picture / 255])[0]
+        ours = prototype_kd.find_boxes(model, picture)
+        assert len(found["boxes"]) > 5 and max(gap_to_nearest(found, ours)) < 2
+        model.transform.min_size, model.transform.max_size = (800,), 1333
+        assert max(gap_to_nearest(model([picture / 255])[0], ours)) > 10
+    boxes, scores, names = predict_image(model, classes, picture, 0.0)
+    assert torch.equal(boxes, ours[0]) and names == [NAMES[k] for k in ours[2]]
+
+
+def test_what_a_model_filled_by_hand_must_be_told_is_in_the_checkpoint(tmp_path):
+    """A torchvision model made from "torchvision" of the file and its weights finds what load finds."""
+    scored("faster_r18", 96, tmp_path / "d.pt")
+    content = torch.load(tmp_path / "d.pt", weights_only=True)
+    told = content["torchvision"]
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d)
+    anchors = torchvision.models.detection.anchor_utils.AnchorGenerator(tuple(tuple(map(int, level)) for level in told["anchor_sizes"]), ((0.5, 1.0, 2.0),) * 5)
+    plain = torchvision.models.detection.FasterRCNN(body, 6, min_size=told["min_size"], max_size=told["max_size"], rpn_anchor_generator=anchors).eval()
+    plain.load_state_dict(content["model"])
+    model, _ = load(tmp_path / "d.pt")
+    with torch.no_grad():
+        a, b = (net([smooth_picture() / 255])[0] for net in (plain, model))
+    assert len(a["boxes"]) > 5 and all(torch.equal(a[k], b[k]) for k in a) and told == model.settings and told["batch_norm_eps"] == 1e-5
+
+
+def test_classes_that_the_zoo_does_not_know_are_told_before_anything_is_downloaded(monkeypatch):
+    def downloads(*a):
+        raise AssertionError("downloaded")
+    monkeypatch.setattr(zoo, "fetch", downloads)
+    own = argparse.Namespace(classes=["cat", "dog"])
+    args = resolve(parse_args([]))
+    with pytest.raises(UserError, match=r"--teacher faster_r101: has 80 classes, --data has 2. The paper distils.*--init none"):
+        prototype_kd.make_pair(args, own, 0, 1, "cpu")
+    args.teacher = "none"
+    with pytest.raises(UserError, match=r"--init faster_r50: has 80 classes, --data has 2.*--teacher none --student faster_r50 --out r/s.*--init none"):
+        prototype_kd.make_pair(args, own, 0, 1, "cpu")
+    own.classes = zoo.torchvision_arch("fasterrcnn_resnet50_fpn")["classes"]
+    with pytest.raises(AssertionError, match="downloaded"):  # COCO's own: go on
+        prototype_kd.make_pair(args, own, 0, 1, "cpu")
+
+
+def test_batchnorm_affine_trains_the_factors_of_the_later_stages_only(tmp_path):
+    """The same detections before training; statistics never move; the checkpoint loads as any other."""
+    def student():
+        torch.manual_seed(0)
+        model = build("faster_r18", 6, "frozen")
+        model.arch = dict(name="faster_r18", mmdet=False, classes=NAMES, columns=[1, 2, 3, 4, 5], outputs=6, plain_norm=False)
+        return model
+    frozen, affine = student(), student()
+    freeze(frozen)
+    freeze(affine, "affine")
+    learnt = {n for n, p in affine.named_parameters() if p.requires_grad} - {n for n, p in frozen.named_parameters() if p.requires_grad}
+    assert len(learnt) == 2 * 15 and all(re.match(r"backbone\.body\.layer[234]\..*(bn\d|downsample\.1)\.(weight|bias)$", n) for n in learnt)
+    batch, learner = some_batch(), Distiller(affine).train()
+    images = images_of(batch)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(frozen.backbone(images.tensors).values(), affine.backbone(images.tensors).values()))
+    before = affine.backbone.body.layer3[0].bn1.running_mean.clone()
+    sum(learner(batch).values()).backward()
+    norm = affine.backbone.body.layer3[0].bn1
+    assert norm.weight.grad.abs().max() > 0 and torch.equal(norm.running_mean, before)
+    norm.weight.data += 1
+    torch.save(weights_of(affine), tmp_path / "a.pt")
+    assert torch.equal(load(tmp_path / "a.pt")[0].backbone.body.layer3[0].bn1.weight, norm.weight)
+    for flags in (["--student", "faster_tiny8"], ["--teacher", "none", "--init", "none", "--student", "faster_r18"]):
+        with pytest.raises(UserError, match="belongs to a student that is trained already"):
+            arguments("--bn", "affine", *flags)
+
+
+def test_global_loss_counts_objects_without_prototypes():
+    """N of Eq. 6: an object whose class has no prototype adds nothing, and is divided by."""
+    l_t, valid = torch.zeros(2, 1, 4), torch.ones(2, 1, 4, dtype=torch.bool)
+    sigma, own = torch.ones(2, 1), torch.ones(2, 1, dtype=torch.bool)
+    both = prototype_kd.global_loss(l_t, l_t + 0.1, valid, sigma, own, 1).item()
+    valid[1] = False
+    assert both == pytest.approx(0.005) and prototype_kd.global_loss(l_t, l_t + 0.1, valid, sigma, own, 1).item() == pytest.approx(0.0025)
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -497,12 +614,12 @@ def test_torchvisions_weights_load_with_their_labels(name, monkeypatch, tmp_path
         assert not set(state) <= set(model.state_dict())
     torch.save(state, tmp_path / "w.pth")
     monkeypatch.setattr(zoo, "fetch", lambda url, sha: tmp_path / "w.pth")
-    ours = load_detector(name)
+    ours = load(name)[0]
     assert len(ours.arch["classes"]) == len(ours.arch["columns"]) == 80 and ours.arch["columns"][-1] == 90 and ours.arch["outputs"] == 91
     norms = {m.eps for m in ours.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert norms == ({1e-5} if name.endswith("_v2") else {0.0})
-    prototype_kd.freeze(ours)
-    Distiller(ours, None, None, arguments("--teacher", "none")).train()
+    freeze(ours)
+    Distiller(ours).train()
     assert ours.training and not any(m.training for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert not ours.backbone.body.conv1.weight.requires_grad and ours.backbone.body.layer2[0].conv1.weight.requires_grad
 
@@ -514,7 +631,7 @@ def test_mmdetections_keys_load_strictly(golden, name, tmp_path):
     g = torch.Generator().manual_seed(0)
     state = {k: torch.randn(shape, generator=g) * 0.01 if dtype == "float32" else torch.zeros(shape, dtype=torch.long) for k, (shape, dtype) in keys.items()}
     torch.save(dict(state_dict=state, meta=dict(CLASSES=("a",) * 80)), tmp_path / "m.pth")
-    model = load_detector(tmp_path / "m.pth")
+    model = load(tmp_path / "m.pth")[0]
     assert model.arch["name"] == name.replace("faster_rcnn", "faster").replace("retinanet", "retina") and len(model.arch["columns"]) == 80
     if name.startswith("faster"):
         theirs, ours = state["roi_head.bbox_head.fc_cls.bias"], model.roi_heads.box_predictor.cls_score.bias
@@ -522,7 +639,7 @@ def test_mmdetections_keys_load_strictly(golden, name, tmp_path):
         assert torch.equal(model.roi_heads.box_predictor.bbox_pred.bias[4:], state["roi_head.bbox_head.fc_reg.bias"])
     batch = some_batch(1)
     with torch.no_grad():
-        run_detector(model, batch, torch.device("cpu"), arguments())
+        run_detector(model, batch)
     used = sum(not k.endswith("num_batches_tracked") for k in state)
     assert used == len(model.state_dict())
 
@@ -552,7 +669,7 @@ def test_cascade_teacher_loads_detects_and_answers_proposals(tmp_path):
     torch.manual_seed(0)
     source = build("cascade_x101_32x4d_dcn", 6, "frozen", True)
     torch.save(dict(state_dict=cascade_state(source)), tmp_path / "c.pth")
-    teacher = load_detector(tmp_path / "c.pth")
+    teacher = load(tmp_path / "c.pth")[0]
     assert teacher.arch["name"] == "cascade_x101_32x4d_dcn" and teacher.arch["classes"] is None and teacher.arch["columns"] == [1, 2, 3, 4, 5]
     for (k, a), b in zip(source.state_dict().items(), teacher.state_dict().values()):
         assert torch.equal(a, b), k
@@ -613,12 +730,13 @@ def test_presets_differ_where_they_should_and_a_flag_beats_its_preset():
     (["--k", "0"], "--k: 0: must be at least 1"), (["--refresh", "0"], "--refresh: 0: must be positive"), (["--lam", "nan"], "--lam: nan"),
     (["--resp-tau", "inf"], "--resp-tau: inf: must be positive"), (["--alpha-feat", "-1"], "--alpha-feat: -1: must be at least 0"),
     (["--seed", str(2**64)], "--seed"), (["--data-seed", "-1"], "--data-seed: -1: must be at least 0"),
-    (["--density-filter", "1"], "below 1"), (["--proto-method", "kmeans"], "add --proto-space"),
+    (["--bg-weight", "-1"], "--bg-weight: -1: must be at least 0"), (["--proto-method", "kmeans"], "add --proto-space"),
     (["--proto-method", "random", "--proto-space", "student"], "--proto-space: belongs to --proto-method pgm"),
     (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "b"], "belongs to --predict"),
-    (["--voc-train", "2007"], "expected year_list"), (["--schedule", "1x", "--epochs", "3"], "one of them"),
+    (["--voc-train", "2007"], "expected year_list"), (["--bn", "off"], "invalid choice"), (["--export", "a.pt2"], "--export needs --weights"),
     (["--student", "faster_r50", "--init", "x.pt"], "--student: belongs to --init imagenet or --init none, here it is x.pt"),
-    (["--table"], "belongs to --data shapes"), (["--data", "shapes", "--dataset", "voc"], "is read as COCO"), (["--proj", "joint"], "needs --proj-lambda"),
+    (["--table"], "belongs to --data shapes"), (["--data", "shapes", "--dataset", "voc"], "is read as COCO"), (["--proj", "joint", "--lam", "0"], "needs --lam above 0"), (["--row", "t9"], "--rows lists them"),
+    (["--preset", "released", "--alpha-global", "1", "--proj", "joint"], "--sigma maxcos compares cosines"),
     (["--kd-relation", "rkd", "--all-class-prototypes"], "belongs to")])
 def test_bad_flags_give_one_line(flags, words, capsys):
     with pytest.raises(SystemExit):
@@ -629,10 +747,10 @@ def test_bad_flags_give_one_line(flags, words, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--voc-val", "2007_val"], "--voc-val: belongs to --dataset voc"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes"),
     (["--proto-method", "ambiguous", "--lam", "1"], "--lam: belongs to --proto-method pgm, here it is ambiguous"),
-    (["--sigma", "none", "--sigma-clamp"], "--sigma-clamp: belongs to --sigma l2"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
+    (["--sigma", "maxcos", "--proj", "joint"], "--proj: belongs to --sigma l2"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
     (["--alpha-feat", "0", "--adapt", "conv1x1"], "--adapt: belongs to --alpha-feat above 0"), (["--preset", "released", "--kd-relation", "rkd"], "above 0, here it is 0"),
     (["--alpha-global", "0", "--alpha-feat", "0", "--alpha-resp", "0"], "nothing is distilled"),
-    (["--alpha-global", "0", "--alpha-feat", "0", "--kd-decay", "linear"], "--kd-decay: belongs to"),
+    (["--alpha-global", "0", "--alpha-feat", "0", "--level-assign", "fpn"], "--level-assign: belongs to"),
     (["--kd-relation", "rkd", "--alpha-feat", "0", "--level-assign", "fpn"], "--level-assign: belongs to"),
     (["--alpha-resp", "0", "--resp-tau", "2"], "--resp-tau: belongs to --alpha-resp above 0"), (["--teacher", "none", "--k", "5"], "--k: belongs to a --teacher"),
     (["--teacher", "none", "--control", "x"], "--control: belongs to a --teacher"), (["--teacher", "none", "--no-teacher-check"], "belongs to a --teacher"),
@@ -652,21 +770,44 @@ def test_flags_without_effect_beside_eval_are_said_in_a_line(capsys):
     assert capsys.readouterr().err == "note: with --eval there is no effect of --k, --lr\n"
 
 
-ROWS = ["--teacher retina_r101", "--alpha-global 0 --alpha-resp 0 --sigma none", "--alpha-global 0 --alpha-resp 0 --sigma none --kd-local defeat --bg-weight 4",
-        "V --alpha-global 0 --alpha-feat 0", "V --alpha-feat 0 --alpha-resp 0 --kd-relation rkd", "V --alpha-global 0 --alpha-feat 0 --sigma none", "V --lam 50",
-        "V --k 1", "V --refresh 0.5", "V --proto-method kmeans --proto-space student", "V --proto-method dbscan --proto-space teacher", "V --proto-method ambiguous",
-        "--teacher cascade_x101", "--teacher maskrcnn_resnet50_fpn_v2 --init fasterrcnn_resnet50_fpn", "--preset released",
-        "--dataset voc --teacher none --student faster_r101 --schedule 1x", "--data shapes --teacher none --control none --no-table"]
+def test_presets_hold_what_no_flag_sets():
+    """Five settings of the released code are its preset's alone."""
+    flags = set(vars(parse_args([])))
+    assert set(PRESETS["paper"]) - flags == {"sigma_clamp", "feat_norm", "resp_norm", "kd_decay", "density_filter"}
+    assert arguments("--preset", "released").kd_decay == "linear" and arguments().density_filter == 0
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_rows_of_the_tables_parse_and_resolving_twice_changes_nothing(row, tmp_path):
-    """The flags of README's tables. What --resume and the control begin with is a resolved set of flags."""
-    torch.save(weights_of(new_detector("faster_tiny8", NAMES, "none")), tmp_path / "d.pt")
-    args = resolve(parse_args(row.replace("V", f"--dataset voc --schedule 1x --teacher {tmp_path}/d.pt --init {tmp_path}/d.pt --control x").split()))
-    assert resolve(args) == args and args.epochs == (12 if args.schedule else 16 if args.data == "shapes" else 24)
-    if "--dataset voc" in row or row.startswith("V"):
-        assert args.data == "data"
+OTHERS = ["--preset released --bn affine", "--dataset voc --teacher none --student faster_r101 --epochs 12", "--data shapes --teacher none --control none --no-table"]
+
+
+@pytest.mark.parametrize("row", [*(flags for _, flags, _ in ROWS.values()), *OTHERS])
+def test_rows_of_the_tables_parse_and_resolving_twice_changes_nothing(row, tmp_path, monkeypatch):
+    """What --resume and the control begin with is a resolved set of flags; detectors of earlier rows stand for themselves."""
+    real = prototype_kd.arch_of
+    monkeypatch.setattr(prototype_kd, "arch_of", lambda spec, flag: dict(name="retina_r50" if "retina" in spec else "faster_r50") if spec.startswith("runs/") else real(spec, flag))
+    args = parse_args(row.split())
+    if args.eval:
+        assert args.eval in zoo.PROTOTYPE_ZOO
+        return
+    args = resolve(args)
+    assert resolve(args) == args and args.epochs == (12 if "--epochs" in row else 16 if args.data == "shapes" else 24)
+    assert args.data == ("data" if "voc" in row else "shapes" if "shapes" in row else "data/coco")
+
+
+def test_detectors_that_a_row_needs_are_made_by_another():
+    made = [re.search(r"--out (\S+)", flags)[1] for _, flags, _ in ROWS.values() if "--out" in flags]
+    wanted = {path for _, flags, _ in ROWS.values() for path in re.findall(r"(runs/\S+)/(?:last.pt|control)", flags)}
+    assert wanted <= set(made) and len(made) == len(set(made))
+
+
+def test_a_row_sets_flags_an_explicit_one_wins_and_the_list_is_printed(capsys):
+    args = parse_args(["--row", "t5-K-5", "--lam", "3"])
+    assert (args.k, args.lam, args.epochs, args.control) == (5, 3, 12, "runs/voc/control")
+    assert parse_args(["--row", "t5-K-5", "--k", "7"]).k == 7
+    with pytest.raises(SystemExit):
+        parse_args(["--rows"])
+    text = capsys.readouterr().out
+    assert "t1-faster " in text and "40.6" in text and "PKD 40.4, CSKD 41.0" in text and len(text.splitlines()) == len(ROWS) + 1
 
 
 def test_defaults_that_depend_on_other_flags(tmp_path):
@@ -692,14 +833,14 @@ def test_a_backbone_in_caffes_style_is_refused(golden, tmp_path):
     for meta in (dict(config="backbone=dict(type='ResNet', style='caffe')"), dict(cfg="style = 'caffe'")):
         torch.save(dict(state_dict=state, meta=meta), tmp_path / "c.pth")
         with pytest.raises(UserError, match="its config has style='caffe'.*use one in pytorch's style"):
-            load_detector(str(tmp_path / "c.pth"))
+            load(str(tmp_path / "c.pth"))[0]
 
 
 def test_checkpoints_of_the_other_scripts_are_named(tmp_path):
     for arch, script in ((dict(p6="on_input"), "crosskd.py"), (dict(quality=1), "hierkd.py"), (dict(queries=3), "dkdetr.py"), (dict(pair=1), "simple21k.py")):
         torch.save(dict(arch=arch, model={}), tmp_path / "o.pt")
         with pytest.raises(UserError, match=f"is a checkpoint of {script}"):
-            load_detector(str(tmp_path / "o.pt"))
+            load(str(tmp_path / "o.pt"))[0]
 
 
 # ------------------------------------------------------------------ mmdetection's detectors, written down a second time
@@ -718,7 +859,7 @@ def filled(golden, name, tmp_path):
 def test_retinanet_of_mmdetection_detects_what_crosskds_does(golden, tmp_path):
     """crosskd.py's RetinaNet, its own code from anchors to NMS, is held to mmdetection by other goldens; torchvision's, with our anchors and P7, must agree."""
     _, path, images = filled(golden, "retinanet_r18", tmp_path)
-    ours, (theirs, _) = load_detector(path).double(), crosskd.load(str(path))
+    ours, (theirs, _) = load(path)[0].double(), crosskd.load(str(path))
     theirs = theirs.double()
     sizes = [(256, 320), (230, 270)]
     with torch.no_grad():
@@ -742,7 +883,7 @@ def test_retinanet_of_mmdetection_detects_what_crosskds_does(golden, tmp_path):
 def test_faster_rcnn_of_mmdetection_stage_by_stage(golden, tmp_path):
     """FPN, RPN and box head as their configuration says, from their keys, in plain functions; fp64."""
     state, path, images = filled(golden, "faster_rcnn_r50", tmp_path)
-    ours = load_detector(path).double()
+    ours = load(path)[0].double()
     body = torchvision.models.resnet50(weights=None)
     body.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, strict=False)
     body = body.double().eval()

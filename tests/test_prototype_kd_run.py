@@ -256,8 +256,8 @@ def test_a_class_that_is_only_difficult_and_prototypes_of_large_objects_only(mad
 
 
 def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_path):
-    """last.pt of the run is not there yet; its flags are in args.json. --schedule given again is no contradiction to the epochs it stood for."""
-    flags = [*map(str, ("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--schedule", "1x", "--seed", 5))]
+    """last.pt of the run is not there yet; its flags are in args.json."""
+    flags = [*map(str, ("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--epochs", 12, "--seed", 5))]
     real = prototype_kd.evaluate
 
     def killed(*a, **how):  # in the evaluation that ends the control: its results.json is not there, its last.pt says that it is due
@@ -269,7 +269,7 @@ def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_
     r = run(*flags, "--control", tmp_path / "run/control", "--out", tmp_path / "other", fail=True)
     assert "that run is not finished; --resume it first" in r.stderr
     (tmp_path / "run/control/results.json").write_text('{"AP": 12')  # as if somebody had cut it: it is not taken for a result
-    r = run("--resume", "--schedule", "1x", "--out", tmp_path / "run")
+    r = run("--resume", "--epochs", 12, "--out", tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["args"]
     assert "difference" in r.stdout and saved["seed"] == 5 and saved["epochs"] == 12 and saved["max_iters"] == 2
     r = run("--resume", "--max-iters", 3, "--out", tmp_path / "run")  # the control goes on, too
@@ -334,7 +334,7 @@ def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
             ([*coco, "--teacher", tmp_path / "nan.pt", "--init", start], "backbone.fpn.inner_blocks.0.0.weight is not finite"),
             ([*coco, "--teacher", teacher, "--init", tmp_path / "nan.pt"], "backbone.fpn.inner_blocks.0.0.weight is not finite"),
             ([*coco, "--teacher", tmp_path / "other.pt", "--init", start], "its class 1 is 'wheel', --data has 'bicycle'"),
-            ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "knows 20 classes, --data has 80"),
+            ([*coco, "--teacher", made["faster", "voc"][0], "--init", start], "has 20 classes, --data has 80"),
             ([*coco, "--teacher", made["retina", "coco"][0], "--init", start], "they must be of one kind"),
             ([*coco, "--teacher", tmp_path / "foreign.pt", "--init", start], "does not describe a network of this script"),
             ([*coco, "--teacher", tmp_path / "crosskd.pt", "--init", start], "is a checkpoint of crosskd.py, not of prototype_kd.py"),
@@ -454,3 +454,41 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_trained(made, c
     (tmp_path / "run/log.jsonl").write_text('{"it": 1}\n')
     r = run("--data", coco_few, "--teacher", "faster_r101", "--out", tmp_path / "run", fail=True)  # which would be downloaded
     assert "--resume it, or delete it" in r.stderr and (tmp_path / "run/log.jsonl").read_text() == '{"it": 1}\n'
+
+
+def test_an_exported_retinanet_gives_its_boxes_and_scores_and_a_faster_rcnn_is_refused(made, tmp_path):
+    weights = made["retina", "voc"][1]
+    r = run("--export", tmp_path / "s.pt2", "--weights", weights)
+    assert "equal to the detector on other sizes" in r.stdout
+    names = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "s.pt2", extra_files=names).module()
+    assert json.loads(names["classes.json"]) == list(VOC_CLASSES)
+    model, _ = prototype_kd.load(weights)
+    images = torch.randint(0, 256, (2, 3, 192, 224), dtype=torch.uint8)
+    boxes, scores, _, _ = program(images)
+    batch = dict(images=images, sizes=torch.tensor([[192, 224]] * 2), image_sizes=[(192, 224)] * 2)
+    with torch.no_grad():
+        inputs = prototype_kd.images_of(batch)
+        best = prototype_kd.detect(model, inputs, model.backbone(inputs.tensors))[0]
+    assert boxes.shape[:2] == scores.shape[:2] and scores.shape[2] == 20
+    assert scores[0].max().item() == pytest.approx(best["scores"][0].item(), rel=1e-5)
+    at = scores[0].flatten().argmax() // 20
+    limit = torch.tensor([224.0, 192, 224, 192])
+    torch.testing.assert_close(boxes[0, at].clamp(min=0).minimum(limit), best["boxes"][0], rtol=1e-4, atol=1e-3)
+    r = run("--export", tmp_path / "f.pt2", "--weights", made["faster", "voc"][1], fail=True)
+    assert "--export: writes RetinaNet only" in r.stderr and not (tmp_path / "f.pt2").exists()
+
+
+def test_a_best_pt_that_vocs_test_set_chose_is_said(made, voc_mini, tmp_path):
+    shutil.copy(made["retina", "voc"][0], tmp_path / "best.pt")
+    shutil.copy(made["retina", "voc"][1], tmp_path / "last.pt")
+    flags = ["--batch-size", 16, "--max-iters", 1, *TINY, "--control", "none", "--proto-max-images", 2, "--first-images", 16]
+    r = run(*voc_mini, "--teacher", tmp_path / "best.pt", "--init", tmp_path / "last.pt", *flags, "--out", tmp_path / "run")
+    assert r.stdout.count("was chosen on VOC's test set; last.pt was not") == 1
+
+
+def test_own_classes_of_a_coco_layout_are_told_before_the_download(tmp_path, monkeypatch):
+    """shapes as --data: without --init, where COCO's detector would be downloaded and then refused."""
+    monkeypatch.setattr("common.zoo.fetch", lambda *a: pytest.fail("downloaded"))
+    r = run("--data", make_shapes(), "--out", tmp_path / "run", fail=True)
+    assert "--teacher faster_r101: has 80 classes" in r.stderr and "--init none" in r.stderr

@@ -45,14 +45,14 @@ def small_models():
     detr.arch.update(image_size=96, clip="", data="shapes", dataset="ovcoco", data_seed=0, tau=0.05, templates="one", name_style="clean")
     faster = prototype_kd.new_detector("faster_tiny8", classes, "none")
     arch = dict(det=classes, cls=["n1", "n2"], cls_names=["a", "b"], pair=[-1, -1], name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=False, setup="own",
-                image_size=96, stage1_size=96, augment="plain", level="canonical")
+                image_size=96, stage1_size=96, augment="plain")
     word = simple21k.Detector(arch)
     return dict(
         crosskd=(dict(crosskd.plain_of(gfl, classes), model=gfl.state_dict()), lambda p: crosskd.load(str(p), "--weights")[0]),
         hierkd=(hierkd.weights_of(atss), lambda p: hierkd.load_detector(p, "--weights")),
         dkdetr=(dkdetr.weights_of(detr), lambda p: dkdetr.load_detector(p, "--weights")),
         prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load_detector(str(p), "--weights")),
-        simple21k=(simple21k.weights_of(word), lambda p: simple21k.load_model(p, "--weights")))
+        simple21k=(dict(simple21k.plain_of(word), model=word.state_dict()), lambda p: simple21k.load(p, "--weights")[0]))
 
 
 def training_state(plain):

@@ -42,6 +42,10 @@ def stage1(small, tmp_path_factory):
     return out / "best.pt"
 
 
+def weights_of(model):
+    return dict(simple21k.plain_of(model), model=model.state_dict())
+
+
 def trace(out):
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
@@ -108,7 +112,7 @@ def test_table_of_the_embedded_dataset(small, tmp_path, monkeypatch):
         assert "from 0" not in line
 
 
-@pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--stage1-level", "random"], ["--stage1-level", "all"], ["--head", "4conv1fc"],
+@pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--head", "4conv1fc"],
                                   ["--augment", "strong", "--accumulate", "2"]])
 def test_variants_of_stage_one_lead_into_stage_two(small, more, tmp_path):
     flags = [*small[1], *more, "--max-iters", "2", "--out"]
@@ -188,14 +192,14 @@ import sys, torch, torch.distributed as dist
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from common.run import init_ddp
 import test_simple21k as t
-from simple21k import Detector, Learner, parameter_groups
+from simple21k import Detector, make_learner, parameter_groups
 
 def main():  # a function: now and then the interpreter aborts at its end if a DDP module has outlived its process group
     rank, world, device = init_ddp()
     torch.manual_seed(0)
     model = Detector(t.arch_of())
     model.rois_per_image = 100000  # all RoIs: nothing is drawn by lot
-    learner = Learner(model, t.flags())
+    learner = make_learner(model, t.flags())
     wrapped = torch.nn.parallel.DistributedDataParallel(learner, find_unused_parameters=False)
     every = t.det_batch(4, boxes=[0, 1]), t.cls_batch(6)  # rank 1 has images without boxes
     mine = [{k: v[rank * len(v) // 2:(rank + 1) * len(v) // 2] for k, v in batch.items()} for batch in every]
@@ -285,7 +289,7 @@ def whole_image_floor(photos):
 def test_setup_one_on_photographs_with_masks_and_lvis_evaluation(photos, stage_names, tmp_path):
     """COCO's boxes and outlines in LVIS's layout; eight of its classes are made the partners of ImageNet folders, for lack of real ones."""
     overlap, flags = stage_names
-    flags = [*flags, "--overlap", overlap, "--cls-dir", copy_of(photos / "imagenet_mini/train", tmp_path / "in"), "--extra-as-fg", *REAL, "--backbone", "tiny8", "--max-dets", "20"]
+    flags = [*flags, "--overlap", overlap, "--cls-dir", copy_of(photos / "imagenet_mini/train", tmp_path / "in"), *REAL, "--backbone", "tiny8", "--max-dets", "20"]
     r = run("--setup", "s1", *flags, "--out", tmp_path / "run")
     assert "8 classes" in r.stdout
     results = json.loads((tmp_path / "run/stage2/results.json").read_text())
@@ -386,7 +390,7 @@ def odd_classes(stage1, tmp_path):
     """A stage II whose classes are not those of the data."""
     arch = torch.load(stage1, weights_only=True)["arch"] | dict(stage=2, kind="stage2", det=["a"])
     arch.update(cls=["nA", "nB"], cls_names=["A", "B"], pair=[-1, 0])
-    torch.save(simple21k.weights_of(simple21k.Detector(arch)), tmp_path / "odd.pt")
+    torch.save(weights_of(simple21k.Detector(arch)), tmp_path / "odd.pt")
     return tmp_path / "odd.pt"
 
 
@@ -548,7 +552,7 @@ def test_the_truth_scored_as_detections_is_perfect(own, small, kind, masks, tmp_
     val = simple21k.make_val(args, arch, quiet=True)
     model = simple21k.Detector(arch)
 
-    def detect(model, batch, device, args, vocabulary, most):
+    def detect(model, batch, vocabulary, **options):
         index = [i for i in range(len(val)) if val.items[i][0] == batch["image_ids"][0]][0]
         _, _, height, width, boxes, labels = val.items[index]
         columns = [vocabulary.names.index(val.classes[k]) for k in labels.tolist()]
@@ -622,9 +626,9 @@ def test_a_resumed_run_follows_its_data_and_refuses_other_flags(small, stage1, t
 
 def test_only_one_process_predicts_and_pictures_of_two_runs_do_not_mix(small, tmp_path):
     arch = dict(name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=True, det=["a", "b"], cls=["n1", "n2"], cls_names=["a", "c"], pair=[0, -1],
-                setup="own", image_size=64, stage1_size=32, augment="plain", level="canonical")
+                setup="own", image_size=64, stage1_size=32, augment="plain")
     torch.manual_seed(0)
-    torch.save(simple21k.weights_of(simple21k.Detector(arch)), tmp_path / "w.pt")
+    torch.save(weights_of(simple21k.Detector(arch)), tmp_path / "w.pt")
     photos = sorted((small.root / "val2017").iterdir())[:3]
     flags = ["--weights", tmp_path / "w.pt", "--score", "0.001", "--max-dets", "3", "--out", tmp_path / "p"]
     (tmp_path / "broken.jpg").write_bytes(b"no jpeg")

@@ -315,9 +315,9 @@ def class_scores(model, h, vocabulary, fuse=2 / 3, chunk=256):
         yield start, scores
 
 
-# Mixup and CutMix of Swin's classification (Sec. 4.1). Not torchvision.transforms.v2's: its CutMix cuts whole
-# pixels off on both sides (even windows only), both make dense (B, K) targets, 11 MB for 128 x 21,841,
-# and the sums of their losses differ in the last digits. Its Mixup images are equal to ours (a test).
+# Mixup and CutMix of Swin's classification (Sec. 4.1). torchvision.transforms.v2 makes the same images of the
+# same share and window (a test); but it rounds half the window's sides down, and its dense (B, K) targets,
+# 11 MB for 128 x 21,841, give a loss that differs in the last digits.
 
 def draw_mix(size):
     """Mixup (alpha 0.8) or CutMix (alpha 1), half each, as plain values: (lam, None), or
@@ -1053,6 +1053,7 @@ class Pairs:
     def __init__(self, data, images, args, rank, world, pin):
         self.loaders, self.streams, self.broken = {}, {}, set()
         self.workers, self.pin = args.workers, pin
+        self.datasets = [part for part in (data, images) if part]
         if data:
             batch, cls_batch, cls_seed = args.batch_size, args.batch_size * args.cls_ratio, args.seed + 1
         else:
@@ -1341,8 +1342,7 @@ def train(args, rank, world, device):
     optimizer = make_optimizer(detector, recipe, lr)
     run = Run(args, detector, optimizer, plain_of(detector), len(pairs), total_batch, rank, world, device,
               legend=LEGEND, **reported(args, val, recipe.epochs))
-    told = [part for part in (data, images) if part]
-    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, paper_batch, *told, val)
+    run.describe(f"from {args.init or 'none'}", lr, recipe.lr, paper_batch, *pairs.datasets, val)
     while True:
         if run.due:
             run.scored(*evaluate(detector, val, rank, world, device, args), val)
@@ -1602,8 +1602,8 @@ torchrun --nproc_per_node 8 simple21k.py --setup s2 --out runs/s2      # COCO + 
 python simple21k.py --data shapes                                      # everything in minutes on a CPU
 python simple21k.py --predict photo.jpg --weights runs/s2/stage2/best.pt
 """
-# Table 2: mask AP / base / novel. 3: localisation top-1 / top-5 / GT-known. 4: AP50 / top-1 / top-5, which may
-# be our top5_boxes. 5: box AP / r / c / f. None of them was run here.
+# Table 2: mask AP / base / novel. 3: localisation top-1 / top-5 / GT-known. 4: AP50 / top-1 / top-5, which
+# may be our top5_boxes. 5: box AP / r / c / f. None of them was run here.
 ROWS = rows("""
     t2-r50          27.6/29.1/22.8  S1
     t2-r50-reform   26.8/28.4/21.8  S1 --stage1-head gap

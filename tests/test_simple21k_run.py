@@ -71,6 +71,9 @@ def test_both_stages_then_eval_and_predict(small, tmp_path):
             assert (out / stage / name).exists(), name
     results = json.loads((out / "stage2" / "results.json").read_text())
     assert set(results["classes"]) == set(ALL_CLASSES) and results["images"] == 15
+    # stage I's best.pt was chosen on images: stage II starts from last.pt, of which results.json is, too
+    assert json.loads((out / "stage2/args.json").read_text())["args"]["init"] == str(out / "stage1/last.pt")
+    assert json.loads((out / "stage1/results.json").read_text())["checkpoint"] == "last.pt"
     assert list(trace(out / "stage2")[1]) == ["it", "epoch", "loss", "rpn_fg", "rpn_box", "fg", "cat", "box", "cls", "top1", "lr"]
     assert json.loads((out / "stage1" / "results.json").read_text())["images"] == 52
     run(*flags, "--eval", out / "stage2" / "last.pt", "--out", tmp_path / "eval")
@@ -405,6 +408,18 @@ def test_other_classes_than_the_checkpoint_and_no_common_class(small, stage1, tm
     r = run(*small.second, "--stage", "2", "--init", stage1, "--names", names, "--max-iters", "1", "--out", tmp_path / "b")
     assert "warning: no class is in both vocabularies" in r.stdout
     assert torch.load(tmp_path / "b/last.pt", weights_only=True)["arch"]["cls_names"][0] == "thing 0"
+
+
+def test_classes_may_have_folders_in_their_folders(small, tmp_path):
+    tree = shutil.copytree(small.root / "imagenet/train", tmp_path / "train")
+    for folder in list(tree.iterdir()):
+        if folder.is_dir():
+            (folder / "batch 1/raw").mkdir(parents=True)
+            for path in list(folder.glob("*.JPEG"))[1:]:
+                path.rename(folder / "batch 1/raw" / path.name)
+    r = run(*small.first, "--cls-dir", tree, "--stage", "1", "--max-iters", "1", "--out", tmp_path / "run")
+    plain = len(list((small.root / "imagenet/train").glob("*/*.JPEG")))
+    assert f"{plain} images, 26 classes" in r.stdout and "lie in sub-folders" in r.stdout
 
 
 def test_empty_classes_and_unreadable_images_are_told(small, tmp_path):

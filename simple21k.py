@@ -12,11 +12,11 @@ is an object is told apart from what it is: f learns the former from boxes only;
 and the classification classes, the latter. A proposal takes its name from g^ although no box of that class
 was ever seen.
 
-    Eq. 1  S_fg = sigmoid(f(x))            product_score_loss; class_scores
-    Eq. 2  S = softmax(g(x))               product_score_loss; class_scores: detection classes
-    Eq. 3  S^ = softmax(g^(x))             mixed_cross_entropy; class_scores: classification classes
-    Eq. 4  final score S_fg S_c            StageTwo.forward (StageOne.forward: S^ alone); class_scores
-    Eq. 5  S^(2/3) of g, S^^(1/3) of g^    class_scores: classes that both know
+    Eq. 1  S_fg = sigmoid(f(x))            product_score_loss; log_scores
+    Eq. 2  S = softmax(g(x))               product_score_loss; log_scores: detection classes
+    Eq. 3  S^ = softmax(g^(x))             mixed_cross_entropy; log_scores: classification classes
+    Eq. 4  final score S_fg S_c            StageTwo.forward (StageOne.forward: S^ alone); log_scores
+    Eq. 5  S^(2/3) of g, S^^(1/3) of g^    log_scores: classes that both know
     Sec. 3 whole image as one RoI          Detector.whole_rois, Detector.whole_image
 
 No code, no weights and no benchmark of this paper were published. Where it is silent we chose; what can be
@@ -49,6 +49,7 @@ classes, V classes that are scored. Boxes are xyxy pixels of the network's input
     python simple21k.py --data shapes                                        # everything in minutes on a CPU
     python simple21k.py --eval runs/x/best.pt --setup s2
     python simple21k.py --predict photo.jpg --weights runs/x/best.pt --classes "red panda,dog"
+    python simple21k.py --export detector.pt2 --weights runs/x/best.pt
 Own data: --train-json a.json --train-images a/ --cls-dir folders/ --val-json b.json --val-images b/
 trains both stages; see README.md.
 
@@ -289,30 +290,31 @@ def words(name):
     return {plain(name), *map(plain, name.split(","))}
 
 
-def class_scores(model, h, vocabulary, fuse=2 / 3, chunk=256):
-    """Log scores of RoI features h (R, D), a chunk of RoIs at a time: yields (first RoI, (r, V) fp32). Never
-    more than chunk x V floats at once.
-
-    In log space: a uniform softmax over 21,841 classes is 4.6e-5, which bf16 and fp16 cannot tell from its
-    neighbours. S_fg factors out of Eq. 5.
-    """
+def log_scores(model, h, vocabulary, fuse=2 / 3):
+    """Log of the final scores, (R, V) fp32, of RoI features h (R, D). In log space: a uniform softmax over
+    21,841 classes is 4.6e-5, which bf16 and fp16 cannot tell from its neighbours. S_fg factors out of Eq. 5."""
     both, partner, alone = vocabulary.both, vocabulary.partner, vocabulary.alone
+    h = h.float()
+    log_det = F.log_softmax(model.det(h), 1)                                            # Eq. 2
+    if model.arch["cls"]:
+        scores = model.cls(h)
+        scores -= scores.logsumexp(1, keepdim=True)                                     # Eq. 3
+        if len(both):
+            scores[:, both] = fuse * log_det[:, partner] + (1 - fuse) * scores[:, both]  # Eq. 5
+        if len(alone):
+            scores = torch.cat([scores, log_det[:, alone]], 1)
+    else:
+        scores = log_det[:, alone]
+    if vocabulary.chosen is not None:
+        scores = scores[:, vocabulary.chosen]
+    scores += F.logsigmoid(model.fg(h))                                                 # Eqs. 1, 4
+    return scores
+
+
+def class_scores(model, h, vocabulary, fuse=2 / 3, chunk=256):
+    """log_scores a chunk of RoIs at a time: yields (first RoI, (r, V)). Never more than chunk x V floats."""
     for start in range(0, len(h), chunk):
-        part = h[start:start + chunk].float()
-        log_det = F.log_softmax(model.det(part), 1)                                         # Eq. 2
-        if model.arch["cls"]:
-            scores = model.cls(part)
-            scores -= scores.logsumexp(1, keepdim=True)                                     # Eq. 3
-            if len(both):
-                scores[:, both] = fuse * log_det[:, partner] + (1 - fuse) * scores[:, both]  # Eq. 5
-            if len(alone):
-                scores = torch.cat([scores, log_det[:, alone]], 1)
-        else:
-            scores = log_det[:, alone]
-        if vocabulary.chosen is not None:
-            scores = scores[:, vocabulary.chosen]
-        scores += F.logsigmoid(model.fg(part))                                              # Eqs. 1, 4
-        yield start, scores
+        yield start, log_scores(model, h[start:start + chunk], vocabulary, fuse)
 
 
 # Mixup and CutMix of Swin's classification (Sec. 4.1). torchvision.transforms.v2 makes the same images of the
@@ -467,14 +469,14 @@ def linear(d, out, std=0.01):
     return layer
 
 
-def pixels_of(values, device):
-    return constant(values, device, torch.float32).view(3, 1, 1)
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)  # of torchvision's ImageNet weights
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 
 def normalise(batch):
     """uint8 images -> mean 0, deviation 1; 0 in the padding."""
     x = batch["images"]
-    mean, std = pixels_of((0.485, 0.456, 0.406), x.device), pixels_of((0.229, 0.224, 0.225), x.device)
+    mean, std = (v.to(x.device, non_blocking=True) for v in (MEAN, STD))
     rows_in = torch.arange(x.shape[2], device=x.device) < batch["sizes"][:, :1]
     cols_in = torch.arange(x.shape[3], device=x.device) < batch["sizes"][:, 1:]
     return (x / 255 - mean) / std * (rows_in[:, None, :, None] & cols_in[:, None, None, :])
@@ -1576,23 +1578,115 @@ def wanted_classes(values):
     return names
 
 
-def predict(args, device):
-    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image
-    into --out."""
-    from common.pictures import Pictures
+def detector_of(args, device="cpu"):
+    """(Detector, Vocabulary) of --weights, --names and --classes."""
     model, _ = load(args.weights)
     if model.arch["stage"] == 1:
         raise UserError(f"--weights {args.weights}: is a classifier of stage I, which finds no boxes; train "
                         "stage II from it")
-    args = resolve(args, model.to(device).arch)
     if args.names:
-        model.arch["cls_names"] = class_names(model.arch["cls"], args.cls_dir, args.names)
+        model.arch["cls_names"] = class_names(model.arch["cls"], None, args.names)
     vocabulary = Vocabulary(model.arch, device)
     if args.classes:
         vocabulary.choose(vocabulary.find(wanted_classes(args.classes)))
+    return model.to(device), vocabulary
+
+
+def predict(args, device):
+    """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image
+    into --out."""
+    from common.pictures import Pictures
+    model, vocabulary = detector_of(args, device)
+    args = resolve(args, model.arch)
     for picture in Pictures(args.predict, args.out, args.score):
         found = find_boxes(model, picture.pixels, vocabulary, args.image_size, **detect_options(args))
         picture.save(found["boxes"], found["scores"], found["labels"], vocabulary.names, found["masks"])
+
+
+class Exported(nn.Module):
+    """What --export writes: uint8 RGB (B, 3, H, W), resized, then padded right and bottom to multiples of 32
+    with the mean pixel (124, 116, 104) -> boxes (B, R, 4) xyxy pixels, scores (B, R, V) by Eq. 5, both before
+    the NMS of each class; proposals (B, R, 4). R is what the RPN gives at most; where it gave fewer the scores
+    are 0.
+
+    The steps of Detector.proposals and detect, in shapes that do not depend on what is found.
+    """
+
+    def __init__(self, model, vocabulary, fuse=2 / 3):
+        super().__init__()
+        self.model, self.vocabulary, self.fuse = model, vocabulary, fuse
+
+    def candidates(self, maps, height, width):
+        """(boxes (B, N, 4), scores (B, N), levels (N,)): the RPN's best of each level before its NMS."""
+        rpn, boxes, scores, levels = self.model.rpn, [], [], []
+        maps = [*maps.values(), F.max_pool2d(maps[3], 1, 2)]
+        for k, (logits, deltas) in enumerate(zip(*rpn.head(maps))):
+            batch, h, w = len(logits), *logits.shape[-2:]
+            device, stride = logits.device, 4 * 2**k
+            y, x = torch.meshgrid(torch.arange(h, device=device) * stride,
+                                  torch.arange(w, device=device) * stride, indexing="ij")
+            corner = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)
+            anchors = (corner + rpn.anchor_generator.cell_anchors[k].to(device)).reshape(-1, 4)
+            logits = logits.permute(0, 2, 3, 1).flatten(1)
+            deltas = deltas.reshape(batch, -1, 4, h, w).permute(0, 3, 4, 1, 2).reshape(batch, -1, 4)
+            value, place = logits.topk(torch.sym_min(rpn.pre_nms_top_n(), logits.shape[1]), 1)
+            deltas = deltas.gather(1, place[..., None].expand(-1, -1, 4))
+            decoded = rpn.box_coder.decode_single(deltas.reshape(-1, 4), anchors[place].reshape(-1, 4))
+            boxes.append(decoded.reshape(batch, -1, 4))
+            scores.append(value.sigmoid())
+            levels.append(torch.full_like(place[0], k))
+        boxes = torch.cat(boxes, 1)
+        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+        boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
+        return boxes, torch.cat(scores, 1), torch.cat(levels)
+
+    def proposals(self, maps, height, width):
+        """(RoIs (B, R, 4), whether there is one (B, R)): one NMS for all levels and images, moved apart."""
+        boxes, scores, levels = self.candidates(maps, height, width)
+        batch, n = scores.shape
+        images = torch.arange(batch, device=boxes.device)
+        large = (boxes[..., 2:] - boxes[..., :2]).amin(-1) >= self.model.rpn.min_size
+        scores = torch.where(large, scores, -1.0).flatten()
+        shift = (levels + 5 * images[:, None]).flatten()[:, None] * (height + width)
+        keep = nms(boxes.reshape(-1, 4).double() + shift, scores.double(), self.model.rpn.nms_thresh)
+        most = self.model.rpn.post_nms_top_n()
+        mine = (keep[:, None] // n == images).long()
+        rank = (mine.cumsum(0) * mine).sum(1) - 1           # of a box in its image
+        rank = torch.where(scores[keep] >= 0, rank.clamp(max=most), most)
+        table = torch.zeros(batch * (most + 1), dtype=torch.long, device=boxes.device)
+        table = table.scatter(0, keep // n * (most + 1) + rank, keep + 1).reshape(batch, -1)[:, :most]
+        return boxes.reshape(-1, 4)[(table - 1).clamp(min=0)], table > 0
+
+    def pool(self, maps, rois):
+        """`pool`, of all RoIs from all levels."""
+        area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+        levels = level_of(area.clamp(min=1e-6).sqrt(), self.model.canonical)
+        parts = [align_rois(m, rois, k, 7) * (levels == k)[:, None, None, None] for k, m in maps.items()]
+        return sum(parts)
+
+    def forward(self, images):
+        model, (height, width) = self.model, images.shape[-2:]
+        mean, std = MEAN.to(images.device), STD.to(images.device)
+        maps = model.features((images / 255 - mean) / std)
+        found, there = self.proposals(maps, height, width)
+        batch, most = there.shape
+        image = torch.arange(batch, device=found.device)[:, None, None].expand(-1, most, 1).to(found)
+        h = model.head(self.pool(maps, torch.cat([image, found], 2).reshape(-1, 5)))
+        boxes = CODER.decode_single(model.box(h), found.reshape(-1, 4))
+        x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
+        boxes = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1).reshape(batch, most, 4)
+        there = there & ((boxes[..., 2:] - boxes[..., :2]) > 0.01).all(-1)
+        scores = log_scores(model, h, self.vocabulary, self.fuse).exp().reshape(batch, most, -1)
+        return boxes, scores * there[..., None], found
+
+
+def export(args):
+    """--export: the detector as a torch.export (.pt2) or ONNX (.onnx) program; --classes: of these only."""
+    from common.export import export_program
+    model, vocabulary = detector_of(args)
+    if model.arch["name"] in SWIN:
+        raise UserError("--export: torch.export would fix the size of pictures, whose windows Swin pads")
+    export_program(Exported(model, vocabulary, args.fuse), args.export, ("boxes", "scores"), vocabulary.names)
 
 
 # ================================================================== flags
@@ -1646,7 +1740,7 @@ BELONGS = (
     ("data_seed table", "data", ("shapes",)))
 SEEN = "masks fuse score_thresh max_dets"
 MODES = dict(eval=f"data data_seed workers setup cls_val val_json val_images val_boxes {SEEN}",
-             predict=f"weights score names classes {SEEN}",
+             predict=f"weights score names classes {SEEN}", export="weights names classes fuse",
              make_split="data data_seed cls_dir cls_list setup seed")
 
 
@@ -1726,8 +1820,8 @@ def parse_args(argv=None):
     g.add_argument("--score-thresh", type=number(float, 0, 1), default=1e-4,
                    help="boxes below this score are dropped")
     g.add_argument("--max-dets", type=COUNT, help="boxes of an image (default 100; evaluation on LVIS 300)")
-    g.add_argument("--classes", action="append", metavar="NAMES", help="--predict: only these names or "
-                   "wnids: with commas between them, or the flag for each, or a file with one a line")
+    g.add_argument("--classes", action="append", metavar="NAMES", help="--predict, --export: only these names "
+                   "or wnids: with commas between them, or the flag for each, or a file with one a line")
     g = p.add_argument_group("schedule")
     g.add_argument("--stage1-epochs", type=COUNT, help="(default r50 100, Swin 300, with ImageNet-21K 100; "
                    "tiny 15)")
@@ -1754,7 +1848,8 @@ def parse_args(argv=None):
                    "are computed twice and not kept")
     g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II "
                    "on boxes only, in one table (default without --stage, --init, --max-iters)")
-    run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"}, rows=ROWS)
+    run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"}, rows=ROWS,
+              export=True)
     p.set_defaults(score=0.1)  # of thousands of classes none scores high
     args = parse(p, argv, "simple21k", MODES, only="weights score classes", belongs=BELONGS,
                  apart=("val_json val_boxes", "overlap wordnet"), saved=saved_run, rows=ROWS)
@@ -1769,7 +1864,7 @@ def refuse(p, args, given):
         p.error(f"--setup {args.setup}: --data shapes has its own")
     if args.make_split and Path(args.make_split).exists():
         p.error(f"--make-split {args.make_split}: exists; its boxes are somebody's work: choose another file")
-    if args.eval or args.predict or args.make_split:
+    if args.eval or args.predict or args.export or args.make_split:
         return
     if args.setup == "lvis" and args.init is None:
         p.error("--setup lvis: fine-tunes --init, a checkpoint of stage I or II, or imagenet")
@@ -1980,9 +2075,9 @@ def main():
             answer_folder(args.out, rank)
         else:
             share_cores(args, device)
-        if world > 1 and (args.predict or args.make_split):
-            flag = "--predict" if args.predict else "--make-split"
-            raise UserError(f"{flag}: runs in one process; start it with python")
+        alone = [dash(flag) for flag in ("predict", "export", "make_split") if getattr(args, flag)]
+        if alone and world > 1:
+            raise UserError(f"{alone[0]}: runs in one process; start it with python")
         table = args.table
         if table is None:
             table = args.data == "shapes" and not (args.stage or args.init or args.max_iters)
@@ -1992,6 +2087,8 @@ def main():
             evaluate_file(args, rank, world, device)
         elif args.predict:
             predict(args, device)
+        elif args.export:
+            export(args)
         elif table:
             quick_start(args, rank, world, device)
         elif args.stage or args.init:

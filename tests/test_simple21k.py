@@ -564,6 +564,31 @@ def test_predict_image_finds_what_detect_finds_of_the_classes_that_are_asked_for
         simple21k.predict_image(model, ["unicorn"], picture)
 
 
+@pytest.mark.parametrize("classes", [None, ["d2", "c3"]])
+def test_exported_program_gives_what_detect_finds(classes):
+    """Before the NMS of each class; of any number of images. (The program itself: test_simple21k_run.py.)"""
+    torch.manual_seed(0)
+    model = Detector(arch_of(pair=[1, -1, -1, -1, -1])).eval()
+    nn.init.normal_(model.cls.weight, std=0.3), nn.init.normal_(model.box.weight, std=0.05), nn.init.normal_(model.rpn.head.bbox_pred.weight, std=0.2)
+    vocabulary = Vocabulary(model.arch, "cpu")
+    if classes:
+        vocabulary.choose(vocabulary.find(classes))
+    pictures, _ = images(2, 160)
+    with torch.no_grad():
+        boxes, scores, found = simple21k.Exported(model, vocabulary)(torch.stack(pictures))
+    for k, picture in enumerate(pictures):
+        item = dict(image=picture, size=(160, 160), boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), image_id=0, original_size=(160, 160))
+        batch = collate([item], 160)
+        with torch.no_grad():
+            (theirs,), _ = model.proposals(batch["images"], [(160, 160)], model.features(normalise(batch)))
+        assert torch.allclose(found[k, :len(theirs)], theirs, atol=1e-3) and (scores[k, len(theirs):] == 0).all()
+        expected = simple21k.detect(model, batch, vocabulary, least=1e-3)
+        roi, label = (scores[k] > 1e-3).nonzero(as_tuple=True)
+        keep = class_nms(boxes[k], roi, label, scores[k][roi, label], 100)
+        assert len(keep) > 10 and torch.equal(label[keep], expected["labels"])
+        assert torch.allclose(boxes[k][roi[keep]], expected["boxes"], atol=1e-2) and torch.allclose(scores[k][roi, label][keep], expected["scores"], atol=1e-4)
+
+
 # ------------------------------------------------------------------ stage I and its load into stage II
 
 def test_idle_parts_of_the_fpn_do_not_decay_in_stage_one():

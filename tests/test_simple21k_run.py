@@ -472,6 +472,27 @@ def test_split_of_a_benchmark_and_training_without_its_images(small, tmp_path):
     assert json.loads((tmp_path / "tars/results.json").read_text())["images"] == len(split["images"]) > 0 and not (tmp_path / "tars/samples.jpg").exists()
 
 
+def test_exported_program_runs_without_this_repository(stage1, tmp_path):
+    """torch alone reads it; pictures of other sizes and numbers than it was made from. Stage I and Swin are refused."""
+    arch = dict(name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=False, det=["a", "b"], cls=["n1", "n2"], cls_names=["a", "c"], pair=[0, -1],
+                setup="own", image_size=160, stage1_size=32, augment="plain")
+    torch.manual_seed(0)
+    model = simple21k.Detector(arch).eval()
+    torch.save(weights_of(model), tmp_path / "w.pt")
+    r = run("--export", tmp_path / "d.pt2", "--weights", tmp_path / "w.pt", "--classes", "c,b")
+    assert "equal to the detector on two other sizes" in r.stdout
+    files = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "d.pt2", extra_files=files).module()
+    assert json.loads(files["classes.json"]) == ["c", "b"]
+    images = torch.randint(0, 256, (1, 3, 224, 192), dtype=torch.uint8)
+    boxes, scores, _ = program(images)
+    with torch.no_grad():
+        vocabulary = simple21k.Vocabulary(arch, "cpu").choose([1, 2])
+        expected = simple21k.Exported(model, vocabulary)(images)
+    assert boxes.shape == (1, 100, 4) and scores.shape == (1, 100, 2) and torch.allclose(scores, expected[1], atol=1e-5)
+    assert "is a classifier of stage I" in run("--export", tmp_path / "x.pt2", "--weights", stage1, fail=True).stderr
+
+
 # ------------------------------------------------------------------ own data, stopped runs
 
 def rewrite(path, change):

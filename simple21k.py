@@ -292,7 +292,7 @@ def words(name):
 
 def log_scores(model, h, vocabulary, fuse=2 / 3):
     """Log of the final scores, (R, V) fp32, of RoI features h (R, D). In log space: a uniform softmax over
-    21,841 classes is 4.6e-5, which bf16 and fp16 cannot tell from its neighbours. S_fg factors out of Eq. 5."""
+    21,841 classes is 4.6e-5, which bf16 cannot tell from its neighbours. S_fg factors out of Eq. 5."""
     both, partner, alone = vocabulary.both, vocabulary.partner, vocabulary.alone
     h = h.float()
     log_det = F.log_softmax(model.det(h), 1)                                            # Eq. 2
@@ -1606,8 +1606,7 @@ def predict(args, device):
 class Exported(nn.Module):
     """What --export writes: uint8 RGB (B, 3, H, W), resized, then padded right and bottom to multiples of 32
     with the mean pixel (124, 116, 104) -> boxes (B, R, 4) xyxy pixels, scores (B, R, V) by Eq. 5, both before
-    the NMS of each class; proposals (B, R, 4). R is what the RPN gives at most; where it gave fewer the scores
-    are 0.
+    the NMS of each class; proposals (B, R, 4). R is what the RPN gives at most; what it gave less scores 0.
 
     The steps of Detector.proposals and detect, in shapes that do not depend on what is found.
     """
@@ -1621,7 +1620,7 @@ class Exported(nn.Module):
         rpn, boxes, scores, levels = self.model.rpn, [], [], []
         maps = [*maps.values(), F.max_pool2d(maps[3], 1, 2)]
         for k, (logits, deltas) in enumerate(zip(*rpn.head(maps))):
-            batch, h, w = len(logits), *logits.shape[-2:]
+            batch, _, h, w = logits.shape  # not len(), which torch.export takes for a constant
             device, stride = logits.device, 4 * 2**k
             y, x = torch.meshgrid(torch.arange(h, device=device) * stride,
                                   torch.arange(w, device=device) * stride, indexing="ij")
@@ -1820,8 +1819,8 @@ def parse_args(argv=None):
     g.add_argument("--score-thresh", type=number(float, 0, 1), default=1e-4,
                    help="boxes below this score are dropped")
     g.add_argument("--max-dets", type=COUNT, help="boxes of an image (default 100; evaluation on LVIS 300)")
-    g.add_argument("--classes", action="append", metavar="NAMES", help="--predict, --export: only these names "
-                   "or wnids: with commas between them, or the flag for each, or a file with one a line")
+    g.add_argument("--classes", action="append", metavar="NAMES", help="--predict, --export: only these "
+                   "names or wnids: with commas between them, or the flag for each, or a file, one a line")
     g = p.add_argument_group("schedule")
     g.add_argument("--stage1-epochs", type=COUNT, help="(default r50 100, Swin 300, with ImageNet-21K 100; "
                    "tiny 15)")

@@ -95,7 +95,7 @@ from common.datasets import (CocoDataset, as_pixels, collate, eval_loader, objec
 from common.evaluation import (base_and_novel, class_table, coco_evaluate, encode_mask, import_lvis, localise,
                                localisation_metrics, lvis_evaluate, to_coco_results)
 from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, DetectionTransform, ImageIndex,
-                             Stream, check_localisation, class_folders, class_names, collate_labelled,
+                             Pairs, Stream, benchmark_names, class_folders, class_names, collate_labelled,
                              draw_split, is_localisation, jitter_image, read_class_list, read_ilsvrc,
                              read_lines, read_overlap, wordnet_ids)
 from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model,
@@ -783,9 +783,9 @@ def need(path, flag, where):
         raise UserError(f"{named}: is missing; {where} (--data shapes needs nothing)")
 
 
-def more_than(names, verb="is", verbs="are"):
+def are(names):
     """"a is", "a and 2 more are": how a list of names begins a complaint."""
-    return f"{names[0]} {verb}" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more {verbs}"
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def open_index(folder, classes, quiet):
@@ -832,10 +832,7 @@ def benchmark_images(args):
         return []
     if args.setup != "s3" and Path(args.val_images).resolve() != Path(args.cls_dir).resolve():
         return []
-    if not is_localisation(args.val_json):
-        return []
-    content = check_localisation(read_json(args.val_json), args.val_json, quiet=True)
-    return [i["file_name"] for i in content["images"]]
+    return benchmark_names(args.val_json)
 
 
 def labelled_index(args, partners, quiet=False):
@@ -885,7 +882,7 @@ def make_vocabulary(args, quiet=False, before=None):
                   f"{len(cls) - len(det)} novel (of fall 2011's: 997, 720, 277)", flush=True)
     lost = sorted(set(name_of) - set(cls)) if args.overlap and cls else []
     if lost and not quiet:
-        print(f"--overlap {args.overlap}: {more_than(lost)} not among the {len(cls):,} classes with images",
+        print(f"--overlap {args.overlap}: {are(lost)} not among the {len(cls):,} classes with images",
               flush=True)
     if name_of:
         column = {n: k for k, n in enumerate(det)}
@@ -988,7 +985,7 @@ def make_val(args, arch, quiet=False):
     data = Benchmark(args.val_images, content, args.image_size, where, quiet)
     strange = sorted(set(data.names) - set(arch["cls"]))
     if strange:
-        raise UserError(f"{where}: class {more_than(strange)} not among the classification classes of the "
+        raise UserError(f"{where}: class {are(strange)} not among the classification classes of the "
                         "model")
     return data
 
@@ -1043,58 +1040,22 @@ def accuracy_data(args, arch, quiet):
     return ClassImages(index, transform, arch["stage1_size"], [label_of[w] for w in index.classes])
 
 
-class Pairs:
-    """Training batches dict(det=batch, cls=batch), 1 : --cls-ratio, each kind from a stream of its own that
-    runs on over the ends of its passes; a kind that the run does without is not there.
-
-    An epoch is a pass over the detection images (stage I: over the others). set_epoch and len: as
-    BatchPlan's. Each kind has --workers loader processes, and generators of its own, that do not shift the
-    model's random numbers. broken: lines on files that could not be read, each told once.
-    """
-
-    def __init__(self, data, images, args, rank, world, pin):
-        self.loaders, self.streams, self.broken = {}, {}, set()
-        self.workers, self.pin = args.workers, pin
-        self.datasets = [part for part in (data, images) if part]
-        if data:
-            batch, cls_batch, cls_seed = args.batch_size, args.batch_size * args.cls_ratio, args.seed + 1
-        else:
-            batch, cls_batch, cls_seed = args.stage1_batch, args.stage1_batch, args.seed
-        repeats = data.repeats if data else None
-        size = len(data or images) if repeats is None else float(repeats.sum())
-        steps = math.ceil(size / (batch * world * args.accumulate)) * args.accumulate
-        if data:
-            stream = Stream(len(data), batch, rank, world, args.seed, repeats, steps)
-            self.add("det", data, stream, partial(collate, divisor=data.canvas))
-        if images:
-            stream = Stream(len(images), cls_batch, rank, world, cls_seed, None, steps)
-            self.add("cls", images, stream, partial(collate_labelled, canvas=images.canvas))
-
-    def add(self, kind, dataset, stream, collate_fn):
-        self.streams[kind] = stream
-        self.loaders[kind] = DataLoader(
-            dataset, batch_sampler=stream, num_workers=self.workers, collate_fn=collate_fn,
-            pin_memory=self.pin, worker_init_fn=start_worker, persistent_workers=self.workers > 0,
-            generator=torch.Generator())
-
-    def set_epoch(self, epoch, start=0):
-        for stream in self.streams.values():
-            stream.set_epoch(epoch, start)
-
-    def __len__(self):
-        return len(next(iter(self.streams.values())))
-
-    def __iter__(self):
-        for parts in zip(*self.loaders.values()):
-            batch = dict(zip(self.loaders, parts))
-            self.tell(batch.get("cls", {}).get("bad", ()))
-            yield batch
-
-    def tell(self, bad):
-        for text in sorted(set(bad) - self.broken):
-            self.broken.add(text)
-            print(f"replaced by another image of its class ({len(self.broken)} so far): {text}",
-                  file=sys.stderr, flush=True)
+def make_pairs(data, images, args, rank, world, pin):
+    """Pairs of dict(det=batch, cls=batch): --cls-ratio classification images for each detection image; a kind
+    that the run does without is not there. An epoch is a pass over the detection images, in stage I over the
+    others."""
+    parts, repeats = {}, data.repeats if data else None
+    batch = args.batch_size if data else args.stage1_batch
+    size = len(data or images) if repeats is None else float(repeats.sum())
+    steps = math.ceil(size / (batch * world * args.accumulate)) * args.accumulate
+    if data:
+        stream = Stream(len(data), batch, rank, world, args.seed, repeats, steps)
+        parts["det"] = data, stream, partial(collate, divisor=data.canvas)
+    if images:
+        many, seed = (args.cls_ratio, args.seed + 1) if data else (1, args.seed)
+        stream = Stream(len(images), batch * many, rank, world, seed, None, steps)
+        parts["cls"] = images, stream, partial(collate_labelled, canvas=images.canvas)
+    return Pairs(parts, args.workers, pin)
 
 
 def to_device(batch, device):
@@ -1336,7 +1297,7 @@ def train(args, rank, world, device):
     detector = make_model(args, arch, rank)
     learner = prepare(args, detector, rank, world, device)
     model = wrap_ddp(learner, device, world)
-    pairs = Pairs(data, images, args, rank, world, device.type == "cuda")
+    pairs = make_pairs(data, images, args, rank, world, device.type == "cuda")
     recipe = recipe_of(args)
     total_batch = recipe.batch * world * args.accumulate
     paper_batch = recipe.paper_batch

@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import sys
 import tarfile
 import unicodedata
 import uuid
@@ -26,7 +27,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -553,6 +554,44 @@ class Stream:
             order, step = order[total:], step + 1
 
 
+class Pairs:
+    """Training batches {kind: batch} of several Streams. set_epoch and len: as BatchPlan's.
+
+    parts: {kind: (data set, its Stream, collate function)}. Each kind has `workers` loader processes, and
+    generators of its own, that do not shift the model's random numbers. broken: lines on files that could
+    not be read (`bad` of collate_labelled), each told once.
+    """
+
+    def __init__(self, parts, workers, pin):
+        from .datasets import start_worker
+        self.datasets, self.streams, self.loaders, self.broken = [], {}, {}, set()
+        for kind, (dataset, stream, collate) in parts.items():
+            self.datasets.append(dataset)
+            self.streams[kind] = stream
+            self.loaders[kind] = DataLoader(
+                dataset, batch_sampler=stream, num_workers=workers, collate_fn=collate, pin_memory=pin,
+                worker_init_fn=start_worker, persistent_workers=workers > 0, generator=torch.Generator())
+
+    def set_epoch(self, epoch, start=0):
+        for stream in self.streams.values():
+            stream.set_epoch(epoch, start)
+
+    def __len__(self):
+        return len(next(iter(self.streams.values())))
+
+    def __iter__(self):
+        for batches in zip(*self.loaders.values()):
+            batch = dict(zip(self.loaders, batches))
+            self.tell(text for part in batches for text in part.get("bad", ()))
+            yield batch
+
+    def tell(self, bad):
+        for text in sorted(set(bad) - self.broken):
+            self.broken.add(text)
+            count = f"({len(self.broken)} so far)"
+            print(f"replaced by another image of its class {count}: {text}", file=sys.stderr, flush=True)
+
+
 # ------------------------------------------------------------------ boxes of images with one class
 
 def number(value):
@@ -1064,6 +1103,14 @@ def is_localisation(path):
     except FirstImage as e:
         return isinstance(e.args[0], dict) and "category_id" in e.args[0]
     return False
+
+
+def benchmark_names(path):
+    """File names of the images of a json, if it is a localisation set."""
+    from .datasets import read_json
+    if not is_localisation(path):
+        return []
+    return [i["file_name"] for i in check_localisation(read_json(path), path, quiet=True)["images"]]
 
 
 def draw_split(index, seed):

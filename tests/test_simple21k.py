@@ -462,7 +462,7 @@ class Numbers(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pairs_follow_two_endless_streams_from_any_step(workers, capsys):
     args = flags("--batch-size", "2", "--cls-ratio", "3", "--accumulate", "2", "--workers", workers, "--seed", "5")
-    pairs = simple21k.Pairs(Numbers(13), Numbers(7), args, 1, 2, False)
+    pairs = simple21k.make_pairs(Numbers(13), Numbers(7), args, 1, 2, False)
     assert len(pairs) == 4  # two steps of two micro-batches: 16 of 13 images
     expected = zip(Stream(13, 2, 1, 2, 5), Stream(7, 6, 1, 2, 6))
     expected = [(det, [i for i, _ in cls]) for (det, cls), _ in zip(expected, range(12))]
@@ -475,7 +475,7 @@ def test_pairs_follow_two_endless_streams_from_any_step(workers, capsys):
     pairs.set_epoch(1, 2)
     assert list(map(key, pairs)) == expected[6:8]
     assert pairs.broken == {"damaged"} and capsys.readouterr().err.count("damaged") == 1  # told once
-    alone = simple21k.Pairs(Numbers(13), None, args, 1, 2, False)
+    alone = simple21k.make_pairs(Numbers(13), None, args, 1, 2, False)
     assert [list(b) for b in alone] == [["det"]] * 4
 
 

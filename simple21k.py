@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Simple-21K: first learn to classify, then to detect (A Simple Approach and Benchmark for 21,000-Category
-Object Detection, Lin et al., ECCV 2022).
+"""Simple-21K: first learn to classify, then to detect 21,000 categories (Lin et al., ECCV 2022).
+
+The paper: A Simple Approach and Benchmark for 21,000-Category Object Detection.
 
 Idea. Boxes are dear and exist for hundreds of classes; image labels are cheap and exist for 21,841. Earlier
 work trains a detector and then carries its boxes over to images with labels. Here it goes the other way

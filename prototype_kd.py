@@ -101,7 +101,8 @@ from common.evaluation import class_table, coco_evaluate, to_coco_results, voc_e
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, made_once, number, open_run, parse, parser, rebuilding, reduce_mean,
-                        rows, run_flags, saved_flags, seed_all, started, to_device, warmup_multistep, wrap_ddp)
+                        rows, run_flags, saved_flags, seed_all, started, to_device, warmup_multistep,
+                        wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]

@@ -339,6 +339,46 @@ def localise(scores, boxes, found_labels, found_boxes, label, gt_boxes, size):
                 cls=float(top[0] == label), whole=float(fixed[0]), centred=float(fixed[1]))
 
 
+def localisation_metrics(hits, found, val, wnids):
+    """({metric: percent, line, images, AP50 of each class}, detections above 0.05 for a file).
+
+    hits: what `localise` gave for each image; found: (place of the image in val.info, boxes (n, 5) x, y,
+    w, h, score, labels (n,)) of each; val: a Benchmark of imagenet.py; wnids: of the labels.
+    """
+    metrics = {k: 100 * sum(h[k] for h in hits) / len(hits) for k in hits[0]} | dict(images=len(hits))
+    id_of = dict(zip(val.classes, val.category_ids))
+    # -1: classes without a validation image are nobody's false positives
+    ids = np.array([id_of.get(w, -1) for w in wnids])
+    place = np.concatenate([np.full(len(x), i) for i, x, _ in found])
+    box = np.concatenate([x for _, x, _ in found])
+    label = np.concatenate([k for *_, k in found])
+    image = np.array([i["id"] for i in val.info])[place]
+    for name, federated in (("AP50", False), ("AP50_federated", True)):
+        per_class = sparse_ap(val.truth, (image, ids[label], box[:, 4], box[:, :4]), federated)
+        metrics[name] = sum(per_class.values()) / len(per_class)
+        metrics[name + "_classes"] = {n: per_class[c] for n, c in id_of.items() if c in per_class}
+    shown = " ".join(f"{k} {metrics[k]:.1f}" for k in hits[0])
+    metrics["line"] = (f"{len(hits)} images | localisation {shown} | AP50 {metrics['AP50']:.1f} "
+                       f"federated {metrics['AP50_federated']:.1f}")
+    results = []  # without 10 million boxes of score 1e-4, which are of no use in a text file
+    for k in np.flatnonzero(box[:, 4] > 0.05).tolist():
+        i, (*xywh, score) = val.info[place[k]], box[k].tolist()
+        category = id_of.get(wnids[label[k]])
+        results.append(dict(image_id=i["id"], file_name=i["file_name"], category_id=category, bbox=xywh,
+                            score=score))
+    return metrics, results
+
+
+def base_and_novel(stats, base, novel):
+    """{AP, AP50, base_AP ...} of coco_evaluate's or lvis_evaluate's stats: means over the classes that had
+    boxes in training, those that had none, and both; and LVIS's APr, APc, APf."""
+    numbers = {}
+    for name, group in (("AP", base + novel), ("base_AP", base), ("novel_AP", novel)):
+        numbers[name] = class_mean(stats, group, "AP")
+        numbers[f"{name}50"] = class_mean(stats, group, "AP50")
+    return numbers | {k: stats[k] for k in ("APr", "APc", "APf") if k in stats}
+
+
 def sparse_ap(truth, results, federated, iou=0.5):
     """{category id: AP in percent at one IoU} for thousands of classes, where COCO's dense tables
     do not fit: detections are grouped by class.

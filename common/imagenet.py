@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import sys
 import tarfile
 import unicodedata
 import uuid
@@ -26,7 +27,8 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -552,6 +554,44 @@ class Stream:
             order, step = order[total:], step + 1
 
 
+class Pairs:
+    """Training batches {kind: batch} of several Streams. set_epoch and len: as BatchPlan's.
+
+    parts: {kind: (data set, its Stream, collate function)}. Each kind has `workers` loader processes, and
+    generators of its own, that do not shift the model's random numbers. broken: lines on files that could
+    not be read (`bad` of collate_labelled), each told once.
+    """
+
+    def __init__(self, parts, workers, pin):
+        from .datasets import start_worker
+        self.datasets, self.streams, self.loaders, self.broken = [], {}, {}, set()
+        for kind, (dataset, stream, collate) in parts.items():
+            self.datasets.append(dataset)
+            self.streams[kind] = stream
+            self.loaders[kind] = DataLoader(
+                dataset, batch_sampler=stream, num_workers=workers, collate_fn=collate, pin_memory=pin,
+                worker_init_fn=start_worker, persistent_workers=workers > 0, generator=torch.Generator())
+
+    def set_epoch(self, epoch, start=0):
+        for stream in self.streams.values():
+            stream.set_epoch(epoch, start)
+
+    def __len__(self):
+        return len(next(iter(self.streams.values())))
+
+    def __iter__(self):
+        for batches in zip(*self.loaders.values()):
+            batch = dict(zip(self.loaders, batches))
+            self.tell(text for part in batches for text in part.get("bad", ()))
+            yield batch
+
+    def tell(self, bad):
+        for text in sorted(set(bad) - self.broken):
+            self.broken.add(text)
+            count = f"({len(self.broken)} so far)"
+            print(f"replaced by another image of its class {count}: {text}", file=sys.stderr, flush=True)
+
+
 # ------------------------------------------------------------------ boxes of images with one class
 
 def number(value):
@@ -853,3 +893,246 @@ class LocalisationImages(Dataset):
             stored = f"its annotation says {record['width']}x{record['height']}, as it is stored"
             raise UserError(f"{show(path)}: {upright}, but {stored}; turn its boxes, or take the "
                             "orientation out of the file")
+
+
+# ------------------------------------------------------------------ classes and their names
+
+def read_lines(path, flag):
+    """Lines of a text file that a flag names."""
+    from .datasets import regular
+    try:
+        return regular(path).read_text(encoding="utf-8-sig").splitlines()
+    except UserError as e:
+        raise UserError(f"{flag} {e}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{flag} {path}: is no text file ({e})") from None
+
+
+def read_class_list(path):
+    """The classes of a --cls-list: first word of each line; None without a file."""
+    if not path:
+        return None
+    return [line.split()[0] for line in read_lines(path, "--cls-list") if line.strip()]
+
+
+def wordnet_ids(path, synsets):
+    """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma
+    bass; a line ends in the offsets of its senses, in order, and a wnid is n + offset. Offsets are
+    those of version 3.0 only. Synsets that WordNet has not are left out."""
+    strange = [s for s in synsets if not re.fullmatch(r".+\.[a-z]\.\d+", s.lower())]
+    if strange:
+        raise UserError(f"synset {strange[0]}: expected lemma.n.number, as bass.n.03")
+    wanted, offsets = {s.lower().rsplit(".", 2)[0] for s in synsets}, {}
+    try:
+        for line in read_lines(path, "--wordnet"):
+            if not line.startswith(" "):
+                cells = line.split()
+                if cells and cells[0] in wanted:
+                    offsets[cells[0]] = cells[-int(cells[2]):]
+    except (ValueError, IndexError) as e:
+        raise UserError(f"--wordnet {path}: is not WordNet's index.noun ({e}); version 3.0 is at "
+                        "https://wordnet.princeton.edu (Debian: apt install wordnet-base)") from None
+    answer = {}
+    for s in synsets:
+        lemma, _, sense = s.lower().rsplit(".", 2)
+        if int(sense) <= len(offsets.get(lemma, ())):
+            answer[s] = f"n{offsets[lemma][int(sense) - 1]}"
+    if not answer:
+        raise UserError(f"--wordnet {path}: holds none of the synsets; it should be WordNet 3.0's "
+                        "dict/index.noun")
+    return answer
+
+
+def read_overlap(path):
+    """{detection class name: wnid} of a json: that dict, or a list of dicts with name and wnid."""
+    from .datasets import read_json
+    content = read_json(path)
+    try:
+        if isinstance(content, dict):
+            answer = dict(content)
+        else:
+            answer = {r["name"]: r["wnid"] for r in content}
+        if not all(isinstance(w, str) for w in answer.values()):
+            raise TypeError
+    except (TypeError, KeyError):
+        raise UserError(f"--overlap {path}: expected a json object {{detection class: wnid}}") from None
+    twice = [w for w, n in Counter(answer.values()).items() if n > 1]
+    if twice:
+        one = "one class has one partner"
+        raise UserError(f"--overlap {path}: two detection classes are {twice[0]}; {one}")
+    return answer
+
+
+def class_names(wnids, folder, path=None):
+    """Name of each wnid: of a text file (wnid, tab, name), or of classes.json in or beside the folder,
+    else the wnid itself."""
+    from .datasets import read_json
+    known, source = {}, None
+    if path:
+        source = f"--names {path}"
+        known = dict(line.split("\t")[:2] for line in read_lines(path, "--names") if "\t" in line)
+        if not known:
+            raise UserError(f"{source}: no line has a wnid, a tab and a name")
+    else:
+        there = [place / "classes.json" for place in (Path(folder), Path(folder).parent)]
+        source = next((place for place in there if place.exists()), None)
+        try:
+            known = {c["wnid"]: c["name"] for c in read_json(source)} if source else {}
+        except (TypeError, KeyError):
+            raise UserError(f"{source}: expected a list of objects with wnid and name") from None
+    names = [known.get(w, w) for w in wnids]
+    for w, n in zip(wnids, names):
+        if not isinstance(n, str) or not n.strip() or unprintable(n):
+            what = "is empty, no text, or holds control characters"
+            raise UserError(f"{source}: the name of {w} {what}")
+    return names
+
+
+def class_folders(path):
+    """Names of the classes of a folder: its folders and tars; nothing in them is looked at."""
+    return {e.name.removesuffix(".tar") for e in Path(path).iterdir() if not hidden(e.name)}
+
+
+# ------------------------------------------------------------------ augmentation, data sets that report
+
+class ClassificationTransform:
+    """Stage I's augmentation of a PIL image -> (3, S, S) uint8: random crop of at least the share `least`,
+    and flip; weak: colours; strong: RandAugment and random erasing. Swin's RandAugment is magnitude 9 of
+    10 with noise; torchvision counts to 30 and has no noise: 27.
+
+    train False: short side S * 8/7, centre crop; plain: the whole image, its objects may stand at the border.
+    The randomness of torchvision's transforms comes from the sample's own seed.
+    """
+
+    def __init__(self, size, augment, train, least=0.08):
+        self.size, self.erase = size, 0.25 if augment == "strong" and train else 0.0
+        mode = T.InterpolationMode.BICUBIC if augment == "strong" else T.InterpolationMode.BILINEAR
+        if train:
+            steps = [T.RandomResizedCrop(size, (least, 1.0), interpolation=mode), T.RandomHorizontalFlip()]
+            if augment == "weak":
+                steps.append(T.ColorJitter(0.4, 0.4, 0.4))
+            if augment == "strong":
+                steps.append(T.RandAugment(2, 27, interpolation=mode))
+        elif augment == "plain":
+            steps = [T.Resize((size, size))]
+        else:
+            steps = [T.Resize(round(size * 8 / 7), interpolation=mode), T.CenterCrop(size)]
+        self.steps = T.Compose([*steps, T.PILToTensor()])
+        self.eraser = T.RandomErasing(1.0, value="random")
+
+    def __call__(self, image, rng):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.getrandbits(62))
+            image = self.steps(image)
+            if rng.random() < self.erase:  # noise of the images' own mean and deviation
+                mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+                std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+                image = (self.eraser((image / 255 - mean) / std) * std + mean) * 255
+                image = image.round().clamp(0, 255).byte()
+        return image, (self.size, self.size)
+
+
+class DetectionTransform:
+    """Stage II's weak augmentation of a classification image: large-scale jitter and flip, as for detection
+    images."""
+
+    def __init__(self, canvas, jitter):
+        self.canvas, self.jitter = canvas, jitter
+
+    def __call__(self, image, rng):
+        return jitter_image(image, self.canvas, rng.uniform(*self.jitter), rng)
+
+
+class ClassImages(LabelledImages):
+    """Labelled images on a canvas. labels: the model's of each class of the index. both: classes with
+    boxes, too."""
+
+    def __init__(self, index, transform, canvas, labels=(), both=0):
+        super().__init__(index, transform)
+        self.canvas, self.labels, self.both = canvas, list(labels), both
+
+    def report(self):
+        """A line for the start of a run."""
+        index = self.index
+        text = f"{index.root}: {len(index):,} images, {len(index.classes):,} classes"
+        if self.both:
+            text += f", {self.both:,} in both"
+        if getattr(index, "dropped", 0):
+            text += f" | {index.dropped:,} images of the benchmark left out"
+        if index.empty:
+            more = " ..." if len(index.empty) > 5 else ""
+            names = ", ".join(index.empty[:5])
+            text += f" | no image of {names}{more}: {len(index.empty)} classes left out"
+        return text
+
+
+class Benchmark(LocalisationImages):
+    """A localisation set, with what a page of samples needs to show it."""
+
+    def __init__(self, folder, content, canvas, where, quiet):
+        super().__init__(folder, content, canvas, where, quiet)
+        self.where = where
+        self.classes = [c["name"] for c in self.truth["categories"]]
+        self.category_ids = [c["id"] for c in self.truth["categories"]]
+        if not self.truth["annotations"]:
+            raise UserError(f"{where}: no image has a box")
+        self.items = []
+        for i in [i for i in self.info if ".tar/" not in i["file_name"]][:6]:
+            boxes = np.array(self.boxes[i["id"]], np.float32).reshape(-1, 4)
+            labels = np.full(len(boxes), self.category_ids.index(i["category_id"]))
+            self.items.append((i["id"], i["file_name"], i["height"], i["width"], boxes, labels))
+
+    def report(self):
+        boxes = len(self.truth["annotations"])
+        return (f"{self.where}: {boxes:,} boxes, {len(self):,} images, {len(self.classes):,} classes; "
+                "they choose nothing: results are of last.pt")
+
+
+class FirstImage(Exception):
+    """Ends the reading of a json."""
+
+
+def is_localisation(path):
+    """Whether the images of a COCO-format json have a class each: category_id of the first one tells."""
+    from .datasets import stream_json
+
+    def stop(image, *_):
+        raise FirstImage(image)
+    try:
+        stream_json(path, dict(images=stop))
+    except FirstImage as e:
+        return isinstance(e.args[0], dict) and "category_id" in e.args[0]
+    return False
+
+
+def benchmark_names(path):
+    """File names of the images of a json, if it is a localisation set."""
+    from .datasets import read_json
+    if not is_localisation(path):
+        return []
+    return [i["file_name"] for i in check_localisation(read_json(path), path, quiet=True)["images"]]
+
+
+def draw_split(index, seed):
+    """A localisation set without boxes, of an ImageIndex (Sec. 4.1 of Simple-21K): 5 images of each
+    class, 20 % of classes with fewer than 25, none of those with fewer than 5. A dict in COCO's
+    format whose images have category_id."""
+    generator, images, kept = torch.Generator().manual_seed(seed), [], []
+    for k, wnid in enumerate(index.classes):
+        first, count = int(index.first[k]), int(index.first[k + 1] - index.first[k])
+        if count < 5:
+            continue
+        kept.append(wnid)
+        wanted = 5 if count >= 25 else count // 5
+        for i in torch.randperm(count, generator=generator).tolist():
+            try:
+                width, height = index.read(first + i).size
+            except UserError:  # the next one then
+                continue
+            images.append(dict(id=len(images) + 1, file_name=index.name(first + i), width=width,
+                               height=height, category_id=len(kept)))
+            wanted -= 1
+            if not wanted:
+                break
+    categories = [dict(id=k + 1, name=n) for k, n in enumerate(kept)]
+    return dict(images=images, annotations=[], categories=categories)

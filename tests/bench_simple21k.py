@@ -66,9 +66,9 @@ def width(a, device):
         model.eval()
         torch.nn.init.normal_(model.cls.weight, std=0.1)  # scores that differ: candidates pass the threshold
         vocabulary, batch = s.Vocabulary(model.arch, device), t.det_batch(1, a.predict_size)
-        f = lambda: s.detect(model, batch, device, args, vocabulary)
+        f = lambda: s.detect(model, batch, vocabulary, **s.detect_options(args))
     else:
-        learner, det, cls = s.Learner(model, args).train(), on(t.det_batch(1, a.size), device), on(t.cls_batch(3, a.size), device)
+        learner, det, cls = s.make_learner(model, args).train(), on(t.det_batch(1, a.size), device), on(t.cls_batch(3, a.size), device)
         model.body.fixed_norms = True
         learner.train()
         optimizer = torch.optim.AdamW(s.parameter_groups(model, 0.05), 1e-4)
@@ -85,9 +85,9 @@ def stage_one(a, device):
     import torchvision
     args, batch = t.flags(backbone=a.backbone, stage=1), on(t.cls_batch(a.batch, 224), device)
     model = s.Detector(t.arch_of(a.backbone, stage=1, cls=1000)).to(device)
-    s.freeze_idle(model, args)
+    model.freeze_idle(args.stage1_size)
     plain = torchvision.models.get_model("resnet50" if a.backbone == "r50" else a.backbone, weights=None).to(device).train()
-    learner = s.Learner(model, args).train()
+    learner = s.make_learner(model, args).train()
     ours = lambda: learner(dict(cls=batch))["cls"].backward()
     theirs = lambda: torch.nn.functional.cross_entropy(plain(s.normalise(batch)), batch["labels"]).backward()
     rows = [[seconds(f) for f in (ours, theirs)] for _ in range(a.repeats + 1)][1:]

@@ -45,14 +45,14 @@ def small_models():
     detr.arch.update(image_size=96, clip="", data="shapes", dataset="ovcoco", data_seed=0, tau=0.05, templates="one", name_style="clean")
     faster = prototype_kd.new_detector("faster_tiny8", classes, "none")
     arch = dict(det=classes, cls=["n1", "n2"], cls_names=["a", "b"], pair=[-1, -1], name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=False, setup="own",
-                image_size=96, stage1_size=96, augment="plain", level="canonical")
+                image_size=96, stage1_size=96, augment="plain")
     word = simple21k.Detector(arch)
     return dict(
         crosskd=(dict(crosskd.plain_of(gfl, classes), model=gfl.state_dict()), lambda p: crosskd.load(str(p), "--weights")[0]),
         hierkd=(dict(hierkd.plain_of(atss), model=atss.state_dict()), lambda p: hierkd.load(p, "--weights")[0]),
         dkdetr=(dict(dkdetr.plain_of(detr, classes), model=detr.state_dict()), lambda p: dkdetr.load(p, "--weights")[0]),
         prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load(str(p), "--weights")[0]),
-        simple21k=(simple21k.weights_of(word), lambda p: simple21k.load_model(p, "--weights")))
+        simple21k=(dict(simple21k.plain_of(word), model=word.state_dict()), lambda p: simple21k.load(p, "--weights")[0]))
 
 
 def training_state(plain):

@@ -42,6 +42,10 @@ def stage1(small, tmp_path_factory):
     return out / "best.pt"
 
 
+def weights_of(model):
+    return dict(simple21k.plain_of(model), model=model.state_dict())
+
+
 def trace(out):
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return {r["it"]: {k: v for k, v in r.items() if k not in ("data", "step", "mem", "seconds")} for r in rows if "loss" in r}
@@ -67,6 +71,9 @@ def test_both_stages_then_eval_and_predict(small, tmp_path):
             assert (out / stage / name).exists(), name
     results = json.loads((out / "stage2" / "results.json").read_text())
     assert set(results["classes"]) == set(ALL_CLASSES) and results["images"] == 15
+    # stage I's best.pt was chosen on images: stage II starts from last.pt, of which results.json is, too
+    assert json.loads((out / "stage2/args.json").read_text())["args"]["init"] == str(out / "stage1/last.pt")
+    assert json.loads((out / "stage1/results.json").read_text())["checkpoint"] == "last.pt"
     assert list(trace(out / "stage2")[1]) == ["it", "epoch", "loss", "rpn_fg", "rpn_box", "fg", "cat", "box", "cls", "top1", "lr"]
     assert json.loads((out / "stage1" / "results.json").read_text())["images"] == 52
     run(*flags, "--eval", out / "stage2" / "last.pt", "--out", tmp_path / "eval")
@@ -108,7 +115,7 @@ def test_table_of_the_embedded_dataset(small, tmp_path, monkeypatch):
         assert "from 0" not in line
 
 
-@pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--stage1-level", "random"], ["--stage1-level", "all"], ["--head", "4conv1fc"],
+@pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--head", "4conv1fc"],
                                   ["--augment", "strong", "--accumulate", "2"]])
 def test_variants_of_stage_one_lead_into_stage_two(small, more, tmp_path):
     flags = [*small[1], *more, "--max-iters", "2", "--out"]
@@ -188,14 +195,14 @@ import sys, torch, torch.distributed as dist
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from common.run import init_ddp
 import test_simple21k as t
-from simple21k import Detector, Learner, parameter_groups
+from simple21k import Detector, make_learner, parameter_groups
 
 def main():  # a function: now and then the interpreter aborts at its end if a DDP module has outlived its process group
     rank, world, device = init_ddp()
     torch.manual_seed(0)
     model = Detector(t.arch_of())
     model.rois_per_image = 100000  # all RoIs: nothing is drawn by lot
-    learner = Learner(model, t.flags())
+    learner = make_learner(model, t.flags())
     wrapped = torch.nn.parallel.DistributedDataParallel(learner, find_unused_parameters=False)
     every = t.det_batch(4, boxes=[0, 1]), t.cls_batch(6)  # rank 1 has images without boxes
     mine = [{k: v[rank * len(v) // 2:(rank + 1) * len(v) // 2] for k, v in batch.items()} for batch in every]
@@ -285,7 +292,7 @@ def whole_image_floor(photos):
 def test_setup_one_on_photographs_with_masks_and_lvis_evaluation(photos, stage_names, tmp_path):
     """COCO's boxes and outlines in LVIS's layout; eight of its classes are made the partners of ImageNet folders, for lack of real ones."""
     overlap, flags = stage_names
-    flags = [*flags, "--overlap", overlap, "--cls-dir", copy_of(photos / "imagenet_mini/train", tmp_path / "in"), "--extra-as-fg", *REAL, "--backbone", "tiny8", "--max-dets", "20"]
+    flags = [*flags, "--overlap", overlap, "--cls-dir", copy_of(photos / "imagenet_mini/train", tmp_path / "in"), *REAL, "--backbone", "tiny8", "--max-dets", "20"]
     r = run("--setup", "s1", *flags, "--out", tmp_path / "run")
     assert "8 classes" in r.stdout
     results = json.loads((tmp_path / "run/stage2/results.json").read_text())
@@ -386,7 +393,7 @@ def odd_classes(stage1, tmp_path):
     """A stage II whose classes are not those of the data."""
     arch = torch.load(stage1, weights_only=True)["arch"] | dict(stage=2, kind="stage2", det=["a"])
     arch.update(cls=["nA", "nB"], cls_names=["A", "B"], pair=[-1, 0])
-    torch.save(simple21k.weights_of(simple21k.Detector(arch)), tmp_path / "odd.pt")
+    torch.save(weights_of(simple21k.Detector(arch)), tmp_path / "odd.pt")
     return tmp_path / "odd.pt"
 
 
@@ -401,6 +408,18 @@ def test_other_classes_than_the_checkpoint_and_no_common_class(small, stage1, tm
     r = run(*small.second, "--stage", "2", "--init", stage1, "--names", names, "--max-iters", "1", "--out", tmp_path / "b")
     assert "warning: no class is in both vocabularies" in r.stdout
     assert torch.load(tmp_path / "b/last.pt", weights_only=True)["arch"]["cls_names"][0] == "thing 0"
+
+
+def test_classes_may_have_folders_in_their_folders(small, tmp_path):
+    tree = shutil.copytree(small.root / "imagenet/train", tmp_path / "train")
+    for folder in list(tree.iterdir()):
+        if folder.is_dir():
+            (folder / "batch 1/raw").mkdir(parents=True)
+            for path in list(folder.glob("*.JPEG"))[1:]:
+                path.rename(folder / "batch 1/raw" / path.name)
+    r = run(*small.first, "--cls-dir", tree, "--stage", "1", "--max-iters", "1", "--out", tmp_path / "run")
+    plain = len(list((small.root / "imagenet/train").glob("*/*.JPEG")))
+    assert f"{plain} images, 26 classes" in r.stdout and "lie in sub-folders" in r.stdout
 
 
 def test_empty_classes_and_unreadable_images_are_told(small, tmp_path):
@@ -451,6 +470,27 @@ def test_split_of_a_benchmark_and_training_without_its_images(small, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps(split))
     run(*small.data, *QUICK, "--eval", tmp_path / "run/stage2/last.pt", "--val-json", tmp_path / "split.json", "--val-images", tree, "--out", tmp_path / "tars")
     assert json.loads((tmp_path / "tars/results.json").read_text())["images"] == len(split["images"]) > 0 and not (tmp_path / "tars/samples.jpg").exists()
+
+
+def test_exported_program_runs_without_this_repository(stage1, tmp_path):
+    """torch alone reads it; pictures of other sizes and numbers than it was made from. Stage I and Swin are refused."""
+    arch = dict(name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=False, det=["a", "b"], cls=["n1", "n2"], cls_names=["a", "c"], pair=[0, -1],
+                setup="own", image_size=160, stage1_size=32, augment="plain")
+    torch.manual_seed(0)
+    model = simple21k.Detector(arch).eval()
+    torch.save(weights_of(model), tmp_path / "w.pt")
+    r = run("--export", tmp_path / "d.pt2", "--weights", tmp_path / "w.pt", "--classes", "c,b")
+    assert "equal to the detector on other sizes" in r.stdout
+    files = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "d.pt2", extra_files=files).module()
+    assert json.loads(files["classes.json"]) == ["c", "b"]
+    images = torch.randint(0, 256, (1, 3, 224, 192), dtype=torch.uint8)
+    boxes, scores, _ = program(images)
+    with torch.no_grad():
+        vocabulary = simple21k.Vocabulary(arch, "cpu").choose([1, 2])
+        expected = simple21k.Exported(model, vocabulary)(images)
+    assert boxes.shape == (1, 100, 4) and scores.shape == (1, 100, 2) and torch.allclose(scores, expected[1], atol=1e-5)
+    assert "is a classifier of stage I" in run("--export", tmp_path / "x.pt2", "--weights", stage1, fail=True).stderr
 
 
 # ------------------------------------------------------------------ own data, stopped runs
@@ -548,7 +588,7 @@ def test_the_truth_scored_as_detections_is_perfect(own, small, kind, masks, tmp_
     val = simple21k.make_val(args, arch, quiet=True)
     model = simple21k.Detector(arch)
 
-    def detect(model, batch, device, args, vocabulary, most):
+    def detect(model, batch, vocabulary, **options):
         index = [i for i in range(len(val)) if val.items[i][0] == batch["image_ids"][0]][0]
         _, _, height, width, boxes, labels = val.items[index]
         columns = [vocabulary.names.index(val.classes[k]) for k in labels.tolist()]
@@ -622,9 +662,9 @@ def test_a_resumed_run_follows_its_data_and_refuses_other_flags(small, stage1, t
 
 def test_only_one_process_predicts_and_pictures_of_two_runs_do_not_mix(small, tmp_path):
     arch = dict(name="tiny8", kind="stage2", stage=2, head="2fc", gap=False, masks=True, det=["a", "b"], cls=["n1", "n2"], cls_names=["a", "c"], pair=[0, -1],
-                setup="own", image_size=64, stage1_size=32, augment="plain", level="canonical")
+                setup="own", image_size=64, stage1_size=32, augment="plain")
     torch.manual_seed(0)
-    torch.save(simple21k.weights_of(simple21k.Detector(arch)), tmp_path / "w.pt")
+    torch.save(weights_of(simple21k.Detector(arch)), tmp_path / "w.pt")
     photos = sorted((small.root / "val2017").iterdir())[:3]
     flags = ["--weights", tmp_path / "w.pt", "--score", "0.001", "--max-dets", "3", "--out", tmp_path / "p"]
     (tmp_path / "broken.jpg").write_bytes(b"no jpeg")

@@ -43,7 +43,6 @@ Their code never evaluates Eq. 6. --preset released follows its configuration, a
 regions and background, a 3x3 H without ReLU, tau 2, a linear decay, a density filter). It keeps: means by 8 x
 8 RoIAlign samples (code: whole cells), the largest sigma where boxes overlap (code: the last box's), fp64
 selection (code: half precision, which picks others and some twice), torchvision's losses and proposals.
---kd-relation rkd, a baseline of Table 4, reads neither sigma nor --level-assign.
 What the student would gain by training on alone the paper does not say: beside every distilled student this
 script trains the same student for as long WITHOUT distillation and prints both (--control).
 

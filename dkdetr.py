@@ -17,18 +17,22 @@ whose names are whatever text is given.
     Sec. 3.3  KD queries, second pass of the decoder      DKDETR.kd_pass
     Sec. 4.2  what is distilled                           choose_targets
 
-The authors released inference code only. Detector, masks and inference follow it; of the distillation
-there are two pages of paper. What they leave open is a flag each, listed with its reason under OPEN, in
-"flags": the default is the first value (--crop-fit on shapes: pad). Without a flag: the last layer's
-matching says which queries are matched, objectness which of the others come first; image and batch RKD are
-added; the batch is that of one process, and its map holds pairs of the same image, too, and the diagonal;
-losses are means over the images that have a target; Eq. 3 is taken on unit features, with lambda_skd (its
-weight was not published); the last layer alone is distilled, from one crop a box, out of the network's own
-input; a proposal under --kd-min-size is no target.
-KD query and crop are a pair in the first layer only: the later layers look around the object query's
-refined box, while the crop stays that of the encoder's proposal.
+The authors released inference code only. Detector, masks and inference follow it; of the distillation there
+are two pages of paper. The open choices that matter are a flag each, with its reason under OPEN, in "flags":
+the default is the first value (--crop-fit on shapes: pad). Fixed, without a flag:
+  - KD query and crop are a pair in the first layer only: the later layers look around the object query's
+    refined box, while the crop stays that of the encoder's proposal.
+  - The last layer's matching says which queries are matched, objectness which of the others come first;
+    near-duplicates among the k targets of an image stay, and are each other's negatives in Eq. 4.
+  - One crop a box, cut to the image, out of the network's own input; its sides are at least --kd-min-size.
+  - F^kd is the last layer's, through the classifier's projection. Gradients reach the object queries that KD
+    queries look at. KD queries have no weight decay.
+  - Image and batch RKD are added; the batch is that of one process, and its map holds pairs of the same
+    image, too, and the diagonal. Losses are means over the images that have a target.
+  - Eq. 3 is taken on unit features, with lambda_skd (its weight was not published).
+  - CLIP is ViT-B/32 ("CLIP" is all that the paper says); COCO runs on LVIS's schedule; no repeat factors.
 
-Differs from the paper:
+Differs from the paper or the release:
   1. "886 base classes" are 866; Eq. 5's sign and swapped R, Sec. 3.3's swapped Q are taken as meant.
   2. The release's objectness is 1203 wide, of which channel 0 is used: here one channel, prior 0.01.
   3. Names are fed without underscores and brackets; the release feeds raw ones (kept for its weights).
@@ -37,7 +41,7 @@ Differs from the paper:
   5. Normalisers are sums over all processes, at least 1; --accumulate normalises each micro-batch by its
      own objects. Warm-up is at most a tenth of the run.
   6. best.pt is chosen by base classes alone (AP50; LVIS: AP): novel labels are not for choosing. What is
-     reported is last.pt, as in the paper; where no class is novel, best.pt, chosen by AP.
+     reported is last.pt; where no class is novel, best.pt, chosen by AP.
 
 Letters: B images, S tokens of all L levels, N queries, D width, T text width, K classes, M objects (padded),
 k distilled boxes of an image. Boxes: cx, cy, w, h in 0..1 of the valid image inside the network, xyxy pixels
@@ -82,7 +86,7 @@ from common.evaluation import (class_mean, coco_evaluate, encode_mask, import_lv
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
                         open_run, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_flags,
-                        seed_all, started, to_device, warmup_multistep, wrap_ddp)
+                        seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
 
 
 # ================================================================== the paper
@@ -151,8 +155,8 @@ def classify(features, text, tau=0.05):
 
 
 def group_mean(total, there):
-    """Sum over targets (G,) -> mean per target of each group, mean over the groups of all processes that
-    hold one. there (G, n) bool."""
+    """total (G,) -> mean over groups of total / n, n the targets of a group; groups without one do not count,
+    those of all processes do. there (G, n) bool: this row is a target."""
     n = there.sum(1)
     return (total / n.clamp(min=1)).sum() / reduce_mean((n > 0).sum().float(), 1.0)
 
@@ -187,7 +191,6 @@ def as_one_group(x):
     return x.reshape(1, -1, *x.shape[2:])
 
 
-@torch.no_grad()
 def choose_targets(usable, matched, boxes, k, least):
     """Sec. 4.2: the k best proposals of each image that match no object -> (index (B, k), there (B, k) bool:
     this row is one).
@@ -277,8 +280,8 @@ def box_losses(boxes, gt_boxes, scale):
 
 
 def object_count(counts, most, like):
-    """Objects an image can match (at most `most` of each), summed over all processes, at least 1; a mean,
-    see reduce_mean."""
+    """Objects that can be matched (at most `most` an image) of all processes, at least 1, divided by the
+    number of processes: DDP averages gradients."""
     return reduce_mean(constant(float(sum(min(c, most) for c in counts)), like.device, like.dtype), 1.0)
 
 
@@ -347,7 +350,7 @@ class Distiller(nn.Module):
     def kd_targets(self, out, batch, truth, matches):
         """Which queries are distilled from which boxes: index (B, k) of queries, there (B, k) bool, crops
         (B, k, 4) xyxy pixels."""
-        boxes = to_pixels(out.proposals, truth.scale)  # (B, N, 4)
+        boxes = cut_boxes(out.proposals, truth.scale)  # (B, N, 4)
         index, there = choose_targets(out.usable, matched_queries(out, matches), boxes,
                                       self.settings.kd_topk, self.settings.kd_min_size)
         return index, there, take(boxes, index)
@@ -363,11 +366,7 @@ class Distiller(nn.Module):
     def crop_embeddings(self, batch, boxes, image):
         """CLIP's unit embeddings (n, T) of boxes (n, 4) xyxy pixels of the network's input, all in one
         batch; image (n,) is their owner."""
-        sizes = batch["sizes"]
-        pixels = normalise(batch["images"], sizes, self.clip.grey_levels)
-        center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-        boxes = torch.cat([center - half, center + half], 1)  # rounds as it did when crops had a scale
-        boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[image])
+        pixels = normalise(batch["images"], batch["sizes"], self.clip.grey_levels)
         with self.autocast(boxes):
             if self.settings.crop_fit == "pad":
                 return F.normalize(self.clip.encode_crops(pixels, boxes, image), dim=-1)
@@ -387,8 +386,7 @@ class Distiller(nn.Module):
         image_rkd = s.w_rkd * relational_loss(f, v, there, s.tau_r, s.rkd_dir)     # Eq. 5 within an image
         batch = [as_one_group(x) for x in (f, v, there)]
         batch_rkd = s.w_rkd * relational_loss(*batch, s.tau_r, s.rkd_dir)          # Eq. 5 within the batch
-        # 0 * sum: where no image has a target each parameter has a gradient still; DDP waits for it
-        return dict(skd=skd + 0 * f.sum(), rkd=image_rkd + batch_rkd + 0 * f.sum())
+        return dict(skd=skd, rkd=image_rkd + batch_rkd)
 
     def mask_losses(self, out, batch, truth, matches):
         """SOIT's losses of the matched queries' masks, of all layers."""
@@ -433,9 +431,9 @@ class Comparison(Distiller):
 
     @torch.no_grad()
     def kd_targets(self, out, batch, truth, matches):
-        s, boxes = self.settings, to_pixels(out.proposals, truth.scale)
+        s, boxes = self.settings, cut_boxes(out.proposals, truth.scale)
         if s.kd_boxes == "decoder":
-            boxes = to_pixels(out.boxes[-1], truth.scale)
+            boxes = cut_boxes(out.boxes[-1], truth.scale)
         if s.kd_boxes == "gt":  # oracle: the hidden novel objects, and the query nearest to each
             crops = batch["hidden"]
             best, index = box_iou(crops, boxes).max(2)
@@ -471,7 +469,7 @@ class Comparison(Distiller):
             groups.append([as_one_group(x) for x in (f, v, there)])
         if groups:
             losses["rkd"] = sum(s.w_rkd * relational_loss(*g, s.tau_r, s.rkd_dir) for g in groups)
-        return {name: loss + 0 * f.sum() for name, loss in losses.items()}
+        return losses
 
 
 def make_distiller(model, text, clip, settings=Settings(), amp=False):
@@ -574,6 +572,11 @@ def take(x, index):
 def to_pixels(boxes, scale):
     """cx, cy, w, h in 0..1 -> xyxy pixels; scale: w, h, w, h of the valid image, broadcast."""
     return box_convert(boxes, "cxcywh", "xyxy") * scale
+
+
+def cut_boxes(boxes, scale):
+    """The same, cut to the image: (B, N, 4), (B, 1, 4)."""
+    return to_pixels(boxes, scale).clamp(min=0).minimum(scale)
 
 
 def inverse_sigmoid(x, eps=1e-5):
@@ -780,9 +783,8 @@ class DKDETR(nn.Module):
         self.queries = queries
         self.body, widths = make_body(backbone, init, bn, levels)
         self.neck = nn.ModuleList(neck_block(c, dim, 1, 1) for c in widths[:levels])
-        coarsest = neck_block(widths[-1], dim, 3, 2)  # with fewer levels, too, for the sake of the random
-        if levels > 3:                                # numbers that all that follows starts from
-            self.neck.append(coarsest)
+        if levels > 3:
+            self.neck.append(neck_block(widths[-1], dim, 3, 2))
         for m in self.neck.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.xavier_uniform_(m.weight)
@@ -922,12 +924,11 @@ class DKDETR(nn.Module):
 def detect(logits, boxes, sizes, count=300):
     """The best `count` (query, class) pairs of each image: list of (boxes (n, 4) xyxy network pixels, scores,
     labels, queries). No NMS. logits (B, N, K), boxes (B, N, 4) of the last layer."""
-    scores = logits.sigmoid()  # Eq. 2
-    score, pair = scores.flatten(1).topk(min(count, scores[0].numel()), 1)
-    query, label = pair // scores.shape[2], pair % scores.shape[2]
-    scale = sizes.flip(1).repeat(1, 2)[:, None].to(score)
-    boxes = to_pixels(take(boxes, query), scale).clamp(min=0).minimum(scale)
-    return list(zip(boxes, score, label, query))
+    best, pair = logits.flatten(1).topk(min(count, logits[0].numel()), 1)  # sigmoids near 1 would tie
+    query, label = pair // logits.shape[2], pair % logits.shape[2]
+    scale = sizes.flip(1).repeat(1, 2)[:, None].to(best)
+    boxes = cut_boxes(take(boxes, query), scale)
+    return list(zip(boxes, best.sigmoid(), label, query))  # Eq. 2
 
 
 @torch.no_grad()
@@ -1175,8 +1176,8 @@ def method_of(args, clip, data, novel, steps, lr):
 def reported(args, novel):
     """How often a Run evaluates, and what it reports: the last weights, as the paper; without novel classes
     the best."""
-    return dict(every=args.epochs if args.data == "shapes" else max(1, args.epochs // 14),
-                report="last" if novel else "best", metric=chooser(args.dataset, novel).replace("_", " "))
+    return dict(every=args.epochs if args.data == "shapes" else None, report="last" if novel else "best",
+                metric=chooser(args.dataset, novel).replace("_", " "))
 
 
 def begin_as_copy(run):
@@ -1269,8 +1270,8 @@ def load(weights, flag="--weights"):
     """(DKDETR in eval mode, class names) from a checkpoint of ours, of the authors or of mmdetection.
 
     The detector is a plain module on the CPU: see predict_image. The names are those of its training; files
-    of others know none. Raises UserError, one line, for whatever is wrong with the file; flag: what that
-    line calls it.
+    of others know none, and mmdetection's has no text classifier: it is for comparing outputs only. Raises
+    UserError, one line, for whatever is wrong with the file; flag: what that line calls it.
     """
     from common import zoo
     whose, *content = zoo.load_any(weights, flag, "dkdetr.py")
@@ -1505,7 +1506,7 @@ def follow(args, model, classes):
     same = args.dataset in (None, arch["dataset"])
     if args.val_json:  # own files
         known["dataset"] = "coco"
-    known["masks"] = arch["masks"] and (args.dataset or known["dataset"]) in ("lvis", "ovcoco")
+    known["masks"] = arch["masks"] and (same or args.dataset in ("lvis", "ovcoco"))
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
     if shapes:
         known.update(data="shapes", data_seed=arch["data_seed"])
@@ -1520,7 +1521,11 @@ def evaluate_file(args, rank, world, device):
     model, classes = load(args.eval, "--eval")
     args = follow(args, model, classes)
     val = make_data(args, "val")
-    evaluated_names(args, val)  # what is wrong with them is told before CLIP is downloaded
+    names = evaluated_names(args, val)  # what is wrong with them is told before CLIP is downloaded
+    strange = [n for n in val.records.classes if n not in names]
+    if strange and args.val_json and not args.classes:
+        tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "
+             f"left out, first {strange[0]}; --novel names others")
     clip = clip_for(model, device, args.clip)
     metrics, results = evaluate(model.to(device), val, clip, rank, world, device, args, zero_shot=True)
     if rank == 0:
@@ -1549,20 +1554,17 @@ def predict(args, device):
 
 
 class Exported(nn.Module):
-    """What --export writes: uint8 RGB (B, 3, H, W), long side resized as in training and padded as
-    collate does, right and bottom -> boxes (B, N, 4) xyxy pixels, scores (B, N, K) of the names whose text
-    matrix is baked in, both before the best pairs are taken; then the features (B, N, T): sigmoid(cosine with
-    any other CLIP embedding / tau) scores any other name."""
+    """What --export writes: uint8 RGB (B, 3, H, W), long side resized as in training and padded right and
+    bottom, and the h, w (B, 2) of the pictures in it -> boxes (B, N, 4) xyxy pixels, scores (B, N, K) of the
+    names whose text matrix is baked in, both before the best pairs are taken; then the features (B, N, T):
+    sigmoid(cosine with any other CLIP embedding / tau) scores any other name."""
 
     def __init__(self, model, text):
         super().__init__()
         self.model = model
         self.register_buffer("text", text)
 
-    def forward(self, images):
-        height, width = images.shape[2:]
-        sides = [torch.full((images.shape[0], 1), side, device=images.device) for side in (height, width)]
-        sizes = torch.cat(sides, 1)
+    def forward(self, images, sizes):
         out = self.model(normalise(images, sizes), sizes)
         features = out.features[-1]
         scale = sizes.flip(1).repeat(1, 2)[:, None].to(features)
@@ -1578,7 +1580,8 @@ def export(args):
     if not classes:
         raise UserError(f"--weights {args.weights}: knows no names; give --classes")
     clip = clip_for(model, torch.device("cpu"), args.clip)
-    export_program(Exported(model, text_of(model, classes, clip)), args.export, ("boxes", "scores"), classes)
+    export_program(Exported(model, text_of(model, classes, clip)), args.export, ("boxes", "scores"), classes,
+                   sized=True)
 
 
 # ================================================================== flags
@@ -1588,7 +1591,7 @@ torchrun --nproc_per_node 8 dkdetr.py --dataset ovcoco           # COCO 48/17 in
 python dkdetr.py --data shapes                                   # everything in minutes on a CPU
 python dkdetr.py --predict photo.jpg --weights runs/dkdetr/best.pt --classes "red panda,umbrella"
 """
-# The paper's or the release's; ours: kd_min_size, crop_fit.
+# The paper's or the release's; ours: kd_min_size, crop_fit, and what the header says.
 PAPER = dict(image_size=1024, jitter=[0.1, 2.0], templates="vild", backbone="r50", init="imagenet", dim=256,
              hidden=1024, levels=4, encoder=6, decoder=6, queries=300, dropout=0.1, w_skd=0.1, kd_topk=20,
              kd_min_size=16.0, crop_fit="warp", epochs=70, batch_size=8, lr=8e-4, backbone_lr=0.1,
@@ -1599,15 +1602,15 @@ SHAPES = dict(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tin
               kd_min_size=8.0, crop_fit="pad", epochs=24, batch_size=16, lr=1e-3, backbone_lr=1.0, warmup=100)
 # What two pages of paper leave open: flag, its values with our default first, what it is and why it is open.
 OPEN = (
-    ("kd-boxes", ("encoder", "decoder", "gt"), "what is cropped: coarse proposals, as Sec. 3.3 has it; or "
-     "refined boxes, which fit better; gt: the hidden novel objects, an oracle"),
+    ("kd-boxes", ("encoder", "decoder", "gt"), "what is cropped: coarse proposals, as Sec. 3.3 has it for "
+     "its first, naive form; or refined boxes, which fit better; gt: the hidden novel objects, an oracle"),
     ("kd-exclude", ("matched", "iou"), "what is no target: Sec. 4.2 drops matched queries only, so that "
      "duplicates of a base object stay; iou: whatever overlaps one by half, too"),
     ("kd-attn", ("obj+kd", "kd"), "what KD queries attend to: Sec. 3.3 blocks only the other direction"),
     ("kd-ref", ("shared", "own"), "boxes KD queries look around: the object queries', or refined by "
      "themselves; the text says nothing of later layers"),
-    ("kd-embed", ("per_rank", "shared"), "KD embeddings: one for each rank of objectness, as N embeddings "
-     "suggest; or one, for a rank far down has hardly any gradient"),
+    ("kd-embed", ("per_rank", "shared"), "KD embeddings: the i-th of N belongs to the i-th best "
+     "proposal; or one for all, for a rank far down has hardly any gradient"),
     ("rkd-dir", ("teacher", "student"), "KL(teacher || student); or KL(student || teacher), as Eq. 5 prints "
      "it, but without its minus sign, which would maximise it"),
     ("crop-fit", ("warp", "pad"), "how a crop becomes CLIP's square, unsaid: stretched by RoIAlign; or whole "
@@ -1615,21 +1618,21 @@ OPEN = (
 TABLE = """
     t2              22.2/32.0/40.2/33.5  --masks  # box APr/APc/APf/AP on LVIS; masks 20.5/28.9/35.4/30.0
     t2-none         17.3/32.0/40.0/32.9  --masks --skd none --rkd none  # masks 16.4/28.9/35.3/29.3
-    t3              32.3/61.1            --dataset ovcoco  # AP50 novel/base on COCO
+    t3              32.3/61.1            --dataset ovcoco  # novel/base on COCO, AP50 by its size
     t3-none         9.0/61.2             --dataset ovcoco --skd none --rkd none
-    t4-coco         39.4/54.3/43.0       --eval runs/dkdetr/last.pt --dataset coco  # of t2: AP/AP50/AP75
-    t4-objects365   12.4/17.3/13.4       --eval runs/dkdetr/last.pt --dataset objects365
-    t4-voc          71.3/60.9            --eval runs/dkdetr/last.pt --dataset voc  # AP50/AP75, 11 points
+    t4-coco         39.4/54.3/43.0       --eval runs/dkdetr-t2/last.pt --dataset coco  # row t2: AP/AP50/AP75
+    t4-objects365   12.4/17.3/13.4       --eval runs/dkdetr-t2/last.pt --dataset objects365
+    t4-voc          71.3/60.9            --eval runs/dkdetr-t2/last.pt --dataset voc  # AP50/AP75, 11 points
     t5              20.4/30.9/37.6/31.7  --epochs 36  # 36 epochs: burn-in and drop of the rate scale along
     t5-none         17.0/30.0/36.9/30.5  --epochs 36 --skd none --rkd none
     t5-skd          20.0/30.8/37.4/31.5  --epochs 36 --rkd none
     t5-rkd          19.8/30.9/37.6/31.5  --epochs 36 --skd none
     t5-no-aux       19.7/27.3/35.6/29.2  --epochs 36 --no-aux-queries
     t6-l1           18.9/30.8/37.3/31.4  --epochs 36 --rkd none --skd l1  # its weight was not published
-    t6-bce          20.0/30.8/37.4/31.5  --epochs 36 --rkd none
+    t6-bce          20.0/30.8/37.4/31.5  --epochs 36 --rkd none  # = t5-skd
     t7-image        19.5/30.8/37.4/31.3  --epochs 36 --skd none --rkd image
     t7-batch        19.2/31.2/37.6/31.6  --epochs 36 --skd none --rkd batch
-    t7-both         19.8/30.9/37.6/31.5  --epochs 36 --skd none
+    t7-both         19.8/30.9/37.6/31.5  --epochs 36 --skd none  # = t5-rkd
     released-lvis   22.4/31.9/40.1/33.5  --eval RELEASED --masks  # authors' README; masks 20.5/29.0/35.3/30.0
     released-coco   39.3/54.5/42.8       --eval RELEASED --dataset coco  # authors' README
     released-objects365 13.0/17.9/13.9   --eval RELEASED --dataset objects365  # authors' README
@@ -1649,7 +1652,7 @@ BELONGS = (
     ("w_rkd tau_r rkd_dir", "rkd", ("both", "image", "batch")),
     ("kd_attn kd_ref kd_embed", "aux_queries", (True,)),
     ("kd_exclude kd_topk kd_min_size", "kd_boxes", ("encoder", "decoder")))
-DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_attn kd_ref crop_fit
+DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_attn kd_ref kd_embed crop_fit
     shuffle_crops""".split()  # of no effect where there is none
 NAMING = "dataset images clip templates masks classes"  # what --eval and --predict read
 
@@ -1703,13 +1706,14 @@ def parse_args(argv=None):
     flag(g, "tau", "temperature of the classifier, Eq. 2; evaluation uses the checkpoint's", type=POSITIVE,
          default=0.05)
     g = p.add_argument_group("method")
-    flag(g, "skd", "semantic distillation: Eq. 4, or Eq. 3 on unit features", choices=("bce", "l1", "none"),
-         default="bce")
+    flag(g, "skd", "semantic distillation: bce is Eq. 4, l1 Eq. 3 on unit features",
+         choices=("bce", "l1", "none"), default="bce")
     flag(g, "rkd", "relational distillation, Eq. 5, Table 7", choices=("both", "image", "batch", "none"),
          default="both")
     flag(g, "aux-queries", "KD queries; without, the object queries are distilled, Table 5", action=both,
          default=True)
-    flag(g, "w-skd", "lambda_skd of Eq. 6; its negatives grow with --kd-topk", type=number())
+    flag(g, "w-skd", "lambda_skd of Eq. 6; a target has kd-topk - 1 negatives: lower it as that grows",
+         type=number())
     flag(g, "w-rkd", "lambda_rkd of Eq. 6", type=number(), default=2.0)
     flag(g, "tau-s", "temperature of Eq. 4", type=POSITIVE, default=0.05)
     flag(g, "tau-r", "temperature of Eq. 5", type=POSITIVE, default=0.2)
@@ -1750,6 +1754,10 @@ def parse_args(argv=None):
         return argparse.Namespace(**vars(args) | dict(out=f"{args.out}-{args.dataset}"))
     if args.eval or args.predict or args.export:
         return args
+    if args.row == "own" and not args.train_json:
+        p.error("--row own: is for your own data, --train-json and --train-images")
+    if args.images != "data/coco" and args.data == "shapes":
+        p.error(f"--images {args.images}: --data shapes has its own")
     if args.dataset in ("objects365", "voc"):
         p.error(f"--dataset {args.dataset}: is for --eval; train on lvis, ovcoco or coco, or on own files")
     idle = [f for f in DISTILLATION if f in given_flags(p, argv)]
@@ -1794,6 +1802,8 @@ def resolve(args):
     if training and args.bn == "frozen" and args.init == "none":
         raise UserError("--bn frozen: random weights cannot learn with the statistics of a BatchNorm that "
                         "has seen nothing; --init none needs --bn sync")
+    if training and args.kd_topk > args.queries:
+        raise UserError(f"--kd-topk {args.kd_topk}: there are {args.queries} --queries to choose from")
     if args.masks and args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
     unfit = not 0 < args.burn_in < args.epochs or short or not distils(args)

@@ -429,7 +429,10 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         p.set_defaults(**row_flags(p, rows, args.row))
         args = p.parse_args(argv)
     mode = [m for m in modes if getattr(args, m)]
-    args.out = args.out or "-".join([f"runs/{name}", *(m.replace("_", "-") for m in mode[:1])])
+    parts = [name, *(m.replace("_", "-") for m in mode[:1])]
+    if rows and args.row:
+        parts.append(args.row)
+    args.out = args.out or "runs/" + "-".join(parts)
     refuse_pairs(p, args, given, mode, modes, apart)
     if mode:
         idle = sorted(given - {*modes[mode[0]].split(), *ALWAYS, mode[0], "row"})

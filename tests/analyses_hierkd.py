@@ -40,7 +40,9 @@ class BaseRPN(nn.Module):
     def __init__(self, backbone, init, channels):
         super().__init__()
         self.arch = dict(rpn=True, backbone=backbone, channels=channels)
-        self.body, widths = hierkd.make_body(backbone, init, from_c2=True)
+        self.body, widths = hierkd.make_body(backbone, init)
+        self.body.returned = "layer1", *self.body.returned
+        widths = [widths[0] // 2, *widths]
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
         anchors = AnchorGenerator(tuple((size,) for size in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5)
         count = dict(training=1000, testing=1000)

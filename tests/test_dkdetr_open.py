@@ -216,6 +216,38 @@ def saved(path, clip_file, **arch):
     return path
 
 
+def test_classes_of_own_files_that_the_checkpoint_does_not_know_are_told(coco_mini, clip_file, tmp_path):
+    path = saved(tmp_path / "a.pt", clip_file)  # worker; stool, wooden; dog
+    val = ["--val-json", coco_mini / "annotations/instances_val2017.json", "--val-images", coco_mini / "val2017", "--workers", 0]
+    r = run("--eval", path, *val, "--out", tmp_path / "e")
+    assert "79 classes of instances_val2017.json are not in the checkpoint's vocabulary and left out, first person" in r.stderr
+
+
+def test_targets_are_cut_to_the_image_before_their_size_is_asked():
+    scale = torch.tensor([[[100.0, 50, 100, 50]]])
+    boxes = dkdetr.cut_boxes(torch.tensor([[[0.05, 0.5, 0.25, 0.4], [0.5, 0.5, 0.2, 0.4]]]), scale)
+    assert torch.allclose(boxes, torch.tensor([[[0.0, 15, 17.5, 35], [40, 15, 60, 35]]]), atol=1e-4)
+
+
+def test_flags_that_cannot_act_are_refused(capsys):
+    for words, text in ((["--row", "own"], "--row own: is for your own data"), (["--data", "shapes", "--images", "x"], "--data shapes has its own"),
+                        (["--skd", "none", "--rkd", "none", "--kd-embed", "shared"], "--kd-embed: belongs to")):
+        with pytest.raises(SystemExit):
+            dkdetr.parse_args(words)
+        assert text in capsys.readouterr().err
+    with pytest.raises(UserError, match="--kd-topk 500: there are 300"):
+        dkdetr.resolve(dkdetr.parse_args(["--kd-topk", "500"]))
+
+
+def test_masks_stay_with_the_dataset_of_their_training(clip_file, tmp_path):
+    torch.manual_seed(0)
+    model = dkdetr.DKDETR("tiny8", 64, 32, 4, 32, 3, 1, 2, 40, 0.0, masks=True)
+    model.arch |= dkdetr.SEEN | dict(clip=str(clip_file), dataset="coco", data="data/coco")
+    model.novel = []
+    masks = lambda *flags: dkdetr.follow(dkdetr.parse_args(["--predict", "a.jpg", "--weights", "x", *flags]), model, ["a"]).masks
+    assert masks() and masks("--dataset", "lvis") and not masks("--dataset", "voc")
+
+
 def test_another_clip_is_told_and_another_width_refused(clip_file, tmp_path, capsys):
     model, _ = dkdetr.load(saved(tmp_path / "a.pt", clip_file, clip_name="ViT-B-32-quickgelu/openai"))
     dkdetr.clip_for(model, torch.device("cpu"))
@@ -267,13 +299,13 @@ def test_export_is_the_detector_with_its_names(clip_file, tmp_path):
     assert json.loads(names["classes.json"]) == ["worker", "stool, wooden", "dog"]
     model, classes = dkdetr.load(path)
     images = torch.randint(0, 256, (2, 3, 192, 160), dtype=torch.uint8)
-    sizes = torch.tensor([[192, 160]] * 2)
+    sizes = torch.tensor([[192, 160], [150, 121]])  # the second is padded
     with torch.no_grad():
-        boxes, scores, features = program(images)
+        boxes, scores, features = program(images, sizes)
         out = model(dkdetr.normalise(images, sizes), sizes)
     want = dkdetr.classify(out.features[-1], dkdetr.text_of(model, classes)).sigmoid()
     assert scores.shape == (2, 40, 3) and (scores - want).abs().max() < 1e-4 and (features - out.features[-1]).abs().max() < 1e-3
-    assert (boxes - dkdetr.to_pixels(out.boxes[-1], torch.tensor([160.0, 192, 160, 192]))).abs().max() < 0.01
+    assert (boxes - dkdetr.to_pixels(out.boxes[-1], sizes.flip(1).repeat(1, 2)[:, None])).abs().max() < 0.01
     r = run("--export", tmp_path / "d.txt", "--weights", path, fail=True)
     assert "Traceback" not in r.stderr and ".pt2" in r.stderr
 

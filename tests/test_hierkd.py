@@ -575,7 +575,7 @@ def test_perfect_detections_score_100_whatever_the_files_ids(four_images, monkey
         return found
     monkeypatch.setattr(hierkd, "run_detector", perfect)
     model = OpenATSS("tiny8", None, 64)
-    model.arch["base"] = ["car", "an absent one"]
+    model.arch |= dict(base=["car", "an absent one"], templates=hierkd.TEMPLATES)
     metrics, found = hierkd.evaluate(model, val, 0, 1, torch.device("cpu"), a, Names())
     assert {metrics[f"{g}_AP50"] for g in ("zsd", "base", "gzsd_base", "gzsd_novel", "gzsd_all")} == {100.0} and len(found) == 5
     assert metrics["score"] == 100 and sorted(metrics["classes"]["zsd"]) == ["cat", "sink"]
@@ -681,7 +681,7 @@ def test_novel_classes_do_not_choose_the_weights(four_images, monkeypatch):
     a = resolve(parse_args(["--eval", "x", "--val-json", str(four_images / "instances.json"), "--val-images", str(four_images)]))
     val = hierkd.make_data(a, "val", like=["car"])
     model = OpenATSS("tiny8", None, 64)
-    model.arch["base"] = ["car"]
+    model.arch |= dict(base=["car"], templates=hierkd.TEMPLATES)
     box = dict((i, (b, labels)) for i, _, _, _, b, labels in val.items)
 
     def only(wanted):
@@ -697,6 +697,26 @@ def test_novel_classes_do_not_choose_the_weights(four_images, monkeypatch):
     base, novel = only(["car"]), only(["cat", "sink"])
     assert (base["score"], base["zsd_AP50"], novel["score"], novel["zsd_AP50"]) == (100, 0, 0, 100)
     assert hierkd.reported(argparse.Namespace(epochs=1, data="x"), None)["metric"] == "base AP50"
+
+
+def test_clip_tells_crops_apart_under_autocast_as_without(clip):
+    torch.manual_seed(0)
+    batch = dict(images=torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8), sizes=torch.tensor([[96, 96]]))
+    corner = torch.rand(64, 2) * 60
+    boxes, text = torch.cat([corner, corner + 10 + torch.rand(64, 2) * 20], 1), clip.class_embeddings(["circle", "square", "cross"])
+    plain, mixed = (hierkd.direct_scores(clip, batch, boxes, text, amp=amp) for amp in (False, True))
+    assert mixed.dtype == torch.float32 and len(mixed.amax(1).unique()) == 64 and (plain - mixed).abs().max() < 0.1
+
+
+def test_a_row_that_its_data_contradicts_is_refused(capsys):
+    for words, text in ((["--row", "t7-65", "--data", "shapes"], "--split 65_15: is of COCO's names"), (["--row", "t7-65", "--novel", "cup"], "--split 65_15"),
+                        (["--row", "t8-2x", "--data", "shapes"], "--schedule 2x: sets the epochs only")):
+        with pytest.raises(SystemExit):
+            parse_args(words)
+        assert text in capsys.readouterr().err
+    assert parse_args(["--row", "t7-65"]).out == "runs/hierkd-t7-65" and parse_args(["--row", "t8-2x", "--epochs", "3"]).epochs == 3
+    args = parse_args(["--row", "t6-ikd", "--crop-scale", "1.5"])
+    assert args.crop_scale == 1.5 and not capsys.readouterr().err and args.eval == "runs/hierkd-t4-ikd/last.pt"
 
 
 def test_names_that_clip_reads_in_part_are_told(clip, capsys):

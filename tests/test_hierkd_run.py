@@ -121,7 +121,7 @@ def test_wrong_inputs_end_with_one_line(small, coco_mini, tmp_path):
     for name in ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"):
         (tmp_path / "data" / name).symlink_to(coco_mini / name)
     for words, flags in (("captions_train2017.json is missing", ["--data", tmp_path / "data", *small[2:], "--out", tmp_path / "a"]),
-                         ("use more, or --no-gkd", [*small, "--batch-size", 1, "--out", tmp_path / "b"]),
+                         ("use more images, or --no-gkd", [*small, "--batch-size", 1, "--out", tmp_path / "b"]),
                          ("expected MODEL/WEIGHTS", [*small, "--clip", "nothing", "--out", tmp_path / "c"]),
                          ("choose among r50, r101", [*small, "--backbone", "r18", "--out", tmp_path / "d"]),
                          ("no checkpoint of hierkd.py", ["--eval", small[3], *small[:2], "--out", tmp_path / "e"])):

@@ -401,15 +401,18 @@ def dash(flag):
     return "--" + flag.replace("_", "-")
 
 
-def given_flags(p, argv):
-    """The destinations of the flags that stand in argv."""
+def given_flags(p, argv, rows=None):
+    """The destinations of the flags that stand in argv; with rows also of those of its --row."""
     unset = object()
     blank = argparse.Namespace(**{a.dest: unset for a in p._actions})
     for a in p._actions:
         if isinstance(a, argparse._AppendAction):
             setattr(blank, a.dest, None)
     found = vars(p.parse_args(argv, blank))
-    return {k for k, v in found.items() if v is not unset and v is not None}
+    found = {k for k, v in found.items() if v is not unset and v is not None}
+    if rows and "row" in found:
+        found |= set(row_flags(p, rows, p.parse_args(argv).row))
+    return found
 
 
 def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), saved=None, rows=None):
@@ -454,6 +457,7 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
             if flag in old and getattr(args, flag) != old[flag]:
                 p.error(f"{dash(flag)} {getattr(args, flag)}: the run in {args.out} has {old[flag]}, "
                         "which --resume keeps; start another --out to change it")
+    given = given_flags(p, argv, rows)
     for flags, other, values in belongs:
         value = getattr(args, other)
         parts = value.split("+") if isinstance(value, str) else [value]  # as --method crosskd+pkd

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.ops.poolers import initLevelMapper
 
 import crosskd
 import prototype_kd
@@ -746,7 +747,7 @@ def test_bad_flags_give_one_line(flags, words, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--voc-val", "2007_val"], "--voc-val: belongs to --dataset voc"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes"),
-    (["--proto-method", "ambiguous", "--lam", "1"], "--lam: belongs to --proto-method pgm, here it is ambiguous"),
+    (["--proto-method", "ambiguous", "--lam", "1"], "--lam: belongs to --proto-method pgm, or to a --proj; here ambiguous"),
     (["--sigma", "maxcos", "--proj", "joint"], "--proj: belongs to --sigma l2"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
     (["--alpha-feat", "0", "--adapt", "conv1x1"], "--adapt: belongs to --alpha-feat above 0"), (["--preset", "released", "--kd-relation", "rkd"], "above 0, here it is 0"),
     (["--alpha-global", "0", "--alpha-feat", "0", "--alpha-resp", "0"], "nothing is distilled"),
@@ -795,7 +796,7 @@ def test_rows_of_the_tables_parse_and_resolving_twice_changes_nothing(row, tmp_p
 
 
 def test_detectors_that_a_row_needs_are_made_by_another():
-    made = [re.search(r"--out (\S+)", flags)[1] for _, flags, _ in ROWS.values() if "--out" in flags]
+    made = [re.search(r"--out (\S+)", flags)[1] if "--out" in flags else f"runs/prototype_kd-{name}" for name, (_, flags, _) in ROWS.items()]
     wanted = {path for _, flags, _ in ROWS.values() for path in re.findall(r"(runs/\S+)/(?:last.pt|control)", flags)}
     assert wanted <= set(made) and len(made) == len(set(made))
 
@@ -926,3 +927,40 @@ def test_a_run_of_another_script_is_not_resumed(name, tmp_path):
         torch.save(dict(script="crosskd.py", arch=dict(kind="gfl"), args=args, model={}, optimizer={}, rng=[], it=1), tmp_path / name)
     with pytest.raises(UserError, match="a run of another script" if name == "args.json" else "is a checkpoint of crosskd.py, not of prototype_kd.py"):
         parse_args(["--resume", "--out", str(tmp_path)])
+
+
+# ------------------------------------------------------------------ where the head looks
+
+@pytest.mark.parametrize("name", ["faster_tiny8", "retina_tiny8"])
+def test_response_reads_sigma_where_the_students_head_sees_a_proposal(name):
+    """Levels of anchors and proposals against torchvision's own: anchors level by level, and the pooler's mapper."""
+    torch.manual_seed(0)
+    student, batch = new_detector(name, [f"c{k}" for k in range(5)], "none"), some_batch()
+    distiller = Distiller(student)
+    images = prototype_kd.images_of(batch)
+    maps = student.backbone(images.tensors)
+    step = prototype_kd.train_step(student, images, maps, batch)
+    levels = distiller.head_levels(step, maps)
+    if name.startswith("faster"):
+        pooler = student.roi_heads.box_roi_pool
+        rois = [b[p] for b, p in zip(step.boxes, step.positive)]
+        want = initLevelMapper(2, 5, canonical_scale=224, canonical_level=4)(rois)
+        assert torch.equal(levels, want) and pooler is not None
+    else:
+        sides = (step.boxes[0][:, 2] - step.boxes[0][:, 0]) * (step.boxes[0][:, 3] - step.boxes[0][:, 1])
+        smallest = student.anchor_generator.sizes[0][0]
+        octave = (sides.sqrt() / smallest).log2().add(0.1).floor().long()  # anchors of a level are within one octave
+        assert torch.equal(levels, octave[torch.cat(step.positive)]) and len(levels)
+
+
+def test_a_retinanets_levels_follow_its_smallest_anchor():
+    boxes = torch.tensor([[0.0, 0, s, s] for s in (15, 17, 33, 65)])
+    assert level_of(boxes, "retina", 8).tolist() == [0, 1, 2, 3] and level_of(boxes, "retina").tolist() == [0, 0, 0, 1]
+
+
+def test_flags_of_a_row_are_checked_as_if_given(capsys):
+    for words, text in ((["--row", "t5-K-5", "--teacher", "none"], "belongs to a --teacher"), (["--row", "t5-lambda-1", "--proto-method", "random"], "--lam: belongs to")):
+        with pytest.raises(SystemExit):
+            parse_args(words)
+        assert text in capsys.readouterr().err
+    assert parse_args(["--proto-method", "kmeans", "--proto-space", "student", "--proj", "independent", "--lam", "5"]).lam == 5

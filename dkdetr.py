@@ -1063,12 +1063,6 @@ def text_matrix(clip, names, templates="vild", style="clean", cache=True):
     return clip.class_embeddings(spoken, PROMPTS[templates], folder, raw=style == "raw")
 
 
-def on_device(batch, device):
-    """The batch on the device, with the number of objects of each image, which stays on the host."""
-    counts = (batch["labels"] >= 0).sum(1).tolist()
-    return to_device(batch, device) | dict(counts=counts)
-
-
 # ================================================================== train
 
 LEGEND = dict(
@@ -1246,7 +1240,7 @@ def train(args, rank, world, device):
             losses = {}
             for n, batch in enumerate(batches, 1):
                 model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
-                terms = model(on_device(batch, device))
+                terms = model(to_device(batch, device))
                 (sum(terms.values()) / len(batches)).backward()  # Eq. 6
                 losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
             norm = nn.utils.clip_grad_norm_(trained(optimizer), 0.1)

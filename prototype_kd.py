@@ -255,7 +255,7 @@ def extract(model, instances, device, amp=False):
     model.eval()
     hidden = instances.rank != 0
     for batch in tqdm(instances.loader, desc="instances", leave=False, mininterval=1, disable=hidden):
-        batch = on_device(batch, device)
+        batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             maps = list(model.backbone(images_of(batch).tensors).values())
         image, slot = (batch["labels"] >= 0).nonzero(as_tuple=True)
@@ -1210,13 +1210,6 @@ def default_size(args):
     return args.image_size or ("72-120" if args.data == "shapes" else "800")
 
 
-def on_device(batch, device):
-    """The batch on the device, with what the host must know: number of objects and size of each image."""
-    counts = (batch["labels"] >= 0).sum(1).tolist()
-    sizes = [tuple(size) for size in batch["sizes"].tolist()]
-    return to_device(batch, device) | dict(counts=counts, image_sizes=sizes)
-
-
 # ================================================================== train
 
 LEGEND = {  # of the log's terms
@@ -1477,7 +1470,7 @@ def train(args, rank, world, device):
             losses = {}
             for n, batch in enumerate(batches, 1):
                 model.require_backward_grad_sync = n == len(batches)  # DDP exchanges gradients once a step
-                terms = model(on_device(batch, device))
+                terms = model(to_device(batch, device))
                 (sum(terms.values()) / len(batches)).backward()  # Eq. 9
                 losses = {k: losses.get(k, 0) + v.detach() / len(batches) for k, v in terms.items()}
             optimizer.step()
@@ -1580,7 +1573,7 @@ def load(weights, flag="--weights"):
 def run_detector(model, batch, amp="none"):
     """One collated batch -> per image (boxes in original pixels, scores, classes 0 ... C - 1)."""
     device = next(model.parameters()).device
-    batch, columns = on_device(batch, device), model.arch["columns"]
+    batch, columns = to_device(batch, device), model.arch["columns"]
     images = images_of(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
         maps = model.backbone(images.tensors)

@@ -1479,8 +1479,9 @@ def collate(items, divisor=32):
     """List of items -> one batch, padded right and bottom to a multiple of `divisor`.
 
     images (B, 3, H, W) uint8; sizes (B, 2) h, w before padding; boxes (B, M, 4), labels (B, M) with
-    -1 where padded and M >= 1; image_ids, original_sizes: lists. uint8 keeps the copy to a GPU four
-    times smaller; the detector normalises, and zeroes the padding after that.
+    -1 where padded and M >= 1. On the host: image_ids, original_sizes, image_sizes (sizes again),
+    counts (boxes of each image). uint8 keeps the copy to a GPU four times smaller; the detector
+    normalises, and zeroes the padding after that.
     """
     height, width = (-(-max(x["size"][k] for x in items) // divisor) * divisor for k in (0, 1))
     most = max(1, max(len(x["boxes"]) for x in items))
@@ -1494,6 +1495,8 @@ def collate(items, divisor=32):
     batch = dict(images=images, sizes=torch.tensor([x["size"] for x in items]), boxes=boxes,
                  labels=labels, image_ids=[x["image_id"] for x in items],
                  original_sizes=[x["original_size"] for x in items],
+                 image_sizes=[tuple(x["size"]) for x in items],
+                 counts=[len(x["boxes"]) for x in items],
                  captions=[x.get("caption", "") for x in items])
     if "masks" in items[0]:
         shape = len(items), most, height // 2, width // 2

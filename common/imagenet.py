@@ -11,6 +11,7 @@ Hidden files and what systems leave behind (`._x.JPEG`, `__MACOSX`, `Thumbs.db`)
 everywhere, in tars, too. Of `common` this file needs UserError of run.py, and to decode a picture
 read_image of datasets.py.
 """
+import functools
 import io
 import math
 import os
@@ -413,25 +414,31 @@ class ImageIndex:
         return decode(path, content, quiet=True)  # turned or not is nothing to a label
 
     def drop(self, names):
-        """Leave out the images of these names (as `name` gives them), a benchmark's, say; `dropped`
-        counts them."""
+        """Leave out the images of these names (as `name` gives them; a class's tar and its folder are
+        one place), a benchmark's, say; `dropped`, `asked` count them."""
         wanted, rows = {}, np.ones(len(self), bool)
-        for n in names:
+        for n in map(untarred, names):
             wanted.setdefault(n.split("/")[0], set()).add(n)
-        for k in np.flatnonzero([self.folders[f] in wanted for f in self.kept]):
+        places = [wanted.get(untarred(self.folders[f])) for f in self.kept]
+        for k in np.flatnonzero([place is not None for place in places]):
             here = range(self.first[k], self.first[k + 1])
-            rows[here] = [self.name(i) not in wanted[self.folders[self.kept[k]]] for i in here]
+            rows[here] = [untarred(self.name(i)) not in places[k] for i in here]
         if not rows.any():
             raise UserError(f"{self.root}: all {len(rows):,} images belong to the evaluation; "
                             "none is left to train on")
         self.keep(rows)
-        self.dropped = int((~rows).sum())
+        self.dropped, self.asked = int((~rows).sum()), sum(map(len, wanted.values()))
 
     def keep(self, rows):
         for field in ("labels", "starts", "ends", "at", "size"):
             setattr(self, field, getattr(self, field)[rows])
         counts = np.bincount(self.labels, minlength=len(self.kept))
         self.first = np.concatenate([[0], np.cumsum(counts)])  # class k: from first[k] on
+
+
+def untarred(name):
+    """n01440764.tar/a.jpg or n01440764.tar -> the same without .tar."""
+    return re.sub(r"^([^/]*)\.tar(?=/|$)", r"\1", name, flags=re.IGNORECASE)
 
 
 class LabelledImages(Dataset):
@@ -465,14 +472,15 @@ class LabelledImages(Dataset):
 
 def collate_labelled(items, canvas):
     """Items -> images (B, 3, canvas, canvas) uint8 padded right and bottom, sizes (B, 2), labels
-    (B,), bad: list of texts."""
+    (B,); on the host: image_sizes (sizes again), bad: list of texts."""
     images = torch.zeros(len(items), 3, canvas, canvas, dtype=torch.uint8)
     for b, x in enumerate(items):
         images[b, :, :x["size"][0], :x["size"][1]] = x["image"]
     sizes = torch.tensor([x["size"] for x in items])
     labels = torch.tensor([x["label"] for x in items])
     bad = [e for x in items for e in x["bad"]]
-    return dict(images=images, sizes=sizes, labels=labels, bad=bad)
+    image_sizes = [tuple(x["size"]) for x in items]
+    return dict(images=images, sizes=sizes, labels=labels, image_sizes=image_sizes, bad=bad)
 
 
 def jitter_image(image, canvas, scale, rng, flip=0.5):
@@ -823,6 +831,12 @@ def check_images(raw, categories, where):
     return images
 
 
+@functools.lru_cache(8)  # images of a class follow each other
+def places_in(tar):
+    """{name of an image: (start, length)} in a class's tar."""
+    return {name: place for name, *place in list_tar(tar)[0]}
+
+
 class LocalisationImages(Dataset):
     """Images of a localisation set (COCO's format, images with category_id) for evaluation: the
     long side becomes `canvas`.
@@ -866,7 +880,7 @@ class LocalisationImages(Dataset):
         file, member = self.file_of(record["file_name"])
         content = None
         if member is not None:
-            places = {name: place for name, *place in list_tar(self.folder / file)[0]}
+            places = places_in(self.folder / file)
             if member not in places:
                 raise UserError(f"{show(path)}: cannot be read (the tar has no such image)")
             content = read_member(self.folder / file, *places[member], path)
@@ -1057,8 +1071,8 @@ class ClassImages(LabelledImages):
         text = f"{index.root}: {len(index):,} images, {len(index.classes):,} classes"
         if self.both:
             text += f", {self.both:,} in both"
-        if getattr(index, "dropped", 0):
-            text += f" | {index.dropped:,} images of the benchmark left out"
+        if getattr(index, "asked", 0):
+            text += f" | left out {index.dropped:,} of the {index.asked:,} images of the benchmark"
         if index.empty:
             more = " ..." if len(index.empty) > 5 else ""
             names = ", ".join(index.empty[:5])

@@ -248,8 +248,13 @@ def fused():
 
 
 def to_device(batch, device):
-    """The batch with its tensors on the device; the copy waits for nothing."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """The batch, or batches of several kinds, with tensors on the device; the copy waits for nothing."""
+    moved = {}
+    for k, v in batch.items():
+        if isinstance(v, dict):
+            v = to_device(v, device)
+        moved[k] = v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+    return moved
 
 
 def tell(text):

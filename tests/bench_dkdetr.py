@@ -83,8 +83,8 @@ def distiller_of(device, size, distil, amp="none", compiled=False):
 def batch_of(device, size, count):
     g = torch.Generator().manual_seed(0)
     corner, side = torch.rand(count, 10, 2, generator=g) * size * 0.6, size * (0.05 + 0.3 * torch.rand(count, 10, 2, generator=g))
-    return dkdetr.on_device(dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
-                                 boxes=torch.cat([corner, corner + side], -1), labels=torch.randint(0, 866, (count, 10), generator=g)), device)
+    return dkdetr.to_device(dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
+                                 boxes=torch.cat([corner, corner + side], -1), labels=torch.randint(0, 866, (count, 10), generator=g), counts=[10] * count), device)
 
 
 def step(distiller, batch, optimizer):

@@ -112,8 +112,8 @@ def make_batch(count, height, width, boxes, device):
     g = torch.Generator().manual_seed(0)
     xy = torch.rand(count, boxes, 2, generator=g) * torch.tensor([width * 0.7, height * 0.7])
     where = torch.cat([xy, xy + 16 + torch.rand(count, boxes, 2, generator=g) * 0.25 * min(height, width)], 2)
-    return pk.on_device(dict(images=torch.randint(0, 256, (count, 3, height, width), generator=g, dtype=torch.uint8), sizes=torch.tensor([[height, width]] * count), boxes=where,
-                             labels=torch.randint(0, 80, (count, boxes), generator=g), image_ids=[*range(count)], original_sizes=[(height, width)] * count), device)
+    return pk.to_device(dict(images=torch.randint(0, 256, (count, 3, height, width), generator=g, dtype=torch.uint8), sizes=torch.tensor([[height, width]] * count), boxes=where,
+                             labels=torch.randint(0, 80, (count, boxes), generator=g), image_ids=[*range(count)], original_sizes=[(height, width)] * count, image_sizes=[(height, width)] * count, counts=[boxes] * count), device)
 
 
 def bench_step(kind, pair, size, batch_size, device, repeats, flags=()):

@@ -121,7 +121,7 @@ targets = right = inside = among = total = 0
 own, other = [], []
 with torch.no_grad():
     for batch in d.eval_loader(data, 0, 1, 0, False):
-        batch = d.on_device(batch, torch.device("cpu"))
+        batch = d.to_device(batch, torch.device("cpu"))
         out = model(d.normalise(batch["images"], batch["sizes"]), batch["sizes"])
         scale = batch["sizes"].flip(1).repeat(1, 2)[:, None].float()
         boxes = d.box_convert(out.proposals, "cxcywh", "xyxy") * scale

@@ -15,9 +15,9 @@ import dkdetr
 from common.clip import FrozenCLIP
 from common.tiny import TINY, tiny_model
 from common.zoo import to_dkdetr
-from dkdetr import (DKDETR, TEMPLATES, Comparison, DeformableAttention, Distiller, MaskHead, Settings, choose_targets, classify, detect, direct_loss,
+from dkdetr import (DKDETR, TEMPLATES, DeformableAttention, Distiller, MaskHead, Settings, choose_targets, classify, detect, direct_loss,
                     focal_cost, inverse_sigmoid, load, make_distiller, mask_losses, match, match_cost, msda_grid, parameter_groups, parse_args, plain_of,
-                    prompt_name, relational_loss, semantic_loss, settings_of, sine, on_device)
+                    prompt_name, relational_loss, semantic_loss, settings_of, sine)
 
 UNIT = lambda *shape, seed=0: F.normalize(torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1)
 SMALL = dict(backbone="tiny8", text_dim=64, dim=32, heads=4, hidden=32, levels=3, encoder=1, decoder=3, queries=12, dropout=0.0)
@@ -39,7 +39,7 @@ def batch_of(count=2, boxes=((20.0, 20, 60, 60), (50.0, 10, 100, 90)), size=128)
     batch = dict(images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g), sizes=torch.tensor([[size, size]] * count),
                  boxes=torch.tensor([boxes] * count).reshape(count, -1, 4) if boxes else torch.zeros(count, 1, 4),
                  labels=torch.arange(len(boxes)).repeat(count, 1) if boxes else torch.full((count, 1), -1))
-    return on_device(batch, torch.device("cpu"))
+    return batch | dict(counts=[len(boxes)] * count)
 
 
 def distiller_of(clip, *extra, **model):
@@ -431,7 +431,7 @@ def test_crop_shows_its_own_box_after_jitter_flip_and_padding(tmp_path, extra):
     data = CocoDataset(tmp_path, records_of(raw, tmp_path / "a.json"), True, canvas=256, jitter=(0.5, 2.0))
     seen = 0
     for seed in range(12):
-        batch = on_device(collate([data[0, seed], data[0, seed + 100]], 256), torch.device("cpu"))
+        batch = collate([data[0, seed], data[0, seed + 100]], 256)
         image, slot = (batch["labels"] >= 0).nonzero(as_tuple=True)
         b = batch["boxes"][image, slot]
         inner = (b[:, 2:] - b[:, :2]).amin(1) > 12

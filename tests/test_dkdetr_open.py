@@ -332,8 +332,8 @@ def test_a_comparison_of_the_full_method_is_the_distiller(clip):
     settings = dkdetr.Settings(kd_min_size=1.0)
     assert type(dkdetr.make_distiller(model, text, clip, settings)) is dkdetr.Distiller
     assert type(dkdetr.make_distiller(model, text, clip, settings._replace(rkd="image"))) is dkdetr.Comparison
-    batch = dkdetr.on_device(dict(images=torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), sizes=torch.tensor([[96, 96]] * 2),
-                                  boxes=torch.tensor([[[10.0, 10, 50, 50]]] * 2), labels=torch.tensor([[0], [1]])), torch.device("cpu"))
+    batch = dict(images=torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), sizes=torch.tensor([[96, 96]] * 2),
+                 boxes=torch.tensor([[[10.0, 10, 50, 50]]] * 2), labels=torch.tensor([[0], [1]]), counts=[1, 1])
     losses = []
     for kind in (dkdetr.Distiller, dkdetr.Comparison):
         distiller = kind(model, text, clip, settings)

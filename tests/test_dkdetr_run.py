@@ -224,11 +224,11 @@ distiller = dkdetr.make_distiller(model, clip.class_embeddings(["circle", "squar
 distiller.kd_active = True
 g = torch.Generator().manual_seed(5)
 batch = dict(images=torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=g), sizes=torch.tensor([[96, 96], [80, 96]]),
-             boxes=torch.tensor([[[10.0, 10, 50, 50], [40, 30, 90, 80]], [[20.0, 5, 60, 70], [0, 0, 0, 0]]]), labels=torch.tensor([[0, 2], [1, -1]]))
+             boxes=torch.tensor([[[10.0, 10, 50, 50], [40, 30, 90, 80]], [[20.0, 5, 60, 70], [0, 0, 0, 0]]]), labels=torch.tensor([[0, 2], [1, -1]]), counts=[2, 1])
 if world > 1:
     batch = {k: v[rank:rank + 1] for k, v in batch.items()}
     distiller = torch.nn.parallel.DistributedDataParallel(distiller)
-terms = distiller(dkdetr.on_device(batch, torch.device("cpu")))
+terms = distiller(batch)
 sum(terms.values()).backward()
 values = torch.stack([terms[k].detach() for k in sorted(terms)])
 if world > 1:

@@ -420,14 +420,24 @@ def test_folder_and_tar_of_one_class_are_refused(tmp_path):
         ImageIndex(root)
 
 
+def test_a_benchmark_drawn_from_a_tar_is_left_out_of_the_folder_and_the_other_way_round(tmp_path):
+    tar, folder = ImageIndex(folders(tmp_path / "t", {"n1": 3, "n2": 1}, tar=["n1"])), ImageIndex(folders(tmp_path / "f", {"n1": 3, "n2": 1}))
+    ours, theirs = names(tar), names(folder)
+    assert any(".tar/" in n for n in ours) and not any(".tar/" in n for n in theirs)
+    folder.drop([n for n in ours if n.startswith("n1")][:2])
+    tar.drop([n for n in theirs if n.startswith("n1")][:2])
+    assert (folder.dropped, len(folder), tar.dropped, len(tar)) == (2, 2, 2, 2)
+
+
 def test_images_of_a_benchmark_are_left_out(tmp_path):
     index = ImageIndex(folders(tmp_path / "in", {"n1": 3, "n2": 2, "n3": 1}))
     index.drop(["n1/n1_1.JPEG", "n2/n2_0.JPEG", "n2/other.JPEG", "n9/x.JPEG"])
     assert index.dropped == 2
     assert names(index) == ["n1/n1_0.JPEG", "n1/n1_2.JPEG", "n2/n2_1.JPEG", "n3/n3_0.JPEG"]
     assert index.labels.tolist() == [0, 0, 1, 2] and index.first.tolist() == [0, 2, 3, 4]
+    assert index.asked == 4
     index.drop([])
-    assert index.dropped == 0 and len(index) == 4
+    assert index.dropped == index.asked == 0 and len(index) == 4
     with pytest.raises(UserError, match="all 4 images belong to the evaluation"):
         index.drop(names(index))
 

@@ -28,7 +28,7 @@ from prototype_kd import (PRESETS, ROWS, STRIDES, TORCHVISION, Bank, Distiller, 
                           dense, descriptors, detect, freeze, global_gap, images_of, inside_box, kind_of, kl_bernoulli,
                           kl_softmax, level_of, load, make_distiller, needs_prototypes, new_detector, paint, parse_args,
                           predict_image, project, project_by_eq5, reliability, reliability_of_largest, resolve, rkd_loss,
-                          on_device, run_detector, select_prototypes, weights_of)
+                          run_detector, select_prototypes, weights_of)
 
 
 def unit(d, n, seed=0, shift=0.0):
@@ -315,8 +315,8 @@ def some_batch(count=2, seed=0, boxes=3):
     where = torch.cat([xy, xy + 10 + 20 * torch.rand(count, boxes, 2, generator=g)], 2)
     for i, (h, _) in enumerate(sizes.tolist()):
         images[i, :, h:] = 0
-    return on_device(dict(images=images, sizes=sizes, boxes=where, labels=torch.randint(0, 5, (count, boxes), generator=g), image_ids=[*range(count)],
-                          original_sizes=[(96, 128)] * count), torch.device("cpu"))
+    return dict(images=images, sizes=sizes, boxes=where, labels=torch.randint(0, 5, (count, boxes), generator=g), image_ids=[*range(count)],
+                original_sizes=[(96, 128)] * count, image_sizes=[*map(tuple, sizes.tolist())], counts=[boxes] * count)
 
 
 NAMES = [f"class {k}" for k in range(5)]

@@ -31,7 +31,7 @@ from common.zoo import always_shift
 from conftest import SHARED
 from simple21k import (Detector, PooledClassifier, Vocabulary, class_nms, class_scores, detect_options, draw_mix, level_of, load_init,
                        make_learner, make_split, mix_images, mixed_cross_entropy, new_model, normalise, of_stage, parameter_groups, parse_args,
-                       plain, plain_of, pool, product_score_loss, read_overlap, resolve, sample_rois, on_device, wordnet_ids)
+                       plain, plain_of, pool, product_score_loss, read_overlap, resolve, sample_rois, wordnet_ids)
 
 SPLITS = SHARED / "data" / "splits"
 
@@ -77,12 +77,12 @@ def det_batch(n=2, size=128, boxes=True, seed=0, masks=False):
         if masks:
             item["masks"] = torch.full((len(box), size // 2, size // 2), 4, dtype=torch.uint8)
         items.append(item)
-    return on_device(collate(items, size), torch.device("cpu"))
+    return collate(items, size)
 
 
 def cls_batch(n=4, size=128, sizes=None, seed=1):
     pictures, sizes = images(n, size, sizes, seed)
-    return on_device(collate_labelled([dict(image=p, size=s, label=k % 5, bad=[]) for k, (p, s) in enumerate(zip(pictures, sizes))], size), torch.device("cpu"))
+    return collate_labelled([dict(image=p, size=s, label=k % 5, bad=[]) for k, (p, s) in enumerate(zip(pictures, sizes))], size)
 
 
 # ------------------------------------------------------------------ Eqs. 1-4
@@ -822,6 +822,20 @@ def test_a_copy_of_the_benchmark_takes_no_part_in_training_either(tmp_path):
     args = flags("--setup", "s3", "--cls-dir", str(tmp_path / "in"), "--val-json", str(tmp_path / "split.json"), "--val-images", str(tmp_path / "copy"))
     index = simple21k.labelled_index(args, {})
     assert len(index) == 2 and index.dropped == 1
+    args.val_json = str(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text((tmp_path / "split.json").read_text().replace("n1/a.jpg", "n1/z.jpg"))
+    with pytest.raises(UserError, match="none of its images is in --cls-dir"):
+        simple21k.labelled_index(args, {})
+
+
+def test_a_benchmark_is_found_in_the_training_folder_from_above_and_from_below(tmp_path):
+    for name in ("in/n1/a.jpg", "in/n1/b.jpg", "in/n2/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    for root, name in (("in", "n1/a.jpg"), (".", "in/n1/a.jpg"), ("in/n1", "a.jpg")):
+        (tmp_path / "split.json").write_text(json.dumps(dict(images=[dict(id=1, file_name=name, width=40, height=40, category_id=1)], annotations=[], categories=[dict(id=1, name="n1")])))
+        args = flags("--setup", "own", "--cls-dir", str(tmp_path / "in"), "--val-json", str(tmp_path / "split.json"), "--val-images", str(tmp_path / root))
+        assert simple21k.benchmark_images(args) == ["n1/a.jpg"]
 
 
 def test_objects365_as_it_is_published(tmp_path):
@@ -874,7 +888,8 @@ def test_benchmark_split(tmp_path):
     (["--stage", "2", "--init", "none", "--stage1-epochs", "3"], "--stage1-epochs: belongs to --stage 1, here it is 2"),
     (["--init", "x.pt", "--augment", "weak"], "--augment: belongs to stage I"),
     (["--stage", "1", "--epochs", "3"], "--epochs: belongs to --stage 2, here it is 1"),
-    (["--stage1-head", "gap", "--head", "4conv1fc"], "--head: belongs to --stage1-head roi"),
+    (["--stage", "1", "--stage1-head", "gap", "--head", "4conv1fc"], "--head: belongs to --stage1-head roi"),
+    (["--setup", "s2", "--stage", "2", "--init", "none", "--fuse", "0.5"], "--fuse: in setup s2 no class is known to be in both"),
     (["--setup", "lvis", "--init", "x", "--fuse", "0.5"], "--fuse: belongs to"),
     (["--wordnet", "a"], "--wordnet: belongs to --setup s1"), (["--setup", "s1", "--names", "a"], "--names: belongs to"),
     (["--setup", "s1", "--wordnet", "a", "--overlap", "b"], "one of them"),

@@ -459,7 +459,7 @@ def test_split_of_a_benchmark_and_training_without_its_images(small, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps(split))
     r = run(*small.data, *QUICK, *FIRST, *SECOND, "--cls-dir", tree, "--val-json", tmp_path / "split.json", "--val-images", tree, "--max-iters", "1",
             "--out", tmp_path / "run")
-    assert r.stdout.count(f"{len(split['images'])} images of the benchmark left out") == 2
+    assert r.stdout.count(f"left out {len(split['images'])} of the {len(split['images'])} images of the benchmark") == 2
     results = json.loads((tmp_path / "run/stage2/results.json").read_text())
     assert results["images"] == len(split["images"]) and results["whole"] == 0 and "AP50_federated" in results
     assert results["checkpoint"] == "last.pt" and "results are of last.pt" in r.stdout  # a benchmark chooses nothing

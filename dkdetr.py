@@ -81,8 +81,8 @@ from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, as_pixels,
                              eval_loader, find_coco, find_lvis, objects365, own_files, read_annotations,
                              read_voc, refuse_strange, repeat_factors, require_lvis, respell,
                              split_classes, train_loader)
-from common.evaluation import (class_mean, coco_evaluate, encode_mask, import_lvis, lvis_evaluate,
-                               to_coco_results, voc_evaluate)
+from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis,
+                               lvis_evaluate, voc_evaluate)
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
                         open_run, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_flags,
@@ -1413,16 +1413,14 @@ def evaluate(model, val, clip, rank, world, device, args, zero_shot=False):
     style, cache = model.arch["name_style"], args.data != "shapes"
     texts = [text_matrix(clip, some, args.templates, style, cache) for some in vocabularies]
     ids = [[val.category_ids[val.classes.index(n)] for n in some] for some in vocabularies]
-    results = [[] for _ in vocabularies]
+    results = [Detections() for _ in vocabularies]
     loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         answers = run_detector(model, batch, texts, args.amp, masks=args.masks)
-        for result, some, (boxes, scores, labels, codes) in zip(results, ids, answers):
-            found = to_coco_results(batch["image_ids"][0], boxes, scores, labels, some)
-            if codes:
-                found = [r | dict(segmentation=m) for r, m in zip(found, codes)]
-            result += found
-    results = [gather(result) for result in results]
+        for found, some, (boxes, scores, labels, codes) in zip(results, ids, answers):
+            found.add(batch["image_ids"][0], boxes, scores, labels, some, codes)
+    for found in results:
+        found.images = gather(found.images)
     if rank != 0:
         return None, None
     # LVIS says of each image which of all names count
@@ -1480,7 +1478,7 @@ def zero_shot_metrics(args, val, names, results, ids):
         if not truth["images"]:
             return dict(zero_shot_AP=-1.0, zero_shot_AP50=-1.0)
         kept = {i["id"] for i in truth["images"]}
-        stats = coco_evaluate(truth, [r for r in results if r["image_id"] in kept])
+        stats = coco_evaluate(truth, results.of(kept))
     return dict(zero_shot_AP=stats["AP"], zero_shot_AP50=stats["AP50"])
 
 

@@ -88,7 +88,7 @@ from common.clip import TEMPLATES, clip_of, get_clip, tell_cut
 from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, as_pixels, class_names, collate,
                              eval_loader, find_coco, own_files, parse_image_size, read_annotations,
                              refuse_strange, resize, respell, spaced, split_classes, train_loader)
-from common.evaluation import class_mean, coco_evaluate, judged, to_coco_results
+from common.evaluation import Detections, class_mean, coco_evaluate, judged
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
                         open_run, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_flags,
@@ -1012,7 +1012,7 @@ def evaluate(model, val, rank, world, device, args, clip):
     ids = {p: [val.category_ids[val.classes.index(n)] for n in names[p]] for p in names}
     texts = {p: clip.class_embeddings(names[p], model.arch["templates"]) for p in names}
     wanted = {p: {i["id"] for i in truth[p]["images"]} for p in names}
-    results = {p: [] for p in names}
+    results = {p: Detections() for p in names}
 
     def direct(batch, boxes, text, quality):
         p = direct_scores(clip, batch, boxes, text, args.ikd_details, args.crop_scale, args.amp == "bf16")
@@ -1026,8 +1026,9 @@ def evaluate(model, val, rank, world, device, args, clip):
         if asked:
             found = run_detector(model, batch, [texts[p] for p in asked], args.amp, direct)
             for p, result in zip(asked, found):
-                results[p] += to_coco_results(image_id, *result, ids[p])
-    results = {p: gather(results[p]) for p in names}
+                results[p].add(image_id, *result, ids[p])
+    for found in results.values():
+        found.images = gather(found.images)
     if rank != 0:
         return None, None
     results = {p: judged(truth[p], results[p]) for p in names}

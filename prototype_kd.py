@@ -96,7 +96,7 @@ from common.boxes import constant
 from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eval_loader, find_coco,
                              own_files, parse_image_size, read_annotations, read_json, read_voc, resize,
                              start_worker, to_corners, train_loader)
-from common.evaluation import class_table, coco_evaluate, to_coco_results, voc_evaluate
+from common.evaluation import Detections, class_table, coco_evaluate, voc_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, made_once, number, open_run, parse, parser, rebuilding, reduce_mean,
@@ -1619,12 +1619,12 @@ def evaluate(model, val, rank, world, device, args, most=None):
     if val is None:
         return None, None
     model.eval()
-    since, results = time.time(), []
+    since, results = time.time(), Detections()
     loader = eval_loader(val, rank, world, args.workers, most=most)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         (boxes, scores, labels), = run_detector(model, batch, args.amp)
-        results += to_coco_results(batch["image_ids"][0], boxes, scores, labels, val.category_ids)
-    results = gather(results)
+        results.add(batch["image_ids"][0], boxes, scores, labels, val.category_ids)
+    results.images = gather(results.images)
     if rank != 0:
         return None, None
     count = min(len(val), most or len(val))

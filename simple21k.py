@@ -93,8 +93,8 @@ from tqdm import tqdm
 from common.boxes import constant
 from common.datasets import (CocoDataset, as_pixels, collate, eval_loader, objects365, read_annotations,
                              read_json, repeat_fractions, require_lvis, start_worker)
-from common.evaluation import (base_and_novel, class_table, coco_evaluate, encode_mask, import_lvis, localise,
-                               localisation_metrics, lvis_evaluate, to_coco_results)
+from common.evaluation import (Detections, base_and_novel, class_table, coco_evaluate, encode_mask,
+                               import_lvis, localise, localisation_metrics, lvis_evaluate)
 from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, DetectionTransform, ImageIndex,
                              Pairs, Stream, benchmark_names, class_folders, class_names, collate_labelled,
                              draw_split, is_localisation, jitter_image, read_class_list, read_ilsvrc,
@@ -1444,7 +1444,7 @@ def evaluate_accuracy(model, val, rank, world, device, args):
 
 def evaluate_boxes(model, val, rank, world, device, args):
     """AP of all, base (had boxes in training) and novel classes (image labels only) on a COCO or LVIS set."""
-    masks, results = val.with_masks, []
+    masks, results = val.with_masks, Detections()
     truth = val.truth(outlines=masks)
     vocabulary = Vocabulary(model.arch, device)
     category = {plain(c["name"]): c for c in truth["categories"]}
@@ -1456,11 +1456,9 @@ def evaluate_boxes(model, val, rank, world, device, args):
     loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         found = detect(model, batch, vocabulary, **options)
-        image = to_coco_results(batch["image_ids"][0], found["boxes"], found["scores"], found["labels"], ids)
-        if masks:
-            image = [r | dict(segmentation=m) for r, m in zip(image, found["masks"])]
-        results += image
-    results = gather(results)
+        results.add(batch["image_ids"][0], found["boxes"], found["scores"], found["labels"], ids,
+                    found["masks"] if masks else None)
+    results.images = gather(results.images)
     if rank != 0:
         return None, None
     metrics = dict(images=len(val), line=f"{len(val)} images")

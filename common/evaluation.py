@@ -5,27 +5,67 @@ import io
 import json
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl",
               "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
+class Found(NamedTuple):
+    """What was found in an image, as arrays: 44 bytes a box, where a COCO result dict takes 600."""
+    image_id: object
+    boxes: np.ndarray   # (N, 4) xywh, fp64 as COCO's tools have it
+    scores: np.ndarray  # (N,)
+    labels: np.ndarray  # (N,)
+    category_ids: list  # of each label; None: a class that the validation file lacks, which cannot be scored
+    masks: list         # N compressed RLE, or None
+
+
+class Detections:
+    """What was found in many images. Whoever goes through it gets COCO result dicts, made one image at a
+    time.
+
+        found = Detections()
+        found.add(image_id, boxes, scores, labels, category_ids)   # for each image
+        found.images = gather(found.images)                        # of all processes
+    """
+
+    def __init__(self, images=()):
+        self.images = list(images)
+
+    def add(self, image_id, boxes, scores, labels, category_ids, masks=None):
+        """boxes (N, 4) xyxy original pixels, scores (N,), labels (N,); see Found."""
+        boxes = boxes.double().cpu().numpy()
+        boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+        scores, labels = scores.double().cpu().numpy(), labels.int().cpu().numpy()
+        self.images.append(Found(image_id, boxes, scores, labels, category_ids, masks))
+
+    def of(self, image_ids):
+        """The Detections of these images."""
+        return Detections(f for f in self.images if f.image_id in image_ids)
+
+    def __len__(self):
+        return sum(len(f.scores) for f in self.images)
+
+    def __iter__(self):
+        for image_id, boxes, scores, labels, category_ids, masks in self.images:
+            for k, (box, score, label) in enumerate(zip(boxes.tolist(), scores.tolist(), labels.tolist())):
+                if category_ids[label] is not None:
+                    result = dict(image_id=image_id, category_id=category_ids[label], bbox=box, score=score)
+                    yield result | dict(segmentation=masks[k]) if masks else result
+
+
 def to_coco_results(image_id, boxes, scores, labels, category_ids):
     """One image's detections (N, 4) xyxy original pixels, (N,), (N,) -> list of COCO result dicts
-    (xywh).
-
-    category_ids: of each label; None for a class that the validation file lacks, whose detections
-    cannot be scored.
-    """
-    boxes = boxes.double().cpu()
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    return [dict(image_id=image_id, category_id=category_ids[k], bbox=box, score=score)
-            for box, score, k in zip(boxes.tolist(), scores.tolist(), labels.tolist())
-            if category_ids[k] is not None]
+    (xywh). category_ids: see Found."""
+    found = Detections()
+    found.add(image_id, boxes, scores, labels, category_ids)
+    return list(found)
 
 
 def numbers(entries):
@@ -76,8 +116,8 @@ def mean_of(values):
 def coco_evaluate(annotations, results, kind="bbox"):
     """The twelve COCO numbers in percent, and per class AP, AP50 (also by area) and AR50.
 
-    annotations: path or dict in COCO format; results: list of result dicts (may be empty, AP is 0
-    then); kind: "bbox" or "segm". Returns dict: COCO_STATS names -> float (-1 where the ground
+    annotations: path or dict in COCO format; results: Detections, or a list of result dicts (may be
+    empty, AP is 0 then); kind: "bbox" or "segm". Returns dict: COCO_STATS names -> float (-1 where the ground
     truth has no such object), "classes" -> {name: {"AP", "AP50", "AP50s", "AP50m", "AP50l",
     "AR50"}}. The order of images does not matter; equal scores within an image rank in list order,
     as in the COCO API. `results` is left unchanged.
@@ -191,36 +231,137 @@ def lvis_evaluate(annotations, results, kind="bbox", category_ids=None):
     """LVIS v1's numbers in percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf (300 boxes an
     image; -1 where undefined), and "classes".
 
-    annotations: dict in LVIS's format, or the path of its json; results: list of result dicts (may
-    be empty); kind "bbox" or "segm" (compressed RLE). category_ids: these only. Federated: in an
-    image, classes that are neither annotated nor in neg_category_ids are not scored; the package
-    sees to that.
+    annotations: dict in LVIS's format, or the path of its json; results: Detections, or a list of result
+    dicts (may be empty); kind "bbox" or "segm" (compressed RLE). category_ids: these only. Federated: in
+    an image, classes that are neither annotated nor in neg_category_ids are not scored.
+
+    The lvis package scores one class at a time, on the images that are judged for it: the same numbers as of
+    all at once, for which it would hold an entry for each of 24 million pairs of image and class.
     """
     lvis = import_lvis()
+    content = content_of(annotations)
+    number = numbers(content["categories"])
+    truth, _ = renumber(content, [])
+    found = columns(results, numbers(content["images"]), number)
+    wanted = sorted(number[c] for c in (number if category_ids is None else category_ids) if c in number)
+    with silent():
+        whole = lvis_eval(lvis, dict(truth, annotations=[]), [no_result(truth, kind)], kind)
+        whole.params.cat_ids, whole.freq_groups = wanted, None
+        whole.freq_groups = whole._prepare_freq_group()
+        p = whole.params
+        ious, recalls, areas = len(p.iou_thrs), len(p.rec_thrs), len(p.area_rng)
+        precision = np.full((ious, recalls, len(wanted), areas), -1.0)
+        recall = np.full((ious, len(wanted), areas), -1.0)
+        by_class = judged_classes(truth)
+        for k, c in enumerate(tqdm(wanted, "metric", leave=False, mininterval=1, disable=len(wanted) < 100)):
+            images, boxes = by_class[c]
+            if boxes:
+                mine = dict(images=images, annotations=boxes, categories=[truth["categories"][c - 1]])
+                ev = lvis_eval(lvis, mine, found.of_class(c, images, kind) or [no_result(mine, kind)], kind)
+                ev.evaluate()
+                ev.accumulate()
+                precision[:, :, k], recall[:, k] = ev.eval["precision"][:, :, 0], ev.eval["recall"][:, 0]
+        whole.eval = dict(precision=precision, recall=recall)
+        whole.summarize()
+    stats = {k: percent(v) for k, v in whole.get_results().items()}
+    stats["classes"] = {whole.lvis_gt.cats[c]["name"]: dict(AP=mean_of(precision[:, :, k, 0]),
+                                                            AP50=mean_of(precision[0, :, k, 0]))
+                        for k, c in enumerate(wanted)}
+    return stats
+
+
+@contextlib.contextmanager
+def silent():
+    """Without what the lvis package has to say."""
     logging.getLogger("lvis").setLevel(logging.ERROR)
     logging.disable(logging.WARNING)
-    content = content_of(annotations)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = lvis.LVIS.__new__(lvis.LVIS)  # its constructor only reads a file
-            truth.logger = logging.getLogger("lvis.lvis")
-            truth.dataset, results = renumber(content, results)
-            truth._create_index()
-            keys = "image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation"
-            found = [{k: r[k] for k in keys} for r in results] or [no_result(truth.dataset, kind)]
-            ev = lvis.LVISEval(truth, lvis.LVISResults(truth, found), kind)
-            if category_ids is not None:
-                number = numbers(content["categories"])
-                ev.params.cat_ids = sorted(number[c] for c in category_ids if c in number)
-            ev.run()
+            yield
     finally:
         logging.disable(logging.NOTSET)
-    stats = {k: percent(v) for k, v in ev.get_results().items()}
-    precision = ev.eval["precision"]  # (10 IoUs, 101 recalls, K, areas)
-    stats["classes"] = {truth.cats[c]["name"]: dict(AP=mean_of(precision[:, :, k, 0]),
-                                                    AP50=mean_of(precision[0, :, k, 0]))
-                        for k, c in enumerate(ev.params.cat_ids)}
-    return stats
+
+
+def lvis_eval(lvis, content, results, kind):
+    """The package's evaluation of a dict in LVIS's format and of result dicts."""
+    truth = lvis.LVIS.__new__(lvis.LVIS)  # its constructor only reads a file
+    truth.logger, truth.dataset = logging.getLogger("lvis.lvis"), content
+    truth._create_index()
+    return lvis.LVISEval(truth, lvis.LVISResults(truth, results), kind)
+
+
+def judged_classes(truth):
+    """{class: (images that are judged for it, boxes of it)} of a renumbered dict in LVIS's format."""
+    by_class = {c["id"]: ({}, []) for c in truth["categories"]}
+    image_of = {i["id"]: i for i in truth["images"]}
+    for a in truth["annotations"]:
+        images, boxes = by_class[a["category_id"]]
+        images[a["image_id"]] = image_of[a["image_id"]]
+        boxes.append(a)
+    for i in truth["images"]:
+        for c in i["neg_category_ids"]:
+            by_class[c][0][i["id"]] = i
+    return {c: ([images[i] for i in sorted(images)], boxes) for c, (images, boxes) in by_class.items()}
+
+
+class Columns(NamedTuple):
+    """Detections as columns, sorted by class: numbers of image and class, score, xywh, RLEs or Nones."""
+    image: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    box: np.ndarray
+    masks: list
+
+    def of_class(self, c, images, kind):
+        """Result dicts of one class in these images."""
+        first, last = np.searchsorted(self.category, [c, c + 1])
+        rows = np.arange(first, last)
+        rows = rows[np.isin(self.image[rows], [i["id"] for i in images])]
+        columns = self.image[rows].tolist(), self.score[rows].tolist(), self.box[rows].tolist()
+        results = []
+        for row, image, score, box in zip(rows.tolist(), *columns):
+            if kind == "bbox":  # without an outline the package would draw one
+                what = dict(bbox=box, segmentation=None)
+            else:
+                what = dict(segmentation=self.masks[row])
+            results.append(dict(what, image_id=image, category_id=c, score=score))
+        return results
+
+
+def columns(results, image, category, most=300):
+    """Columns of Detections or result dicts: each image's best `most` of the classes that the truth has.
+    image, category: {id: number}."""
+    parts, masks = [], []
+    for f in (results if isinstance(results, Detections) else as_detections(results)).images:
+        number = np.array([category.get(c, 0) for c in f.category_ids], int)
+        label = number[f.labels]
+        rows = np.flatnonzero(label)
+        if len(rows) > most:
+            rows = rows[np.argsort(-f.scores[rows], kind="stable")[:most]]
+        parts.append((np.full(len(rows), image[f.image_id]), label[rows], f.scores[rows], f.boxes[rows]))
+        masks += [f.masks[k] if f.masks else None for k in rows.tolist()]
+    if not parts:
+        parts = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros((0, 4)))]
+    place, label, score, box = (np.concatenate(column) for column in zip(*parts))
+    order = np.argsort(label, kind="stable")
+    masks = [masks[k] for k in order.tolist()]
+    return Columns(place[order], label[order], score[order], box[order], masks)
+
+
+def as_detections(results):
+    """Detections of result dicts."""
+    by_image, found = {}, Detections()
+    for r in results:
+        by_image.setdefault(r["image_id"], []).append(r)
+    for image_id, mine in by_image.items():
+        ids = list(dict.fromkeys(r["category_id"] for r in mine))
+        label = {c: k for k, c in enumerate(ids)}
+        boxes = np.array([r.get("bbox", (0, 0, 0, 0)) for r in mine], float).reshape(-1, 4)
+        masks = [r.get("segmentation") for r in mine]
+        found.images.append(Found(image_id, boxes, np.array([r["score"] for r in mine], float),
+                                  np.array([label[r["category_id"]] for r in mine]), ids,
+                                  masks if any(masks) else None))
+    return found
 
 
 def no_result(content, kind):

@@ -8,6 +8,7 @@
 """
 import colorsys
 import io
+import itertools
 import json
 import math
 import os
@@ -194,6 +195,8 @@ def surest(results, dataset, items):
     the surest, whatever its class. Classes that the dataset has no id for are left out."""
     known = {c for c in dataset.category_ids if c is not None}
     found = {item[0]: [] for item in items}
+    if not isinstance(results, list):  # Detections: of the others no dict is made
+        results = results.of(found)
     for r in results:
         if r["image_id"] in found and r["score"] > SURE and r["category_id"] in known:
             found[r["image_id"]].append(r)
@@ -304,17 +307,24 @@ def write_results(out, metrics, detections, dataset, of, epoch, it):
     if it is not None:
         title += f", step {it}"
     if detections is not None and dataset is not None:
-        texts = []
-        for k in range(0, len(detections), 10000):  # in parts: no second copy of 500,000 dicts
-            part = [r | which for r in detections[k:k + 10000] if r["category_id"] is not None]
-            if part:
-                texts.append(json.dumps(part)[1:-1])
-        write_whole(out / "detections.json", "[" + ",\n".join(texts) + "]")
+        write_whole(out / "detections.json", result_texts(detections, which))
         save_samples(dataset, detections, out / "samples.jpg", title)
     head = dict(which, it=it)
     numbers = {k: v for k, v in metrics.items() if k != "line" and k not in head}
     content = head | plain(numbers)
     write_whole(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def result_texts(detections, which):
+    """The text of detections.json in parts: there may be six million."""
+    yield "["
+    results = (r | which for r in detections if r["category_id"] is not None)
+    part = list(itertools.islice(results, 10000))
+    while part:
+        text = json.dumps(part)[1:-1]
+        part = list(itertools.islice(results, 10000))
+        yield text + (",\n" if part else "")
+    yield "]"
 
 
 def utf8(path):

@@ -516,10 +516,10 @@ def whole(path, mode="wb", **options):
 
 
 def write_whole(path, text):
-    """A text file, whole or not at all."""
+    """A text file, whole or not at all. text: a str, or its parts."""
     try:
         with whole(path, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
     except OSError as e:
         raise UserError(f"{path}: not written ({why(e)})") from None
 

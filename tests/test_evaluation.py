@@ -5,9 +5,11 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
+from common import evaluation
 from common.evaluation import (class_agnostic_recall, class_mean, COCO_STATS, class_table, coco_evaluate, encode_mask, import_lvis, lvis_evaluate,
                                localise, sparse_ap, to_coco_results, voc_evaluate)
 from conftest import SHARED
@@ -247,7 +249,7 @@ def truth_as_results(path):
 
 
 def test_lvis_truth_scores_100_and_numpy_is_left_alone(lvis_mini):
-    import numpy as np
+
     path = lvis_mini / "lvis_v1_style_val_9.json"
     stats = lvis_evaluate(path, truth_as_results(path))
     assert stats["AP"] == pytest.approx(100) and stats["APr"] == -1 and stats["APc"] == pytest.approx(100) and stats["APf"] == pytest.approx(100)
@@ -269,7 +271,7 @@ def test_lvis_ignores_classes_that_an_image_was_not_searched_for(lvis_mini):
 
 
 def test_lvis_masks(lvis_mini):
-    import numpy as np
+
     path = lvis_mini / "lvis_v1_style_val_9.json"
     raw = json.loads(path.read_text())
     sizes = {i["id"]: (i["height"], i["width"]) for i in raw["images"]}
@@ -439,3 +441,70 @@ def test_sparse_ap_by_hand():
     truth["annotations"].append(dict(image_id=1, category_id=5, bbox=[5, 5, 0, 10]))  # nobody can find an empty box
     assert sparse_ap(truth, arrays, False) == {5: pytest.approx(83.498, abs=1e-3)}
     assert sparse_ap(truth, ([], [], [], []), True) == {5: 0.0}
+
+
+# ------------------------------------------------------------------ detections as arrays, LVIS one class at a time
+
+def all_at_once(content, results, kind, category_ids=None):
+    """What the lvis package says of everything together."""
+    lvis = import_lvis()
+    content, results = evaluation.renumber(copy.deepcopy(content), copy.deepcopy(results))
+    with evaluation.silent():
+        ev = evaluation.lvis_eval(lvis, content, results, kind)
+        if category_ids is not None:
+            ev.params.cat_ids = sorted(category_ids)
+        ev.run()
+    return {k: v * 100 if v >= 0 else -1 for k, v in ev.get_results().items()}, ev.eval["precision"]
+
+
+def lvis_world(images=40, classes=25, seed=0):
+    """Made-up LVIS ground truth (ids as lvis counts them: 1, 2, ...) and result dicts with ties, wrong classes, more than 300 an image."""
+    r = np.random.default_rng(seed)
+    categories = [dict(id=c, name=f"c{c}", frequency="rcf"[c % 3], synset="x") for c in range(1, classes + 1)]
+    world = dict(images=[], annotations=[], categories=categories)
+    results = []
+    for i in range(1, images + 1):
+        held = r.choice(classes - 3, 4, replace=False) + 1  # three classes have no box
+        others = [int(c) for c in r.choice(np.setdiff1d(np.arange(1, classes + 1), held), 5, replace=False)]
+        world["images"].append(dict(id=i, width=100, height=80, neg_category_ids=others[:3], not_exhaustive_category_ids=[int(held[0]), others[4]]))
+        for n in range(int(r.integers(0, 9))):
+            box = [*r.uniform(0, 50, 2), *r.uniform(4, 40, 2)]
+            c = int(r.choice(held))
+            world["annotations"].append(dict(id=len(world["annotations"]) + 1, image_id=i, category_id=c, bbox=[float(v) for v in box], area=float(box[2] * box[3]), segmentation=[]))
+            for _ in range(int(r.integers(0, 4))):
+                near = [float(v) for v in np.array(box) + r.normal(0, 2, 4)]
+                results.append(dict(image_id=i, category_id=c, bbox=[near[0], near[1], abs(near[2]), abs(near[3])], score=float(r.integers(0, 20)) / 20))
+        for _ in range(360 if i % 9 == 0 else 30):
+            results.append(dict(image_id=i, category_id=int(r.integers(1, classes + 1)), bbox=[float(v) for v in r.uniform(1, 40, 4)], score=float(r.integers(0, 20)) / 20))
+    return world, results
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_lvis_one_class_at_a_time_is_the_package_all_at_once(seed, kind):
+    world, results = lvis_world(seed=seed)
+    if kind == "segm":
+        def outline(b):
+            mask = np.zeros((80, 100), np.uint8)
+            mask[int(b[1]):int(b[1] + b[3]) + 1, int(b[0]):int(b[0] + b[2]) + 1] = 1
+            return encode_mask(mask)
+        for a in world["annotations"]:
+            a["segmentation"] = outline(a["bbox"])
+        results = [dict(image_id=r["image_id"], category_id=r["category_id"], score=r["score"], segmentation=outline(r["bbox"])) for r in results]
+    for ids in (None, [1, 2, 5, 9, 25]):
+        want, precision = all_at_once(world, results, kind, ids)
+        got = lvis_evaluate(world, results, kind, ids)
+        assert all(got[k] == pytest.approx(v, abs=1e-12) for k, v in want.items()) and 0 < got["AP"] < 100
+        for k, c in enumerate(ids or range(1, 26)):
+            seen = precision[:, :, k, 0]
+            assert got["classes"][f"c{c}"]["AP"] == pytest.approx(seen[seen > -1].mean() * 100 if (seen > -1).any() else -1, abs=1e-12)
+
+
+def test_detections_are_result_dicts_when_one_goes_through_them():
+    found, masks = evaluation.Detections(), [dict(size=[2, 2], counts="a"), dict(size=[2, 2], counts="b")]
+    assert not found and list(found) == []
+    found.add("i1", torch.tensor([[1.0, 2, 4, 8], [0, 0, 3, 3]]), torch.tensor([0.5, 0.25]), torch.tensor([1, 0]), [None, 7], masks)
+    found.add(2, torch.tensor([[1.0, 2, 4, 8]]), torch.tensor([0.1]), torch.tensor([0]), [9])
+    assert list(found) == [dict(image_id="i1", category_id=7, bbox=[1, 2, 3, 6], score=0.5, segmentation=masks[0]),
+                           dict(image_id=2, category_id=9, bbox=[1, 2, 3, 6], score=float(torch.tensor(0.1)))]
+    assert len(found) == 3 and [r["image_id"] for r in found.of({2})] == [2]

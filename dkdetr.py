@@ -78,8 +78,8 @@ from tqdm import tqdm
 from common.boxes import constant, overlap
 from common.clip import clip_of, get_clip, tell_cut
 from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, as_pixels, class_names, collate,
-                             eval_loader, find_coco, find_lvis, objects365, own_files, read_annotations,
-                             read_voc, refuse_strange, repeat_factors, require_lvis, respell,
+                             eval_loader, find_coco, find_lvis, own_files, read_annotations,
+                             read_objects365, read_voc, refuse_strange, repeat_factors, require_lvis, respell,
                              split_classes, train_loader)
 from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis,
                                lvis_evaluate, voc_evaluate)
@@ -992,7 +992,7 @@ def find_data(args, split):
             raise UserError(f"--data {root}: {annotations} is missing; Objects365 v2 is at "
                             "https://www.objects365.org (own files: --val-json and --val-images; "
                             "--data shapes needs nothing)")
-        return folder, objects365(read_annotations(annotations), folder)
+        return folder, read_objects365(annotations, folder)
     if root == "shapes":
         from common.shapes import make_shapes
         root = make_shapes(seed=args.data_seed)
@@ -1662,7 +1662,7 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("data")
     flag(g, "dataset", "lvis (rare is novel), ovcoco (48 base, 17 novel), coco (all its classes); to "
-         "evaluate only: objects365, voc (default lvis; shapes ovcoco; own data coco)",
+         "evaluate only:  voc (default lvis; shapes ovcoco; own data coco)",
          choices=tuple(DATASETS))
     flag(g, "data", "its root, or 'shapes': the embedded dataset (default data/lvis, data/coco, "
          "data/objects365, data)")

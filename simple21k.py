@@ -91,8 +91,8 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou, clip_boxes_to_image,
 from tqdm import tqdm
 
 from common.boxes import constant
-from common.datasets import (CocoDataset, as_pixels, collate, eval_loader, objects365, read_annotations,
-                             read_json, repeat_fractions, require_lvis, start_worker)
+from common.datasets import (CocoDataset, as_pixels, collate, eval_loader, read_annotations,
+                             read_json, read_objects365, repeat_fractions, require_lvis, start_worker)
 from common.evaluation import (Detections, base_and_novel, class_table, coco_evaluate, encode_mask,
                                import_lvis, localise, localisation_metrics, lvis_evaluate)
 from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, DetectionTransform, ImageIndex,
@@ -804,9 +804,8 @@ def boxes_of(args):
     """(Records of the boxes, {wnid: detection class} where --overlap or WordNet tells them)."""
     need(args.train_json, "--train-json", "boxes in COCO's or LVIS's format")
     need(args.train_images, "--train-images", "the images of --train-json")
-    records = read_annotations(args.train_json, args.train_images)
-    if args.setup == "s3":
-        records = objects365(records, args.train_images)
+    read = read_objects365 if args.setup == "s3" else read_annotations
+    records = read(args.train_json, args.train_images)
     by_wordnet = SETUPS[args.setup].pair == "wordnet"
     if by_wordnet and not all({"synset", "frequency"} <= set(c) for c in records.categories):
         raise UserError(f"{args.train_json}: categories lack synset or frequency; setup s1 reads LVIS v1's "

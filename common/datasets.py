@@ -714,9 +714,10 @@ class Records:
         return ""
 
 
-def read_annotations(path, folder=None):
-    """Records of a COCO-format json (instances, LVIS, Objects365): those of the cache, if it is of
-    this very file, else it is read and cleaned now. folder: of the images.
+def read_annotations(path, folder=None, then=None, **more):
+    """Records of a COCO-format json (instances, LVIS): those of the cache, if it is of this very
+    file, else it is read and cleaned now. folder: of the images. then: a function (records, folder)
+    -> Records that comes before the cache; more: what its answer depends on, beside the file.
 
     Of several processes of a machine the first reads; the arrays are on disk, so that all of them
     and their loaders share the memory.
@@ -724,9 +725,10 @@ def read_annotations(path, folder=None):
     path = Path(path)
     with reading(path):
         about = regular(path).stat()
-    key = dict(rules=RULES, size=about.st_size, time=about.st_mtime_ns)
+    key = dict(rules=RULES, size=about.st_size, time=about.st_mtime_ns, **more)
     if about.st_size <= 1 << 20:  # read faster than looked up
-        return read_records(path, folder)
+        records = read_records(path, folder)
+        return then(records, folder) if then else records
     together = dist.is_available() and dist.is_initialized()
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if together and not first:
@@ -734,6 +736,7 @@ def read_annotations(path, folder=None):
     records = open_cache(path, cache_places(path), key, first)
     if records is None:
         records = read_records(path, folder)
+        records = then(records, folder) if then else records
         if NO_SIZE not in records.count:  # pictures may change, and the key would not tell
             records = keep_cache(path, key, records)
     if together and first:
@@ -802,6 +805,13 @@ def keep_cache(path, key, records):
     return records
 
 
+def read_objects365(path, folder):
+    """Records of Objects365 v2's json, see objects365; shared and kept as read_annotations does, as
+    long as the same number of files lies in the folder."""
+    files = sum(len(names) for place, _, names in os.walk(folder) if place != str(folder))
+    return read_annotations(path, folder, objects365, files=files)
+
+
 def objects365(records, folder):
     """Objects365 v2 as its files lie on the disk: patchN/name.jpg, without the few that do not
     exist; a box that stands there twice counts once."""
@@ -812,16 +822,19 @@ def objects365(records, folder):
     if lost > max(10, len(names) // 1000):
         raise UserError(f"{folder}: {lost} of {len(names)} images are missing; Objects365 v2 is "
                         "at https://www.objects365.org")
-    rows = np.column_stack([records.owner, records.label, records.xywh])
-    once = np.zeros(len(rows), bool)
-    once[np.unique(rows, axis=0, return_index=True)[1]] = True
+    once = np.zeros(len(records.owner), bool)
+    for image in range(0, len(records), 100_000):  # of 1.7 million: sorting all takes ten times the memory
+        start, end = records.first[image], records.first[min(image + 100_000, len(records))]
+        fields = records.owner[start:end], records.label[start:end], records.xywh[start:end]
+        once[start + np.unique(np.column_stack(fields), axis=0, return_index=True)[1]] = True
     again = int((~once).sum())
     count = dict(records.count)
     count |= {"images that are not on the disk, left out": lost} if lost else {}
     count |= {"boxes that are listed twice, once left out": again} if again else {}
     arrays = dict(records.arrays, **{name: getattr(records, name)[once] for name in BOX_FIELDS})
     arrays |= packed("names", [os.fsencode(n) for n in names])
-    return Records(records.path, dict(records.about, count=count), arrays).subset(keep)
+    records = Records(records.path, dict(records.about, count=count), arrays)
+    return records.subset(keep) if lost else records
 
 
 def list_folders(root, names):

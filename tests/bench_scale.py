@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import evaluation  # noqa: E402
-from common.datasets import CocoDataset, objects365, read_annotations  # noqa: E402
+from common.datasets import CocoDataset, read_objects365  # noqa: E402
 
 
 def tell(what, since):
@@ -92,7 +92,7 @@ def objects365_json(path, boxes, seed=0):
 
 def objects365_once(path, folder):
     since = time.time()
-    records = objects365(read_annotations(path), folder)
+    records = read_objects365(path, folder)
     data = CocoDataset(folder, records, True, "512")
     tell(f"{len(data):,} images, {len(records.label):,} boxes ready", since)
 

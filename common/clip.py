@@ -18,7 +18,7 @@ import os
 import unicodedata
 import zipfile
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import open_clip
@@ -214,8 +214,10 @@ class FrozenCLIP:
         path = Path(cache) / f"text-{self.text_key(clean, templates)}.pt" if cache else None
         if path and path.exists():
             return read_file(path).to(self.device)
-        sentences = self.encode_text([t.format(n) for n in clean for t in templates])
-        text = F.normalize(sentences.unflatten(0, (len(clean), len(templates))).mean(1), dim=1)
+        tokenizer = partial(self.tokenizer, context_length=self.model.context_length)
+        at_once = max(1, 256 // len(templates))
+        text = open_clip.build_zero_shot_classifier(
+            self.model, tokenizer, clean, tuple(templates), at_once, self.device).T.float().contiguous()
         if path:
             save(text.cpu(), path)
         return text

@@ -164,8 +164,9 @@ def group_mean(total, there):
 def semantic_loss(f, v, there, tau=0.05):
     """Eq. 4, SKD: the feature of box i and the crop of box i are a pair, all others are none.
 
-    f, v (G, n, T) features and CLIP's embeddings, there (G, n) bool: this row is one. Mean over the groups
-    (images) that hold a target. Without any, 0 with a gradient.
+    f, v (G, n, T) features and CLIP's embeddings (no_grad), there (G, n) bool: this row is a target, the rest
+    is padding, which must be finite. Mean over the groups (images) that hold a target. Without any, 0 with a
+    gradient.
     """
     s = F.normalize(f, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau  # (G, n, n)
     pair = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
@@ -516,7 +517,7 @@ class DeformableAttention(nn.Module):
     """Each query looks at P points of each level, around its reference. Samples are taken in fp32: bf16
     would move a point by a quarter pixel.
 
-    To lift it: this class, msda_grid, fp32, device_type.
+    To lift it: this class, msda_grid, fp32, device_type, LARGE; torch.utils.checkpoint's checkpoint.
     """
 
     def __init__(self, dim, heads=8, levels=4, points=4):
@@ -539,13 +540,13 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(m.bias)
 
     def values(self, tokens, padded):
-        """Tokens (B, S, D) -> (B, S, heads, d), padding zeroed. Apart from forward, so that two sets of
-        queries can share it."""
+        """Tokens (B, S, D), padded (B, S) bool -> (B, S, heads, d), padding zeroed. Apart from forward, so
+        that two sets of queries can share it."""
         return self.value_proj(tokens).masked_fill(padded[..., None], 0).unflatten(-1, (self.heads, -1))
 
     def forward(self, query, reference, values, level_sizes):
-        """query (B, Q, D); reference (B, Q, L, 2 or 4): points, or boxes, whose size scales the offsets ->
-        (B, Q, D)."""
+        """query (B, Q, D); reference (B, Q, L, 2 or 4) in 0..1 of the padded map: points, or boxes cx, cy, w,
+        h, whose size scales the offsets; values: of that method; level_sizes: L pairs (h, w) -> (B, Q, D)."""
         shape = (*query.shape[:2], self.heads, self.levels, self.points)
         offsets = fp32(self.sampling_offsets(query)).view(*shape, 2)
         weight = fp32(self.attention_weights(query)).view(*shape[:3], -1).softmax(-1).view(shape)

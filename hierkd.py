@@ -180,7 +180,7 @@ def feature_distance(f, v, norm="l1"):
 def ikd_loss(f, v, norm="l1"):
     """Eq. 2, instance-level distillation: mean over positives of the distance to CLIP's embeddings.
 
-    f: (N, D) embeddings of positives, unit rows; v: (N, D) CLIP's of their crops, a constant. Returns a
+    f: (N, D) embeddings of positives, v: (N, D) CLIP's of their crops, without gradient; unit rows. Returns a
     scalar, 0 with a gradient if N = 0. The mean is over the positives of all processes.
     """
     d = feature_distance(f, v, norm)
@@ -216,8 +216,9 @@ def mlca(patches, captions, tau=1.0):
 def caption_loss(score, tau, valid):
     """Eq. 5: cross entropy over the captions of an image plus over the images of a caption, mean over pairs.
 
-    score: (N, N) <I, C> of Eq. 4, rows are captions, the diagonal are the pairs; tau: tau_m; valid: (N,)
-    bool, the image has a caption. Returns a scalar, 0 with a gradient without a valid pair; also 0 for N = 1.
+    score: (N, N) <I, C> of Eq. 4, rows are captions, one an image in the images' order, the diagonal are the
+    pairs; tau: tau_m, a factor (learnt, from 10), not a divisor; valid: (N,) bool, the image has a caption.
+    Returns a scalar, 0 with a gradient without a valid pair; also 0 for N = 1.
     """
     weight = valid.float()
     count = reduce_mean(weight.sum(), 1.0)

@@ -160,8 +160,9 @@ def coefficients(p_t, p_s, n_t, n_s, lam):
 def select_prototypes(f_t, f_s, k, lam, candidates=None):
     """Alg. 1: the instances that span both spaces best, greedily, by Eqs. 2 to 5.
 
-    f_t (D_t, N), f_s (D_s, N): columns at one place are one instance. candidates (N,) bool: those that may be
-    picked; all N are to be reconstructed. Returns min(k, candidates) distinct indices, best first.
+    f_t (D_t, N), f_s (D_s, N), finite: columns at one place are one instance. candidates (N,) bool: those
+    that may be picked; all N are to be reconstructed. Returns min(k, candidates that are not 0) distinct
+    indices, best first.
 
     With p_t[c, i] = <r_t[i], f_t[c]>, adopting candidate c lowers Eq. 4 by sum_i p_t w_t + p_s w_s, where w
     is Eq. 5. That is quadratic in p: three numbers a candidate tell it, a_t = sum_i p_t^2, a_s = sum_i p_s^2,
@@ -444,9 +445,10 @@ def global_gap(l_t, l_s, valid):
 
 
 def global_loss(l_t, l_s, valid, sigma, own, levels):
-    """Eq. 6, mean over levels. l_t, l_s, valid (n, L, K); sigma (n, L); own (n, L) bool: the levels that an
-    object counts on, `levels` each. An object without prototypes adds nothing but counts in N."""
-    N = reduce_mean(constant(float(len(l_s)), l_s.device, torch.float32), 1.0)
+    """Eq. 6, mean over levels. l_t, l_s, valid (n, L, K) of project; sigma (n, L); own (n, L) bool: the
+    levels that an object counts on, levels: how many that are. An object without prototypes adds nothing but
+    counts in N."""
+    N = reduce_mean(torch.full((), float(len(l_s)), device=l_s.device), 1.0)
     return (sigma * global_gap(l_t, l_s, valid) * own).sum() / (2 * N * levels)  # Eq. 6
 
 
@@ -478,7 +480,7 @@ def paint(cells, owner, value, count):
 def feature_loss(gaps, cells, owner, sigma):
     """Eq. 7 on each level, mean over levels.
 
-    gaps: L of (B, h, w), squared gap of H(student) and teacher, mean over channels; cells: L of (n, h, w)
+    gaps: L of (B, h, w), (H(student) - teacher).square().mean(1); cells: L of (n, h, w)
     bool; owner (n,), sigma (n, L) of the objects. A cell has the largest sigma of the objects that hold it;
     divided by the number of cells where the paper has that of objects, so that their size does not count.
     """

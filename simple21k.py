@@ -117,7 +117,8 @@ def fp32(x):
 def product_score_loss(z, g, foreground, label):
     """Eqs. 1, 2, 4: -log of the final score, for each RoI: (two (n,): foreground part, category part).
 
-    z (n,) logits of f, g (n, C) logits; foreground (n,) bool; label (n,) 0 ... C - 1, -1 for background.
+    z (n,) fp32 logits of f, g (n, C) logits; foreground (n,) bool; label (n,) 0 ... C - 1, -1 for background.
+    The loss of a batch: the sum of both over the number of its sampled RoIs.
     An object: -log(S_fg S_y) = softplus(-z) + logsumexp(g) - g_y; background: -log(1 - S_fg) = softplus(z).
     That is a (C + 1)-way cross-entropy on [z + log_softmax(g), 0]; in logits, for log(softmax) is -inf at a
     gap of 104. Background gives g no gradient at all.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A slice of fuzz_checkpoints.py and fuzz_annotations.py, which are run whole by hand; and the width and the order of what must not grow back."""
+import ast
+import re
+
 import pytest
 
 import fuzz_annotations
@@ -41,3 +44,40 @@ def test_a_copied_file_carries_its_licence(path):
 def test_lines_stay_readable(path):
     wide = [f"{path.name}:{k}" for k, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if len(line) > 110]
     assert not wide
+
+
+# ------------------------------------------------------------------ README's table "Copy this function"
+
+def copied():
+    """(file, names) of the rows of README's table that name functions."""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").split("\n"):
+        found = re.match(r"\| .*? \| (`\w+\.py: .*?) \| (.*?) \|", line)
+        if found:
+            names = re.findall(r"`(?:\w+\.py: )?(\w+)`", " ".join(found.groups()))
+            yield re.match(r"`(\w+\.py)", found[1])[1], names
+
+
+def globals_of(table):
+    """Names that a piece of code reads and does not define."""
+    names = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
+    return names.union(*map(globals_of, table.get_children()))
+
+
+@pytest.mark.parametrize("file, names", list(copied()), ids=lambda v: v if isinstance(v, str) else v[0])
+def test_a_copied_function_needs_what_readme_says_and_no_more(file, names):
+    import builtins
+    import symtable
+    source = (ROOT / file).read_text(encoding="utf-8")
+    pieces = {}
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", None) or (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None))
+        if name in names:
+            pieces[name] = ast.get_source_segment(source, node)
+            for line in getattr(node, "decorator_list", []):
+                assert ast.unparse(line) == "torch.no_grad()"
+    assert set(pieces) == set(names), f"README names what {file} has not"
+    needed = globals_of(symtable.symtable("\n\n".join(pieces.values()), file, "exec"))
+    given = {*dir(builtins), *pieces, *"torch dist F nn math once_differentiable checkpoint reduce_mean".split()}
+    assert needed <= given
+    idle = "as_one_group pool_patches caption_loss relational_loss reliability feature_loss kl_bernoulli"  # one by one, or before, another
+    assert set(names[1:]) - needed <= set(idle.split())

@@ -56,7 +56,8 @@ outside.
     python dkdetr.py --export detector.pt2 --weights runs/dkdetr/best.pt
 
 Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 32.3 (9.0), base 61.1 (61.2):
-not run here. Measured: shapes, tests/study_dkdetr.py.
+not run here. Measured: shapes, one seed, novel / base AP50: 1.3 / 28.1 without KD, 7.5 / 27.0 with it.
+Earlier: tests/study_dkdetr.py.
 """
 import argparse
 import math

@@ -10,6 +10,8 @@ The rule: novel AP50 of the full method minus that without KD, paired by seed, a
 auxiliary queries; crops shuffled across images lose the gain. Diagnosis of each run, on validation images: how often a target is a novel object, how many of
 the novel objects are among the targets and among all queries, and the cosine of a feature with its own crop and with others'.
 
+Of before commit 01f42ba: the tiny CLIP had seen the images then; to be run again.
+
 Measured, with a tiny CLIP that had seen the very pictures of the study; since then it sees those of another seed.
 
 `python tests/study_dkdetr.py`, raw results in `tests/study_dkdetr.jsonl`. Per seed (1, 2, 3, in this order

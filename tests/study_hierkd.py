@@ -13,6 +13,8 @@ AP mixes two things: which novel name an object gets, and whether it stands out 
 So each run is also asked for the first alone: `named`, the share of the novel objects whose anchors are nearest to their own name among the 8 novel ones (chance 12.5 %),
 `coloured` and `shaped` where the colour (chance 25 %) and the shape (50 %) of that name are right.
 
+Of before commit 01f42ba: the towers had four convolutions and GroupNorm then, and the tiny CLIP had seen the images; to be run again.
+
 Measured.
 
 `python tests/study_hierkd.py --arms ...`, raw results in `tests/study_hierkd.jsonl`. Per seed (1, 2, 3, in

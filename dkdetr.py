@@ -830,7 +830,10 @@ class DKDETR(nn.Module):
 
         # Two-stage: the best N coarse boxes start the decoder, whose queries know nothing but these boxes.
         objectness, coarse, usable = self.propose(memory, anchors, padded)
-        best = objectness.topk(min(self.queries, objectness.shape[1]), 1).indices  # sorted: rank is identity
+        count = self.queries
+        if not torch.compiler.is_exporting():  # which takes the least for a size of its own
+            count = min(count, objectness.shape[1])
+        best = objectness.topk(count, 1).indices  # sorted: rank is identity
         proposals = take(coarse.detach(), best).sigmoid()
         code = sine(proposals * (2 * math.pi), memory.shape[2] // 2).flatten(2)    # (B, N, 2 D)
         query_positions, queries = self.query_norm(self.query_trans(code)).chunk(2, -1)

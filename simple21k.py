@@ -1575,7 +1575,7 @@ class Exported(nn.Module):
     def candidates(self, maps, height, width):
         """(boxes (B, N, 4), scores (B, N), levels (N,)): the RPN's best of each level before its NMS."""
         rpn, boxes, scores, levels = self.model.rpn, [], [], []
-        maps = [*maps.values(), F.max_pool2d(maps[3], 1, 2)]
+        maps = [*maps.values(), maps[3][:, :, ::2, ::2]]  # LastLevelMaxPool
         for k, (logits, deltas) in enumerate(zip(*rpn.head(maps))):
             batch, _, h, w = logits.shape  # not len(), which torch.export takes for a constant
             device, stride = logits.device, 4 * 2**k

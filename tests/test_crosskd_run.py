@@ -327,7 +327,7 @@ module.describe_model = common.run.describe_model
                     "gfl_tiny8", "--batch-size", 2, "--max-iters", 12, *TINY,
                     "--init", photographs.start, "--eval-every", 2, "--no-teacher-check", "--out", out,
                     procs=2, before=whole)
-    lines = job.out.splitlines()
+    lines = [line for line in job.out.splitlines() if "[Gloo]" not in line]  # torch 2.9's
     assert "80 classes" in job.out and "batch 2 x 2 x 1 = 4" in job.out and "11 images" in job.out
     assert sorted(p.name for p in out.iterdir()) == ["args.json", "best.pt", "curves.png", "detections.json",
                                                      "last.pt", "log.jsonl", "results.json", "samples.jpg"]

@@ -495,7 +495,7 @@ def test_gather_gives_every_record_once_to_rank_0_and_none_to_the_others():
         for p in processes:
             p.kill()
     assert [p.returncode for p in processes] == [0, 0, 0], replies
-    (whole, nothing, _), *others = [json.loads(out) for out, _ in replies]
+    (whole, nothing, _), *others = [json.loads(out.splitlines()[-1]) for out, _ in replies]  # gloo of torch 2.9 talks
     assert [r["image_id"] for r in whole] == [0, 1, 2, 20, 21] and whole[3]["bbox"] == [2.5]
     assert nothing == []
     assert others == [[None, None, 0], [None, None, 2]]

@@ -1041,6 +1041,14 @@ def make_data(args, split):
     return CocoDataset(folder, records, False, classes=None if whole else names, **options)
 
 
+def as_trained(args, data):
+    """The flags with the split of own data: what is trained is base, in the validation file, too."""
+    if not args.train_json:
+        return args
+    base, novel = class_split(args, data.records.categories)
+    return argparse.Namespace(**vars(args) | dict(base_names=base, novel_names=args.novel_names or novel))
+
+
 def check_novel(args, data, val):
     """--novel against the files: a name that none of them has is told before the first step."""
     if args.novel_names and val:
@@ -1213,9 +1221,10 @@ def trained(optimizer):
 def train(args, rank, world, device):
     """Train under args; returns the last evaluation's metrics (rank 0) or None."""
     data = make_data(args, "train")
+    args = as_trained(args, data)
     val = make_data(args, "val")
     check_novel(args, data, val)
-    novel = class_split(args, data.records.categories)[1]
+    novel = class_split(args, (val or data).records.categories)[1]
     open_run(args, rank, args.resume)
     student, clip = make_pair(args, rank, device)
     distiller = prepare(args, data, student, clip, rank, world, device)
@@ -1370,7 +1379,8 @@ def find_boxes(model, pixels, text, image_size=None, amp="none", masks=False):
 def text_of(model, names, clip=None):
     """The text matrix of names for a model of load, made by its own CLIP the first time. On the model's
     device."""
-    key, device = tuple(names), model.level_embed.device
+    key = names if isinstance(names, str) else tuple(names)
+    device = model.level_embed.device
     if key not in model.texts:
         clip = clip or clip_for(model, device)
         arch = model.arch
@@ -1502,7 +1512,12 @@ def follow(args, model, classes):
     known = {name: arch[name] for name in ("dataset", "image_size", "templates")}
     same = args.dataset in (None, arch["dataset"])
     if args.val_json:  # own files
-        known["dataset"] = "coco"
+        lvis = arch["dataset"] == "lvis" and "frequency" in read_annotations(args.val_json).categories[0]
+        known["dataset"] = "lvis" if lvis else "coco"
+    trained = [n for n in classes if n not in (model.novel or ())]
+    again = [n for n in (class_names(args.novel, "--novel") if args.novel else ()) if n in trained]
+    if again:
+        tell(f"--novel: {', '.join(again[:5])} is no novel class, the checkpoint was trained on it")
     known["masks"] = arch["masks"] and (same or args.dataset in ("lvis", "ovcoco"))
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
     if shapes:
@@ -1791,8 +1806,12 @@ def resolve(args):
         known["epochs"] = 18  # the study's 24 would take more than a quarter of an hour on 2 cores
     known["burn_in"] = (args.epochs or known["epochs"]) * 40 // 70
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
-    known |= {f"{k}_names": class_names(getattr(args, k), f"--{k}") if getattr(args, k)
-              else getattr(args, f"{k}_names", []) for k in ("base", "novel")}
+    for k in ("base", "novel"):
+        known[f"{k}_names"] = getattr(args, f"{k}_names", [])
+        if getattr(args, k):
+            names = class_names(getattr(args, k), f"--{k}")
+            known[f"{k}_names"] = names
+            known[k] = [names]  # names, not a file of names, are saved: --resume needs no file
     args = argparse.Namespace(**vars(args) | known)
     if args.init == "imagenet" and args.backbone.startswith("tiny"):
         raise UserError(f"--backbone {args.backbone}: has no ImageNet weights; use --init none")

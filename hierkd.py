@@ -948,7 +948,7 @@ def text_of(model, classes, spec=None):
     device = model.tau_c.device
     if model.clip is None:
         model.clip = clip_of(model.arch, model.arch["dim"], spec, device)
-    key = tuple(classes)
+    key = classes if isinstance(classes, str) else tuple(classes)
     if key not in model.texts:
         tell_cut(model.clip, key, model.arch["templates"])
         model.texts[key] = model.clip.class_embeddings(key, model.arch["templates"])
@@ -1077,7 +1077,12 @@ def evaluate_file(args, rank, world, device):
         novel = [n for n in classes if n.replace("_", " ") not in known] or None
     val = make_data(args, "val", like=base, novel=novel)
     strange = [n for n in respell(val.records.classes, val.classes) if n not in val.classes]
-    if strange and args.val_json:
+    if args.classes:
+        lacks = sorted(spaced(classes) - spaced(val.records.classes))
+        if lacks:
+            tell(f"--classes: {', '.join(lacks[:5])} is no class of {val.annotations.name} and cannot be "
+                 "scored")
+    elif strange and args.val_json:
         tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "
              f"left out, first {strange[0]}; --classes names others")
     clip = clip_of(model.arch, model.arch["dim"], args.clip, device)
@@ -1324,6 +1329,8 @@ def contradiction(args, given):
         return "--train-captions: belongs to --train-json; COCO's captions lie beside its boxes"
     if args.table and (args.ikd is False or args.gkd is False):
         return "--table: trains without and with both distillations; leave out --no-ikd and --no-gkd"
+    if args.row == "own" and not own and not shapes:
+        return "--row own: is for your own data, --train-json and --train-images"
     if args.table and own and not args.val_json:
         return "--table: needs a validation set, --val-json"
     return ""

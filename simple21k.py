@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A Simple Approach and Benchmark for 21,000-Category Object Detection (Lin et al., ECCV 2022): first learn
-to classify, then to detect.
+"""Simple-21K: first learn to classify, then to detect 21,000 categories (Lin et al., ECCV 2022).
 
+(A Simple Approach and Benchmark for 21,000-Category Object Detection)
 Idea. Boxes are dear and exist for hundreds of classes; image labels are cheap and exist for 21,841. Earlier
 work carries a detector's boxes over to images with labels. Here it goes the other way round. Stage I trains a
 classifier that is built as a detector: the whole image is one RoI, RoIAlign instead of average pooling, the
@@ -834,7 +834,7 @@ def benchmark_images(args):
     names, root = benchmark_names(args.val_json), os.path.realpath(args.cls_dir)
     inside = [os.path.relpath(os.path.join(os.path.realpath(args.val_images), n), root) for n in names]
     inside = [n for n in inside if not n.startswith("..")]
-    return inside or (names if args.setup == "s3" else [])
+    return inside or names  # a copy has the same names
 
 
 def labelled_index(args, partners, quiet=False):
@@ -1388,6 +1388,8 @@ def predict_image(model, classes, image, score=0.1, fuse=2 / 3):
     gives, or None. image: a path or PIL image (turned upright as its EXIF says), or a uint8 RGB tensor
     (3, H, W). fuse: of Eq. 5. Of thousands of classes none scores high.
     """
+    if model.arch["stage"] == 1:
+        raise UserError("model: is a classifier of stage I, which finds no boxes; train stage II from it")
     vocabulary = Vocabulary(model.arch, model.fg.weight.device)
     if classes is not None and list(classes) != vocabulary.names:
         vocabulary.choose(vocabulary.find(classes, "classes"))
@@ -1565,7 +1567,8 @@ class Exported(nn.Module):
     both before the NMS of each class; proposals (B, R, 4). R is what the RPN gives at most; what it gave less
     scores 0.
 
-    The steps of Detector.proposals and detect, in shapes that do not depend on what is found.
+    The steps of Detector.proposals and detect, in shapes that do not depend on what is found. Boxes are cut
+    to the square, where detect cuts them to the picture.
     """
 
     def __init__(self, model, vocabulary, fuse=2 / 3):
@@ -1578,9 +1581,9 @@ class Exported(nn.Module):
         maps = [*maps.values(), maps[3][:, :, ::2, ::2]]  # LastLevelMaxPool
         for k, (logits, deltas) in enumerate(zip(*rpn.head(maps))):
             batch, _, h, w = logits.shape  # not len(), which torch.export takes for a constant
-            device, stride = logits.device, 4 * 2**k
-            y, x = torch.meshgrid(torch.arange(h, device=device) * stride,
-                                  torch.arange(w, device=device) * stride, indexing="ij")
+            device = logits.device  # strides as torchvision's: of the last level they may be no power of two
+            y, x = torch.meshgrid(torch.arange(h, device=device) * (height // h),
+                                  torch.arange(w, device=device) * (width // w), indexing="ij")
             corner = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)
             anchors = (corner + rpn.anchor_generator.cell_anchors[k].to(device)).reshape(-1, 4)
             logits = logits.permute(0, 2, 3, 1).flatten(1)

@@ -197,6 +197,8 @@ class FrozenCLIP:
         Raises UserError for an empty list, an empty name, one that occurs twice, one with control
         characters or halves of characters, which no tokenizer reads as was meant.
         """
+        if isinstance(names, str):
+            raise UserError(f"class list: {names!r} is one text; give a list of names")
         names = list(names)
         clean = []
         for n in names:

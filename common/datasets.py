@@ -1363,9 +1363,12 @@ def class_names(values, flag="--classes"):
         return values[0]
     if len(values) == 1 and os.path.isfile(values[0]):  # Path's raises for a long list
         try:
-            names = Path(values[0]).read_text(encoding="utf-8-sig").strip().splitlines()
+            names = Path(values[0]).read_text(encoding="utf-8-sig").splitlines()
+            names = [n for n in names if n.strip()]
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"{flag} {values[0]}: is no text file ({e})") from None
+    elif len(values) == 1 and (values[0].endswith(".txt") or os.sep in values[0]):
+        raise UserError(f"{flag} {values[0]}: no such file of names")
     elif len(values) == 1:
         names = values[0].split(",")
     names = [n.strip() for n in names]

@@ -3,7 +3,8 @@
 
     export_program(Exported(model), "student.pt2", ("boxes", "scores"), classes)
 
-    program = torch.export.load("student.pt2").module()          # anywhere, with torch alone
+    program = torch.export.load("student.pt2").module()          # anywhere, with torch alone, simple21k.py's
+                                                                 # after `import torchvision`, for its NMS
     boxes, scores, *maps = program(images)                       # uint8 (B, 3, H, W), multiples of 32
     boxes, scores, *maps = program(images, sizes)                # dkdetr.py: and their h, w (B, 2)
 """
@@ -56,7 +57,7 @@ def export_program(module, path, names, classes, sized=False):
         raise UserError(f"--export {path}: torch.export does not take this network ({why(e)})") from None
     for size in ((1, 320, 256), (3, LEAST, 448)):
         compare(path, run, module, inputs(sized, *size, 1))
-    checked = "equal to the detector on other sizes of picture"
+    checked = "the same as in eager mode on other sizes of picture"
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,7 @@ except ImportError:  # Windows: runs there are not locked
     fcntl = None
 
 FORMAT = 1  # of our checkpoints
+tqdm.monitor_interval = 0  # its thread looks through all bars, and may fall over one that is closed meanwhile
 
 
 class UserError(Exception):
@@ -462,7 +463,7 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
             if flag in old and getattr(args, flag) != old[flag]:
                 p.error(f"{dash(flag)} {getattr(args, flag)}: the run in {args.out} has {old[flag]}, "
                         "which --resume keeps; start another --out to change it")
-    given = given_flags(p, argv, rows)
+    asked, given = given, given_flags(p, argv, rows)
     for flags, other, values in belongs:
         value = getattr(args, other)
         parts = value.split("+") if isinstance(value, str) else [value]  # as --method crosskd+pkd
@@ -470,6 +471,9 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         if idle and not set(parts) & set(values):
             wanted = " or ".join(dash(other) + ("" if v is True else f" {v}")
                                  for v in values if v is not None)
+            if not set(idle) & asked and other in asked:  # a flag wins over its row
+                tell(f"{dash(idle[0])} of --row {args.row}: has no effect, {dash(other)} is {value}")
+                continue
             p.error(f"{dash(idle[0])}: belongs to {wanted}, here it is {value}")
     return args
 
@@ -1184,7 +1188,8 @@ class Run:
             self.eval_seconds = metrics.get("seconds", 0)
             line = fold([f"ep {self.epoch:02d} eval", *split_line(metrics["line"])])
             self.log.write(dict(it=self.it, epoch=self.epoch, **numbers), line)
-            better = blind or metrics["score"] > self.best
+            # below 0: nothing there that could choose; then the last is the best
+            better = blind or metrics["score"] > self.best or max(metrics["score"], self.best) < 0
             if not blind and (better if self.report == "best" else self.finished):
                 from .pictures import write_results
                 of = f"{self.report}.pt"

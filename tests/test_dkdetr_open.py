@@ -85,6 +85,12 @@ def test_names_come_by_commas_by_repetition_or_from_a_file(tmp_path):
     assert class_names(["red panda, umbrella"]) == ["red panda", "umbrella"]
     assert class_names(["stool, wooden", "worker"]) == ["stool, wooden", "worker"]
     assert class_names([str(tmp_path / "names.txt")]) == ["red panda", "stool, wooden"]
+    (tmp_path / "blank.txt").write_text("\ufeffred panda\r\n\r\nvan\r\n", encoding="utf-8")
+    assert class_names([str(tmp_path / "blank.txt")]) == ["red panda", "van"]
+    with pytest.raises(UserError, match="--novel nofile.txt: no such file of names"):
+        class_names(["nofile.txt"], "--novel")
+    with pytest.raises(UserError, match="'cup' is one text; give a list"):
+        FrozenCLIP.class_embeddings(None, "cup")
     for values, words in (([""], "empty name"), (["a,,b"], "empty name"), (["a,a"], "occurs twice"), ([" , "], "empty name")):
         with pytest.raises(UserError, match=f"--novel.*{words}"):
             class_names(values, "--novel")
@@ -150,6 +156,26 @@ def test_an_own_split_from_the_command_line_to_names_on_a_photograph(coco_mini, 
     run("--predict", photo, "--weights", tmp_path / "run/best.pt", "--score", 0, "--out", tmp_path / "p")
     (boxes,) = json.loads((tmp_path / "p/predictions.json").read_text()).values()
     assert {b["label"] for b in boxes} == {*BASE, *NOVEL}
+
+
+def test_what_is_trained_is_base_in_the_validation_file_too_and_a_resumed_run_keeps_its_names(coco_mini, clip_file, tmp_path):
+    """Train knows 5 classes, val 8, no --base: the other three are novel and do not choose. Names come from a file that changes before --resume."""
+    files = own_files(coco_mini, tmp_path)
+    raw = json.loads((tmp_path / "train.json").read_text())
+    raw["categories"] = [c for c in raw["categories"] if c["name"] in BASE]
+    kept = {c["id"] for c in raw["categories"]}
+    raw["annotations"] = [a for a in raw["annotations"] if a["category_id"] in kept]
+    (tmp_path / "five.json").write_text(json.dumps(raw))
+    five = ["--train-json", tmp_path / "five.json", *files[2:]]
+    r = run(*five, *SMALL, "--clip", clip_file, "--max-iters", 2, "--out", tmp_path / "a")
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert "5 base and 3 novel classes" in " ".join(r.stdout.split()) and results["score"] == results["base_AP50"] and results["checkpoint"] == "last.pt"
+    assert set(torch.load(tmp_path / "a/best.pt", weights_only=True)["novel"]) == {*NOVEL}
+    (tmp_path / "novel.txt").write_text("\n".join(NOVEL))
+    run(*files, *SMALL, "--clip", clip_file, "--novel", tmp_path / "novel.txt", "--max-iters", 2, "--out", tmp_path / "b")
+    (tmp_path / "novel.txt").unlink()
+    r = run("--resume", "--out", tmp_path / "b", "--max-iters", 3)
+    assert "5 base and 3 novel classes" in " ".join(r.stdout.split())
 
 
 def test_own_names_that_no_file_has_are_told_before_the_first_step(coco_mini, clip_file, tmp_path):
@@ -293,7 +319,7 @@ def test_names_of_a_checkpoint_are_what_is_evaluated_unless_it_is_of_a_version_b
 def test_export_is_the_detector_with_its_names(clip_file, tmp_path):
     path = saved(tmp_path / "a.pt", clip_file)
     r = run("--export", tmp_path / "d.pt2", "--weights", path)
-    assert "equal to the detector on other sizes" in r.stdout
+    assert "the same as in eager mode on other sizes" in r.stdout
     names = {"classes.json": ""}
     program = torch.export.load(tmp_path / "d.pt2", extra_files=names).module()
     assert json.loads(names["classes.json"]) == ["worker", "stool, wooden", "dog"]

@@ -459,7 +459,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_trained(made, c
 def test_an_exported_retinanet_gives_its_boxes_and_scores_and_a_faster_rcnn_is_refused(made, tmp_path):
     weights = made["retina", "voc"][1]
     r = run("--export", tmp_path / "s.pt2", "--weights", weights)
-    assert "equal to the detector on other sizes" in r.stdout
+    assert "the same as in eager mode on other sizes" in r.stdout
     names = {"classes.json": ""}
     program = torch.export.load(tmp_path / "s.pt2", extra_files=names).module()
     assert json.loads(names["classes.json"]) == list(VOC_CLASSES)

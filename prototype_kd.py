@@ -1611,7 +1611,7 @@ def predict_image(model, classes, image, score=0.3):
     its EXIF says), or a uint8 RGB tensor (3, H, W).
     """
     if classes and len(classes) != len(model.arch["columns"]):
-        raise UserError(f"classes: {len(classes)} names, not {len(model.arch['columns'])}; take those of load")
+        raise UserError(f"classes: {len(classes)} names, not {len(model.arch['columns'])}; load gives them")
     boxes, scores, labels = find_boxes(model, as_pixels(image))
     names, keep = names_of(model, classes), scores > score
     return boxes[keep], scores[keep], [names[k] for k in labels[keep].tolist()]

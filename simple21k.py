@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Simple-21K: first learn to classify, then to detect 21,000 categories (Lin et al., ECCV 2022).
 
-(A Simple Approach and Benchmark for 21,000-Category Object Detection)
+Title: A Simple Approach and Benchmark for 21,000-Category Object Detection.
 Idea. Boxes are dear and exist for hundreds of classes; image labels are cheap and exist for 21,841. Earlier
 work carries a detector's boxes over to images with labels. Here it goes the other way round. Stage I trains a
 classifier that is built as a detector: the whole image is one RoI, RoIAlign instead of average pooling, the

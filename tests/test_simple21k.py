@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import nms
 
 import simple21k
@@ -587,6 +588,22 @@ def test_exported_program_gives_what_detect_finds(classes):
         keep = class_nms(boxes[k], roi, label, scores[k][roi, label], 100)
         assert len(keep) > 10 and torch.equal(label[keep], expected["labels"])
         assert torch.allclose(boxes[k][roi[keep]], expected["boxes"], atol=1e-2) and torch.allclose(scores[k][roi, label][keep], expected["scores"], atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [160, 192, 224, 288])
+def test_exported_anchors_are_torchvisions_at_any_multiple_of_32(side):
+    """torchvision's stride is side // cells: 53, not 64, on P6 at 160 px."""
+    model = Detector(arch_of()).eval()
+    nn.init.zeros_(model.rpn.head.bbox_pred.weight), nn.init.zeros_(model.rpn.head.bbox_pred.bias)  # a box is its anchor
+    images = torch.rand(1, 3, side, side)
+    with torch.no_grad():
+        maps = model.features(images)
+        boxes, _, levels = simple21k.Exported(model, None).candidates(maps, side, side)
+        pyramid = [*maps.values(), torch.nn.functional.max_pool2d(maps[3], 1, 2)]
+        anchors, = model.rpn.anchor_generator(ImageList(images, [(side, side)]), pyramid)
+    coarse = anchors[-3 * pyramid[-1].shape[2] * pyramid[-1].shape[3]:].clamp(0, side)
+    mine = boxes[0][levels == 4]
+    assert len(mine) == len(coarse) and torch.cdist(mine, coarse).amin(1).max() < 1e-3
 
 
 # ------------------------------------------------------------------ stage I and its load into stage II

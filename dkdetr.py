@@ -1023,6 +1023,8 @@ def make_data(args, split):
             import_lvis()
         except RuntimeError as e:
             raise UserError(e) from None
+    elif files and all("frequency" in c for c in records.categories):
+        tell(f"{records.path}: looks like LVIS; --dataset lvis scores it as such")
     base, novel = class_split(args, records.categories)
     options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks)
     if split == "train":

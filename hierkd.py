@@ -1241,8 +1241,7 @@ def parse_args(argv=None):
     g.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; "
                    "shapes: the tiny CLIP, trained on demand)")
     g.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
-    g.add_argument("--init", choices=("imagenet", "none"),
-                   help="backbone start (default imagenet; shapes none)")
+    g.add_argument("--init", choices=("imagenet", "none"), help="backbone (default imagenet; shapes none)")
     g.add_argument("--quality", choices=("iou", "centerness", "none"), default="iou",
                    help="what the quality branch learns, and the weight of boxes")
     g.add_argument("--bg", choices=("learn", "fixed"), default="learn",
@@ -1264,23 +1263,19 @@ def parse_args(argv=None):
                    help="crops are enlarged by this (default 1; training on shapes 1.2)")
     g.add_argument("--gkd", **switch, help="global (caption) distillation, Eqs. 3-5 (default, where there "
                    "are captions)")
-    g.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl",
-                   help="contrastive, Eq. 5, or positive pairs only")
+    g.add_argument("--gkd-loss", choices=("cl", "pl"), default="cl", help="contrastive, Eq. 5, or pairs only")
     g.add_argument("--gkd-weight", type=number(), help="lambda_Glo of Eq. 6 (default 1; shapes 0.5)")
     g.add_argument("--gkd-patches", type=COUNT, default=3, help="N: each level is cut into N x N patches")
     g.add_argument("--gkd-levels", type=number(int, 1, 5), help="levels that are cut, from P3 (default 5; "
                    "shapes 2: P5 to P7 see a whole image in 16 to 1 cells)")
     g.add_argument("--gkd-pool", choices=("max", "avg"), default="max", help="pooling of a patch")
-    g.add_argument("--tau-a", type=POSITIVE, default=1.0,
-                   help="temperature of the captions' attention, Eq. 3")
+    g.add_argument("--tau-a", type=POSITIVE, default=1.0, help="temperature of captions' attention, Eq. 3")
     g.add_argument("--negatives", type=number_or("1to1", number(float, 0, 1, above=True)), default=0.1,
                    help="share of the negatives that is kept, per level; or 1to1: as many as positives")
     g.add_argument("--cls-weight", type=number_or("learn", POSITIVE), default=1.0,
                    help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s|")
-    g.add_argument("--shuffle-captions", action="store_true",
-                   help="control: each image gets the caption of another")
-    g.add_argument("--shuffle-crops", action="store_true",
-                   help="control: each positive gets the crop embedding of another")
+    g.add_argument("--shuffle-captions", action="store_true", help="control: an image gets another's caption")
+    g.add_argument("--shuffle-crops", action="store_true", help="control: a positive gets another's crop")
     g.add_argument("--clip-direct", **switch, default=False, help="with --eval: Algorithm 1, Table 6: CLIP "
                    "classifies crops of the detector's boxes")
     g.add_argument("--direct-quality", **switch, default=False,

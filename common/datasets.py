@@ -890,6 +890,8 @@ def as_pixels(image):
             raise UserError(f"image: is {image.dtype} of shape {tuple(image.shape)}, expected uint8 RGB "
                             "(3, H, W)")
         return image
+    if isinstance(image, np.ndarray):
+        raise UserError("image: is a numpy array, BGR or RGB; give torch.from_numpy(RGB).permute(2, 0, 1)")
     if isinstance(image, Image.Image):
         turn = orientation(image)
         image = image.transpose(TURNS[turn]) if turn in TURNS else image

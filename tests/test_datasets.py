@@ -730,3 +730,9 @@ def test_a_batch_that_cannot_be_handed_over_sends_its_error_and_is_silent_once_t
     with pytest.raises(ValueError, match="closed"):
         queue.put(0)
     unsent(queue, RuntimeError("No space left"), (4, None))
+
+
+def test_a_numpy_picture_is_told_what_to_become():
+    from common.datasets import as_pixels
+    with pytest.raises(UserError, match="is a numpy array, BGR or RGB; give torch.from_numpy"):
+        as_pixels(np.zeros((4, 4, 3), np.uint8))

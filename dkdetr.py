@@ -1051,12 +1051,17 @@ def as_trained(args, data):
     return argparse.Namespace(**vars(args) | dict(base_names=base, novel_names=args.novel_names or novel))
 
 
-def check_novel(args, data, val):
-    """--novel against the files: a name that none of them has is told before the first step."""
+def make_sets(args):
+    """(the flags with own data's split, training set, validation set or None, novel names). A name of --novel
+    that no file has is told before the first step."""
+    data = make_data(args, "train")
+    args = as_trained(args, data)
+    val = make_data(args, "val")
     if args.novel_names and val:
         records = data.records
         refuse_strange(args.novel_names, [*records.classes, *val.records.classes], "--novel",
                        f"{records.path}, {val.records.path}")
+    return args, data, val, class_split(args, (val or data).records.categories)[1]
 
 
 def prompt_name(name, style="clean"):
@@ -1222,11 +1227,7 @@ def trained(optimizer):
 
 def train(args, rank, world, device):
     """Train under args; returns the last evaluation's metrics (rank 0) or None."""
-    data = make_data(args, "train")
-    args = as_trained(args, data)
-    val = make_data(args, "val")
-    check_novel(args, data, val)
-    novel = class_split(args, (val or data).records.categories)[1]
+    args, data, val, novel = make_sets(args)
     open_run(args, rank, args.resume)
     student, clip = make_pair(args, rank, device)
     distiller = prepare(args, data, student, clip, rank, world, device)

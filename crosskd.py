@@ -87,7 +87,7 @@ from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside
 from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eval_loader, find_coco,
                              own_files, parse_image_size, resize, train_loader)
 from common.evaluation import Detections, class_table, coco_evaluate
-from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, check_teacher, describe_model,
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
                         fast_layout, fused, gather, load_strict, made_once, number, open_run, parse, parser,
                         rebuilding, reduce_mean, rows, run_flags, seed_all, started, to_device,
                         warmup_multistep, wrap_ddp)
@@ -473,13 +473,12 @@ BACKBONES = {  # name: torchvision's name, where C3, C4, C5 are tapped, their ch
 
 
 def make_body(name, caffe=False, init="none"):
-    """(Body, its three channel counts) of a name in BACKBONES, or tinyN. init "imagenet": downloaded."""
+    """(Body, its three channel counts) of a name in BACKBONES, or tinyN. init "imagenet": downloaded; "none";
+    or a file of common/tiny.py's."""
     if name.startswith("tiny"):
-        from common.tiny import NarrowResNet
-        if init == "imagenet":
-            raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
+        from common.tiny import tiny_resnet
         width = int(name[4:])
-        net, taps, channels = NarrowResNet(width), RESNET_TAPS, (2 * width, 4 * width, 8 * width)
+        net, taps, channels = tiny_resnet(name, init), RESNET_TAPS, (2 * width, 4 * width, 8 * width)
     else:
         full_name, taps, channels = BACKBONES[name]
         net = getattr(torchvision.models, full_name)(weights=None)
@@ -629,7 +628,7 @@ class Detector(nn.Module):
             mean, std = (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        if init == "imagenet":
+        if init != "none":
             self.freeze()
 
     def freeze(self):
@@ -901,7 +900,7 @@ def make_data(args, split, kind=None, like=None, image_size=None):
         root = args.data
         if root == "shapes":
             from common.shapes import make_shapes
-            root = make_shapes()
+            root = make_shapes(seed=args.data_seed)
         files = find_coco(root, split)
     size = image_size or default_size(args, kind or split_name(args.student)[0])
     return CocoDataset(*files, split == "train", size, like=like, keep_empty=args.keep_empty)
@@ -972,9 +971,12 @@ def make_pair(args, data, rank, world, device):
         check_classes(classes, teacher.num_classes, data.classes, "--teacher")
         teacher.to(device).requires_grad_(False)
     seed_all(args.seed)  # here, so that every method starts from the same student
-    start = args.init if args.init in ("imagenet", "none") else "none"
-    student = DETECTORS[kind](backbone, len(data.classes), args.channels, args.p6, start)
-    if args.init != start:
+    start, ours = args.init, args.init not in ("imagenet", "shapes", "none")
+    if start == "shapes":
+        from common.tiny import shapes_backbone
+        start = shapes_backbone(backbone, args.data_seed)
+    student = DETECTORS[kind](backbone, len(data.classes), args.channels, args.p6, "none" if ours else start)
+    if ours:
         load_strict(student, load(args.init, "--init")[0].state_dict(), f"--init {args.init}")
         student.freeze()
     student.arch["image_size"] = default_size(args, kind)  # --eval and --predict see images as training did
@@ -1248,7 +1250,7 @@ torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101        # GFL R101 -> R
 python crosskd.py --data shapes                                  # everything in minutes on a CPU
 python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
 """
-SHAPES = dict(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="none")  # --data shapes
+SHAPES = dict(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="shapes")  # --data shapes
 GUESS = "  # which losses made this row is not published"
 ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark; t1 .. t10 are our numbers
     t1-none         35.8  --student gfl_r18 --method none
@@ -1327,7 +1329,7 @@ BELONGS = (
     ("sync_stats", "method", ("crosskd", "pkd", None)),
     ("pkd_at pkd_weight", "method", ("pkd",)),
     ("no_teacher_check", "method", ("crosskd", "mimic", "ld", "pkd", "fitnet", None)))
-MODES = dict(eval="data workers val_json val_images", predict="weights score", export="weights")
+MODES = dict(eval="data data_seed workers val_json val_images", predict="weights score", export="weights")
 
 
 def channel_count(text):
@@ -1342,6 +1344,7 @@ def parse_args(argv=None):
     p = parser(__doc__.split("\n", 1)[0], EXAMPLES)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data/coco", help="COCO-layout root, or 'shapes': the embedded dataset")
+    g.add_argument("--data-seed", type=SEED, default=0, help="shapes: seed of images, backbone and teacher")
     g.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
                    "(default 800; FCOS 640,800; shapes 72-120; --eval, --predict: as trained)")
     g = p.add_argument_group("models")
@@ -1352,7 +1355,8 @@ def parse_args(argv=None):
     g.add_argument("--p6", choices=("on_output", "on_input"), default="on_output",
                    help="student's P6 from P5, or from C5 (zoo RetinaNets)")
     g.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay "
-                   "frozen), or none (default imagenet; shapes none)")
+                   "frozen), shapes (of drawn single objects, made on demand), or none (default imagenet; "
+                   "shapes shapes)")
     g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
     g = p.add_argument_group("method")
     g.add_argument("--method", help=f"one of {', '.join(METHODS)}, or joined: crosskd+pkd, crosskd+ld "
@@ -1433,14 +1437,14 @@ def shapes_teacher(args, rank, world, device):
     if not backbone.startswith("tiny"):
         raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the "
                         "tiny8 ... tiny64 students only")
-    done = make_shapes().parent / "teachers" / f"{kind}_tiny32-s{args.seed}"
+    done = make_shapes(seed=args.data_seed).parent / "teachers" / f"{kind}_tiny32-s{args.data_seed}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no teacher
     with made_once(done, rank) as missing:
         if missing:
             if rank == 0:
                 print(f"== teacher {kind}_tiny32: trained once, cached at {done}")
             flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs", "8",
-                     "--out", str(draft), "--seed", str(args.seed), "--workers", str(args.workers),
+                     "--out", str(draft), "--data-seed", str(args.data_seed), "--workers", str(args.workers),
                      "--resume"]
             train(resolve(parse_args(flags)), rank, world, device)
             if rank == 0:

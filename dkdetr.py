@@ -752,14 +752,14 @@ class Body(nn.Module):
 
 def make_body(name, init, bn, levels=4):
     """(Body as far as `levels` reads it, channels of C3, C4, C5) of r50|r101|tinyN; init "imagenet" downloads
-    torchvision's V1 weights."""
+    torchvision's V1 weights; "none"; or a file of common/tiny.py's."""
     last = f"layer{min(levels, 3) + 1}"
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose among {', '.join(BACKBONES)}")
     if name.startswith("tiny"):
-        from common.tiny import NarrowResNet
+        from common.tiny import tiny_resnet
         width = int(name[4:])
-        return Body(NarrowResNet(width), False, bn, last), [2 * width, 4 * width, 8 * width]
+        return Body(tiny_resnet(name, init), init != "none", bn, last), [2 * width, 4 * width, 8 * width]
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
         from common.zoo import imagenet_state
@@ -1106,10 +1106,14 @@ def make_pair(args, rank, device):
     """(student, CLIP) of the flags, on the device."""
     spec = args.clip or ("" if args.data == "shapes" else CLIP)
     clip = get_clip(spec, args.data_seed, device)
+    init = args.init
+    if init == "shapes":
+        from common.tiny import shapes_backbone
+        init = shapes_backbone(args.backbone, args.data_seed)
     seed_all(args.seed)
     heads = args.dim // 32 if args.dim < 256 else 8
     student = DKDETR(args.backbone, clip.dim, args.dim, heads, args.hidden, args.levels, args.encoder,
-                     args.decoder, args.queries, args.dropout, args.masks, args.init, args.bn, args.kd_embed)
+                     args.decoder, args.queries, args.dropout, args.masks, init, args.bn, args.kd_embed)
     seed_all(args.seed + rank)  # dropout differs from process to process
     spec = str(Path(spec).resolve()) if Path(spec).is_file() else spec
     # --eval and --predict see what training saw
@@ -1612,7 +1616,7 @@ PAPER = dict(image_size=1024, jitter=[0.1, 2.0], templates="vild", backbone="r50
              kd_min_size=16.0, crop_fit="warp", epochs=70, batch_size=8, lr=8e-4, backbone_lr=0.1,
              warmup=2000)
 # --data shapes: where it differs. 8 targets have 7 negatives instead of 19, hence the weight of SKD.
-SHAPES = dict(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tiny16", init="none", dim=64,
+SHAPES = dict(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tiny16", init="shapes", dim=64,
               hidden=128, levels=3, encoder=2, decoder=3, queries=40, dropout=0.0, w_skd=0.3, kd_topk=8,
               kd_min_size=8.0, crop_fit="pad", epochs=24, batch_size=16, lr=1e-3, backbone_lr=1.0, warmup=100)
 # What two pages of paper leave open: flag, its values with our default first, what it is and why it is open.
@@ -1694,7 +1698,7 @@ def parse_args(argv=None):
          "(which may then hold a comma); default: all but --novel", action="append", metavar="NAMES|FILE")
     flag(g, "novel", "names that are never trained, and are evaluated apart; given alike", action="append",
          metavar="NAMES|FILE")
-    flag(g, "data-seed", "shapes: seed of the drawn images and of the tiny CLIP", type=SEED, default=0)
+    flag(g, "data-seed", "shapes: seed of the drawn images, of the tiny CLIP and of the backbone", type=SEED, default=0)
     flag(g, "image-size", "canvas: images are jittered to --jitter times this, cut and padded to it",
          type=COUNT)
     flag(g, "jitter", "scales of the jitter", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"))
@@ -1706,7 +1710,8 @@ def parse_args(argv=None):
     flag(g, "templates", "63 prompts a name, or one", choices=tuple(PROMPTS))
     flag(g, "backbone", "r50, r101, or tiny8 ... tiny64, which start from nothing", choices=BACKBONES,
          metavar="NAME")
-    flag(g, "init", "backbone start", choices=("imagenet", "none"))
+    flag(g, "init", "backbone start; shapes: trained on drawn single objects on demand",
+         choices=("imagenet", "shapes", "none"))
     flag(g, "bn", "BatchNorm of layer2-4: batch statistics over all GPUs, or running ones",
          choices=("sync", "frozen"), default="sync")
     flag(g, "dim", "width D, a multiple of 32", type=COUNT)

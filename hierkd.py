@@ -471,13 +471,14 @@ def check_backbone(name, init):
 
 
 def make_body(name, init):
-    """(Body, channels of its maps) of r50|r101|tinyN; init "imagenet" downloads torchvision's V1 weights."""
+    """(Body, channels of its maps) of r50|r101|tinyN. init "imagenet" downloads torchvision's V1 weights;
+    "none"; or a file of common/tiny.py's."""
     check_backbone(name, init)
-    frozen = init == "imagenet"
+    frozen = init != "none"
     if name.startswith("tiny"):
-        from common.tiny import NarrowResNet
+        from common.tiny import tiny_resnet
         width = int(name[4:])
-        return Body(NarrowResNet(width), frozen), [2 * width, 4 * width, 8 * width]
+        return Body(tiny_resnet(name, init), frozen), [2 * width, 4 * width, 8 * width]
     net = getattr(torchvision.models, "resnet" + name[1:])(weights=None)
     if init == "imagenet":
         from common.zoo import imagenet_state
@@ -778,12 +779,19 @@ def plain_of(model):
 def make_pair(args, data, rank, world, device):
     """(student, CLIP) of the flags, on the device."""
     clip = get_clip(args.clip, args.data_seed, device)
+    init = args.init
+    if init == "shapes":
+        from common.tiny import shapes_backbone
+        init = shapes_backbone(args.backbone, args.data_seed)
     seed_all(args.seed)  # here, so that every method starts from the same student
     background = None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0]
     channels = 64 if args.backbone.startswith("tiny") else 256
     student = OpenATSS(args.backbone, background, clip.dim, channels, args.quality, args.tau_c,
-                       args.cls_weight == "learn", args.gkd, args.embed_bias, args.init, **tower_of(channels))
+                       args.cls_weight == "learn", args.gkd, args.embed_bias, init, **tower_of(channels))
     spec = str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip
+    if args.init == "shapes":
+        from common.tiny import load_fpn
+        load_fpn(student.fpn, init)
     student.arch |= dict(image_size=args.image_size, clip=spec, clip_name=clip.name,
                          templates=list(TEMPLATES), data=args.data, data_seed=args.data_seed)
     if rank > 0:
@@ -833,10 +841,14 @@ def prepare(args, data, val, student, teacher, rank, world, device):
     return make_distiller(student, teacher, data.classes, args).train()
 
 
-def make_optimizer(model, algorithm, lr, weight_decay):
-    """SGD with momentum 0.9, or AdamW, for the weights that learn."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=weights, lr=lr, base_lr=lr, weight_decay=weight_decay)]
+def make_optimizer(model, algorithm, lr, weight_decay, backbone=1.0):
+    """SGD with momentum 0.9, or AdamW, for the weights that learn; the backbone at `backbone` times the rate."""
+    parts = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = lr * backbone if "body." in name else lr
+            parts.setdefault(rate, []).append(p)
+    groups = [dict(params=part, lr=rate, base_lr=rate, weight_decay=weight_decay) for rate, part in parts.items()]
     if algorithm == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, **fused())
     return torch.optim.AdamW(groups, lr, **fused())
@@ -877,7 +889,7 @@ def train(args, rank, world, device):
     total_batch = args.batch_size * world * args.accumulate
     paper_batch = 16
     lr = args.lr * total_batch / paper_batch
-    optimizer = make_optimizer(distiller, args.optimizer, lr, args.weight_decay)
+    optimizer = make_optimizer(distiller, args.optimizer, lr, args.weight_decay, args.backbone_lr)
     run = Run(args, student, optimizer, plain_of(student), len(plan), total_batch, rank, world,
               device, legend=LEGEND, **reported(args, distiller))
     count_draws(run, distiller)
@@ -1143,8 +1155,8 @@ python hierkd.py --data shapes                                   # everything in
 python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "red panda,umbrella"
 """
 SHAPES = dict(  # --data shapes
-    backbone="tiny16", init="none", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64, gkd_weight=0.5,
-    gkd_levels=2, epochs=16, batch_size=16, optimizer="adamw", lr=0.004, clip="", flip_words=True,
+    backbone="tiny16", init="shapes", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64, gkd_weight=0.5,
+    gkd_levels=2, epochs=8, batch_size=16, optimizer="adamw", lr=0.004, clip="", backbone_lr=0.1, flip_words=True,
     crop_scale=1.2, image_size="72-120")
 ROWS = rows("""  # --row NAME: the paper's AR50/AP50 of novel classes (ZSD), COCO 48/17, R50; flags; a remark
     t2-l1           62.4/14.6  IKD
@@ -1233,7 +1245,7 @@ def parse_args(argv=None):
     g.add_argument("--flip-words", **switch,
                    help="swap left and right in the caption of a flipped image (default: shapes only)")
     g.add_argument("--data-seed", type=SEED, default=0,
-                   help="shapes: seed of the drawn images and of the tiny CLIP")
+                   help="shapes: seed of the drawn images, of the tiny CLIP and of the backbone")
     g.add_argument("--image-size",
                    help="short side: 800, a choice 640,800 or a range 480-800 (default 800; schedule 3x "
                    "480-800; shapes 72-120; --eval, --predict: as trained)")
@@ -1241,7 +1253,8 @@ def parse_args(argv=None):
     g.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; "
                    "shapes: the tiny CLIP, trained on demand)")
     g.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
-    g.add_argument("--init", choices=("imagenet", "none"), help="backbone (default imagenet; shapes none)")
+    g.add_argument("--init", choices=("imagenet", "shapes", "none"), help="backbone (default imagenet; "
+                   "shapes: shapes, trained on drawn single objects on demand)")
     g.add_argument("--quality", choices=("iou", "centerness", "none"), default="iou",
                    help="what the quality branch learns, and the weight of boxes")
     g.add_argument("--bg", choices=("learn", "fixed"), default="learn",
@@ -1283,11 +1296,12 @@ def parse_args(argv=None):
     g = p.add_argument_group("schedule")
     g.add_argument("--schedule", choices=("1x", "2x", "3x"), default="1x",
                    help="12, 24 or 36 epochs; x0.1 at 2/3 and 11/12, 3x: 3/4 and 11/12")
-    g.add_argument("--epochs", type=COUNT, help="instead of the schedule's (shapes 16)")
+    g.add_argument("--epochs", type=COUNT, help="instead of the schedule's (shapes 8)")
     g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 8; shapes 16)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
     g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly (default 0.005 with "
                    "GKD, 0.01 without: the released code's, 0.01 at 32 and at 16; shapes 0.004)")
+    g.add_argument("--backbone-lr", type=number(), help="the backbone's, as a factor (default 1; shapes 0.1)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     g.add_argument("--table", **switch, help="train without and with distillation, at one rate, and print "
                    "both (default: on shapes, with IKD and GKD, without --max-iters)")
@@ -1365,7 +1379,7 @@ def resolve(args):
         gkd_levels=5, epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd",
         lr=0.005 if args.gkd else 0.01, flip_words=False, crop_scale=1.0, split="48_17", table=False,
         image_size="480-800" if args.schedule == "3x" else "800", clip="ViT-B-32-quickgelu/openai",
-        data="data/coco")
+        data="data/coco", backbone_lr=1.0)
     if shapes:
         every_part = args.ikd and args.gkd and args.max_iters is None
         defaults |= SHAPES | dict(split="shapes", table=every_part and not named)

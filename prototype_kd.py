@@ -918,6 +918,7 @@ class Comparison(Distiller):
 
 # ================================================================== detector
 
+NEW = "imagenet", "shapes", "none"  # what an untrained detector's backbone may start from
 BACKBONES = dict(r18="resnet18", r34="resnet34", r50="resnet50", r101="resnet101", r152="resnet152",
                  x50="resnext50_32x4d", x101="resnext101_32x8d")
 TORCHVISION = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2",
@@ -926,12 +927,10 @@ TORCHVISION = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcn
 
 def make_body(name, init):
     """A torchvision ResNet. init "imagenet": its weights, its BatchNorm frozen; "frozen": BatchNorm frozen,
-    weights to come; "none"."""
+    weights to come; "none"; a tiny one: or a file of common/tiny.py's."""
     if name.startswith("tiny"):
-        from common.tiny import NarrowResNet
-        if init == "imagenet":
-            raise UserError(f"backbone {name}: has no ImageNet weights; use --init none")
-        return NarrowResNet(int(name[4:]))
+        from common.tiny import tiny_resnet
+        return tiny_resnet(name, "none" if init == "frozen" else init)
     norm = nn.BatchNorm2d if init == "none" else FrozenBatchNorm2d
     if name.startswith("x101_32x4d"):  # mmdetection's; _dcn: deformable from the second stage on
         from common.zoo import DeformConv
@@ -1041,7 +1040,7 @@ def generator_of(model):
 
 
 def new_detector(name, classes, init):
-    """An untrained detector for these classes, its backbone from init "imagenet" or "none"."""
+    """An untrained detector for these classes, its backbone from init: see make_body."""
     first = 0 if name.startswith("retina") else 1  # Faster R-CNN's output 0 is the background
     count = first + len(classes)
     model = build(name, count, init)
@@ -1286,8 +1285,12 @@ def make_pair(args, data, rank, world, device):
         check_classes(classes, len(teacher.arch["columns"]), data.classes, f"--teacher {spec}")
     start = start or shapes_detector(args.student, args, rank, world, device)
     seed_all(args.seed)
-    if start in ("imagenet", "none"):
-        student = new_detector(args.student, data.classes, start)
+    if start in NEW:
+        init = start
+        if start == "shapes":
+            from common.tiny import shapes_backbone
+            init = shapes_backbone(split_name(args.student)[1], args.data_seed)
+        student = new_detector(args.student, data.classes, init)
         if teacher and rank == 0:
             print(f"warning: --init {start}: the paper distils students that are trained already; prototypes "
                   "of an untrained one are noise", flush=True)
@@ -1296,7 +1299,7 @@ def make_pair(args, data, rank, world, device):
         check_classes(classes, len(student.arch["columns"]), data.classes, f"--init {start}")
     if teacher and kind_of(teacher) == "retina":  # its anchors are compared one by one
         check_anchors(teacher, student, args)
-    if start != "none" and "tiny" not in student.arch["name"]:
+    if start != "none" and not ("tiny" in student.arch["name"] and student.arch.get("plain_norm")):
         freeze(student, args.bn)
     # image_size: --eval and --predict see the images as training did
     student.arch.update(classes=list(data.classes), image_size=args.image_size)
@@ -1806,7 +1809,7 @@ ROWS = rows(f"""  # --row NAME: the paper's number, flags, a remark. t1, t7: AP,
 BELONGS = (
     ("voc_train voc_val", "dataset", ("voc",)),
     ("data_seed table", "data", ("shapes",)),
-    ("student", "init", ("imagenet", "none", None)),
+    ("student", "init", (*NEW, None)),
     ("proto_space", "proto_method", ("pgm", "kmeans", "dbscan")),
     ("all_class_prototypes", "kd_relation", ("global",)),
     ("proj", "sigma", ("l2", "none", None)))
@@ -1865,9 +1868,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("models")
     g.add_argument("--teacher", help="name in common/zoo.py (faster_r101 ...), mmdetection .pth or our .pt; "
                    "none: plain training (default: the student's kind on r101; shapes: trained on demand)")
-    g.add_argument("--init", help="where the student starts: as --teacher; imagenet; none (default: the r50 "
-                   "of the teacher's kind, from COCO; --teacher none, voc, own data: imagenet; shapes: made)")
-    g.add_argument("--student", help="detector_backbone where it starts from imagenet or none: faster_r50, "
+    g.add_argument("--init", help="where the student starts: as --teacher; imagenet; none; shapes (a tiny "
+                   "backbone of drawn single objects) (default: the r50 of the teacher's kind, from COCO; "
+                   "--teacher none, voc, own data: imagenet; on shapes a detector that is made on demand)")
+    g.add_argument("--student", help="detector_backbone where it starts from a backbone: faster_r50, "
                    "retina_r18 ... (default: the teacher's kind, else faster, on r50; shapes on tiny8)")
     g.add_argument("--bn", choices=("frozen", "affine"), default="frozen", help="BatchNorm of a student that "
                    "is trained already: fixed, or its factors learn from stage 2 on; its statistics never do")
@@ -1987,7 +1991,7 @@ def resolve(args):
     shapes, own = args.data == "shapes", args.train_json is not None
     names = {}  # of detectors that are trained already
     for flag, spec in (("--init", args.init), ("--teacher", args.teacher)):
-        if spec not in (None, "imagenet", "none"):
+        if spec not in (None, *NEW):
             names[flag] = arch_of(spec, flag)["name"]
     kind = kind_of_name(next(iter(names.values()), args.student or "faster"))
     student = None  # --init says it
@@ -2047,7 +2051,7 @@ def shapes_detector(name, args, rank, world, device):
             teacher = name.endswith("32")  # it sees all images
             flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none"]
             flags += ["--epochs", "8", "--first-images", "0"] if teacher else ["--epochs", "32"]
-            flags += ["--init", "none", "--student", name, "--workers", str(args.workers)]
+            flags += ["--init", "shapes", "--student", name, "--workers", str(args.workers)]
             flags += ["--out", str(draft), "--resume"]
             train(resolve(parse_args(flags)), rank, world, device)
             if rank == 0:

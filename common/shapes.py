@@ -345,6 +345,17 @@ def draw_photo(seed, split, index, name=None, size=(36, 80)):
     return photo, placed
 
 
+def draw_scene(seed, index, objects=8, side=128):
+    """(pixels (side, side, 3) uint8, list of object dicts): a full picture of base objects alone, in no file.
+    What a backbone is pre-trained on, see tiny.py."""
+    rng = np.random.default_rng([seed, len(SPLITS), index])
+    canvas, placed = background(rng, side, side), []
+    for name in rng.choice(BASE, objects):
+        place(rng, canvas, placed, str(name), tries=5)
+    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(3, 16))
+    return np.clip(canvas, 0, 255).astype(np.uint8), placed
+
+
 # ------------------------------------------------------------------ captions
 
 TEMPLATES = ["A photo of {}.", "There is {} in the picture.", "{} on a blurry background.",

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""What stands in for ImageNet's and CLIP's networks on the embedded dataset: a ResNet-10 and a CLIP
-of 3.5 M parameters that a laptop trains in two minutes.
+"""What stands in for ImageNet's and CLIP's networks on the embedded dataset: a ResNet-10 that knows
+the drawn shapes, and a CLIP of 3.5 M parameters; a laptop trains each in one to two minutes.
 
-    net = NarrowResNet(tiny_width("tiny16"))                # a torchvision ResNet: conv1 ... layer4
+    net = tiny_resnet("tiny16", shapes_backbone("tiny16"))  # a torchvision ResNet: conv1 ... layer4
     path = tiny_clip(root, folder)                          # trained by the first call, then cached
     clip = load_clip(path)                                  # common/clip.py
 
-The tiny CLIP needs open_clip and clip.py; NarrowResNet needs neither.
+The tiny CLIP needs open_clip and clip.py; the backbone needs neither.
 """
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,9 +22,11 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from .run import UserError, lock, unlock
+from .boxes import assign_atss, grid_anchors
+from .run import UserError, load_checkpoint, load_strict, lock, save_checkpoint, unlock
 
 WIDTHS = (8, 16, 24, 32, 48, 64)  # of NarrowResNet's first stage; GroupNorm takes eights
 TINY_BACKBONE = f"tiny({'|'.join(map(str, WIDTHS))})"
@@ -50,6 +53,165 @@ class NarrowResNet(torchvision.models.ResNet):
             stride = 1 if level == 0 else 2
             layer = self._make_layer(BasicBlock, width * 2**level, 1, stride=stride)
             setattr(self, f"layer{level + 1}", layer)
+
+
+def tiny_resnet(name, init="none"):
+    """NarrowResNet of "tiny16" ... init: "none", or a file of shapes_backbone."""
+    if init == "imagenet":
+        raise UserError(f"backbone {name}: has no ImageNet weights; use --init none, or on shapes --init shapes")
+    net = NarrowResNet(tiny_width(name))
+    if init != "none":
+        load_strict(net, load_checkpoint(init)["model"], init)
+    return net
+
+
+def load_fpn(fpn, init):
+    """The FPN of a file of shapes_backbone into one of 64 channels; P6 and P7 are left as they are."""
+    state = load_checkpoint(init)["fpn"]
+    own = {k: v for k, v in fpn.state_dict().items() if k.startswith("extra_blocks.")}
+    load_strict(fpn, state | own, init)
+
+
+# ------------------------------------------------------------------ what stands in for its ImageNet
+
+BACKBONE_SEED = 20_000  # added to the seed of the images that a detector sees
+STRIDES = 8, 16, 32
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and deviation, RGB
+
+
+class Classifier(nn.Module):
+    """NarrowResNet, FPN of 64 channels and one linear classifier of shape and of colour for every anchor."""
+
+    def __init__(self, name, shapes, colours):
+        super().__init__()
+        self.body, self.split, width = NarrowResNet(tiny_width(name)), (shapes, colours), tiny_width(name)
+        self.fpn = FeaturePyramidNetwork([2 * width, 4 * width, 8 * width], 64)
+        self.head = nn.Linear(64, shapes + colours)
+
+    def forward(self, images, boxes, valid):
+        """Normalised images (B, 3, H, W), boxes (B, M, 4), valid (B, M) -> logits (N, S) of shape and (N, C) of
+        colour at the N positive anchors, and index of the box (B M) that each has to name."""
+        net, maps = self.body, {}
+        x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
+        for level in (2, 3, 4):
+            x = maps[f"{level}"] = getattr(net, f"layer{level}")(x)
+        maps = list(self.fpn(maps).values())
+        sizes = [tuple(m.shape[-2:]) for m in maps]
+        counts = [h * w for h, w in sizes]
+        inside = images.new_ones((len(images), sum(counts)), dtype=torch.bool)
+        owner = assign_atss(grid_anchors(sizes, STRIDES, [8.0]), counts, boxes, valid, inside)
+        image, anchor = (owner >= 0).nonzero(as_tuple=True)
+        features = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)[image, anchor]
+        shape, colour = self.head(features).split(self.split, 1)
+        return shape, colour, image * boxes.shape[1] + owner[image, anchor]
+
+
+def draw_scenes(seed, count):
+    """`count` pictures of draw_scene: (images (B, 3, H, W) uint8, boxes (B, M, 4), shapes (B, M) and colours
+    (B, M), -1 where there is no object, or no word for its colour)."""
+    from .shapes import BASE, draw_scene
+    pictures, rows = [], []
+    for index in range(count):
+        pixels, objects = draw_scene(seed, index)
+        pictures.append(pixels)
+        rows.append([(*o["box"], BASE.index(o["name"]), COLOURS.index(o["colour"]) if o["colour"] else -1)
+                     for o in objects])
+    table = torch.full((count, max(map(len, rows)), 6), -1.0)
+    for b, row in enumerate(rows):
+        table[b, :len(row)] = torch.tensor(row)
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return images, table[..., :4], table[..., 4].long(), table[..., 5].long()
+
+
+def shapes_backbone(name, seed=0, steps=1500, batch=16, lr=3e-3):
+    """Path of the weights of the tiny backbone `name` for `shapes` of this seed: trained by the first call,
+    cached beside the tiny CLIP, accuracy printed. Where several processes need it, one trains.
+
+    The stand-in for ImageNet: a classifier, by shape and colour, of base objects where they stand in pictures
+    that are drawn from another seed. It sees no novel object and no name of one. (Pictures of single objects
+    teach shapes faster, but what they teach says of any place what is somewhere in the picture, and then GKD
+    of hierkd.py names no better than chance.)
+    """
+    if tiny_width(name) is None:
+        raise UserError(f"--init shapes: has weights of tiny8 ... tiny64, not of {name}; use --init imagenet or "
+                        "--init none")
+    version = 1  # of this function
+    key = hashlib.sha256(json.dumps([version, name, seed, steps, batch, lr]).encode()).hexdigest()[:12]
+    return cached(cache_folder() / f"backbone-{name}-{key}.pt",
+                  lambda path: train_backbone(path, name, seed, steps, batch, lr))
+
+
+def train_backbone(path, name, seed, steps, batch, lr):
+    """Train it, print its accuracy on other pictures, write its weights and its FPN's to `path`."""
+    from .shapes import BASE
+    images, boxes, shape, colour = draw_scenes(seed + BACKBONE_SEED, 1500)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
+    rng, whole = torch.Generator().manual_seed(seed), images.shape[-1]
+
+    def likely(low, high):
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random stream as it was
+        torch.manual_seed(seed)
+        model = Classifier(name, len(BASE), len(COLOURS))
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    for _ in tqdm(range(steps), desc=f"backbone {name}", mininterval=1):
+        pick = torch.randint(len(images), (batch,), generator=rng)
+        x, b = (images[pick] - mean) / std, boxes[pick]
+        if likely(0, 1):  # mirrored
+            x, b = x.flip(3), torch.stack([whole - b[..., 2], b[..., 1], whole - b[..., 0], b[..., 3]], -1)
+        if likely(0, 1):  # upside down
+            x, b = x.flip(2), torch.stack([b[..., 0], whole - b[..., 3], b[..., 2], whole - b[..., 1]], -1)
+        if likely(0, 1):  # about the diagonal
+            x, b = x.transpose(2, 3), b[..., [1, 0, 3, 2]]
+        side = 32 * likely(3, 5)
+        x = F.interpolate(x, size=side, mode="bilinear", antialias=True).contiguous(
+            memory_format=torch.channels_last)
+        of_shape, of_colour, owner = model(x, b * (side / whole), shape[pick] >= 0)
+        loss = F.cross_entropy(of_shape, shape[pick].flatten()[owner])
+        loss = loss + F.cross_entropy(of_colour, colour[pick].flatten()[owner], ignore_index=-1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    images, boxes, shape, colour = draw_scenes(seed + 2 * BACKBONE_SEED, 100)
+    with torch.no_grad():
+        of_shape, of_colour, owner = model((images - mean) / std, boxes, shape >= 0)
+    shape, colour = shape.flatten()[owner], colour.flatten()[owner]
+    accuracy = dict(shape=100 * (of_shape.argmax(1) == shape).float().mean().item(),
+                    colour=100 * (of_colour.argmax(1) == colour)[colour >= 0].float().mean().item())
+    print(f"backbone {name} -> {path}: at {len(shape)} anchors of other pictures it names {accuracy['shape']:.1f} % "
+          f"of the {len(BASE)} shapes and {accuracy['colour']:.1f} % of the {len(COLOURS)} colours", flush=True)
+    state, fpn = ({k: v.contiguous() for k, v in m.state_dict().items()} for m in (model.body, model.fpn))
+    save_checkpoint(dict(name=name, accuracy=accuracy, model=state, fpn=fpn), path)
+
+
+def cache_folder():
+    """Where the stand-ins are kept, beside the drawn images."""
+    return Path(os.environ.get("DETECTION_CACHE") or "data") / "clip"
+
+
+def cached(path, make):
+    """str(path), after make(path) where it is missing. Where several processes need it, one makes it and the
+    others wait."""
+    if path.exists():
+        return str(path)
+    guard = path.with_name(f".{path.name}.making")
+    try:
+        guard.mkdir(parents=True, exist_ok=True)
+        lock(guard, wait=True)
+    except OSError as e:
+        raise UserError(f"{path.parent}: cannot be made or written to ({e.strerror}), and {path.name} is kept "
+                        "there") from None
+    try:
+        if not path.exists():
+            make(path)
+    finally:
+        unlock(guard)
+    return str(path)
 
 
 # ------------------------------------------------------------------ the tiny CLIP's networks
@@ -227,22 +389,8 @@ def tiny_clip(root, folder, seed=0, steps=1400, objects=112, scenes=24, device="
     version = 2  # of this function
     recipe = json.dumps([version, TINY, Path(root).name, seed, steps, objects, scenes])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    path = Path(folder) / f"tiny-clip-{key}.pt"
-    if path.exists():
-        return str(path)
-    guard = path.with_name(f".{path.name}.making")
-    try:
-        guard.mkdir(parents=True, exist_ok=True)
-        lock(guard, wait=True)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be made or written to ({e.strerror}), and the tiny CLIP "
-                        "is kept there") from None
-    try:
-        if not path.exists():
-            train_tiny(root, path, key, seed, steps, objects, scenes, device)
-    finally:
-        unlock(guard)
-    return str(path)
+    return cached(Path(folder) / f"tiny-clip-{key}.pt",
+                  lambda path: train_tiny(root, path, key, seed, steps, objects, scenes, device))
 
 
 def train_tiny(root, path, key, seed, steps, objects, scenes, device):

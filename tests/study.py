@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""What the studies share: the protocol, runs that continue where they were stopped, statistics, tables, curves.
+
+Protocol. Each seed draws everything anew: training and validation images, backbone, teacher, tiny CLIP, student.
+The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0, which is in no
+table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs, steps, seconds (of one
+CPU thread, the whole command: start, training, evaluation; null if the run was resumed), commit.
+
+Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms of a
+table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the runs, holds
+where its interval excludes 0.
+
+    python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]      # runs what is missing, then reports
+    python tests/study_NAME.py --report                                     # tables from the lines that are there
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+ENV = os.environ | dict(OMP_NUM_THREADS="1")
+
+
+# ------------------------------------------------------------------ statistics
+
+def interval(values, level=0.95):
+    """(mean, half width of its t interval) of at least two numbers; nan for the half width of one."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return mean, stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
+
+
+def p_value(gains):
+    """Two-sided p of the t test that the mean gain is 0; 1 for a single gain."""
+    if len(gains) < 2 or len(set(gains)) == 1:
+        return 1.0 if len(gains) < 2 or gains[0] == 0 else 0.0
+    return float(stats.ttest_1samp(gains, 0).pvalue)
+
+
+def holm(ps):
+    """Holm's correction: adjusted p values in the order of `ps`."""
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    adjusted, worst = [0.0] * len(ps), 0.0
+    for rank, k in enumerate(order):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
+        adjusted[k] = worst
+    return adjusted
+
+
+def paired(rows, arm, against, key):
+    """Gains of `arm` over `against`, seed by seed, on the seeds that both have."""
+    of = {(r["arm"], r["seed"]): r[key] for r in rows if r.get(key) is not None}
+    seeds = sorted({s for a, s in of if a == arm} & {s for a, s in of if a == against})
+    return [of[arm, s] - of[against, s] for s in seeds]
+
+
+# ------------------------------------------------------------------ tables
+
+def table(title, rows, arms, keys, against):
+    """Prints a line an arm: means of `keys` with the deviation of the first, gain over `against`, Holm's p."""
+    gains = {arm: paired(rows, arm, against, keys[0]) for arm in arms if arm != against}
+    adjusted = dict(zip(gains, holm([p_value(g) for g in gains.values()])))
+    width = max(map(len, [*arms, title]))
+    head = " ".join(f"{k:>10s}" for k in keys[1:])
+    print(f"\n{title:{width}s} seeds {keys[0]:>10s}   sd {head}   sec. | {keys[0]} - {against}: mean, 95 % t, p (Holm)")
+    for arm in arms:
+        mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"])
+        if not mine:
+            continue
+        values = {k: [r[k] for r in mine if r.get(k) is not None] for k in (*keys, "seconds")}
+        first = values[keys[0]]
+        line = f"{arm:{width}s} {len(mine):5d} {statistics.fmean(first):10.2f} "
+        line += f"{statistics.stdev(first) if len(first) > 1 else 0:4.1f} "
+        line += " ".join(f"{statistics.fmean(values[k]) if values[k] else float('nan'):10.2f}" for k in keys[1:])
+        line += f" {statistics.fmean(values['seconds']) if values['seconds'] else float('nan'):6.0f} |"
+        if gains.get(arm):
+            mean, half = interval(gains[arm])
+            line += f" {mean:+6.2f} +- {half:.2f}, p {adjusted[arm]:.3f}"
+        print(line)
+
+
+def claims(rows, listed):
+    """Prints what each claim of (sentence, arm, against, metric) comes to; sentence: expects a gain."""
+    print()
+    for sentence, arm, against, key in listed:
+        gains = paired(rows, arm, against, key)
+        if not gains:
+            print(f"not run    {sentence}")
+            continue
+        mean, half = interval(gains)
+        verdict = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
+        up = sum(g > 0 for g in gains)
+        print(f"{verdict:10s} {sentence}: {key} {mean:+.2f} +- {half:.2f}, up on {up} of {len(gains)} seeds")
+
+
+def curve(rows, lines, key, path, title):
+    """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
+    the mean of the seeds, its bar the 95 % t interval."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
+    for label, arms in lines.items():
+        points = []
+        for arm in arms:
+            mine = [r for r in rows if r["arm"] == arm and r.get("seconds")]
+            if mine:
+                mean, half = interval([r[key] for r in mine])
+                points.append((statistics.fmean(r["seconds"] for r in mine), mean, 0 if half != half else half))
+        if points:
+            axes.errorbar(*zip(*[p[:2] for p in points]), yerr=[p[2] for p in points], marker="o", capsize=3,
+                          label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("CPU seconds of the student's run, one thread")
+    axes.set_ylabel(key.replace("_", " "))
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"\ncurves: {path}")
+
+
+# ------------------------------------------------------------------ runs
+
+def commit():
+    """Short hash of HEAD, with + where files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
+                           capture_output=True, text=True).stdout.strip()
+    return head + ("+" if dirty else "")
+
+
+def command(words, cwd=None):
+    """Runs it on one thread; (stdout, CPU seconds). Stops the study with the end of stderr if it fails."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(words, cwd=cwd or ROOT, stdout=out, stderr=err, text=True, env=ENV)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(map(str, words))}: {err.read()[-1500:]}")
+        return out.read(), usage.ru_utime + usage.ru_stime
+
+
+def python(code, *words):
+    """stdout of a piece of Python at the root of the project."""
+    return command([sys.executable, "-c", code, *map(str, words)])[0]
+
+
+def train(script, out, flags):
+    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds). Continued
+    where it was stopped, taken as it is where it is finished."""
+    out = Path(out)
+    done, cost = out / "results.json", out / "cost.json"
+    if not (done.exists() and cost.exists()):
+        resumed = (out / "last.pt").exists()
+        if not resumed:
+            shutil.rmtree(out, ignore_errors=True)
+        more = ["--resume"] if resumed else []
+        words = [sys.executable, script, "--data", "shapes", "--workers", "0", "--log-every", "100", "--out", out]
+        _, seconds = command([*map(str, [*words, *flags, *more])])
+        result = json.loads(done.read_text())
+        took = dict(epochs=result["epoch"], steps=result["it"], seconds=None if resumed else round(seconds, 1))
+        cost.write_text(json.dumps(took))
+    return json.loads(done.read_text()), json.loads(cost.read_text())
+
+
+class Study:
+    """name: of the script. run(arm, seed, folder): trains one arm, returns its row without arm and seed.
+    prepare(seed, folder): what the arms of a seed share. arms: all names; main: those that run by default."""
+
+    def __init__(self, name, run, prepare, arms, report, main=None, seeds=range(1, 7)):
+        self.name, self.run, self.prepare, self.arms, self.report = name, run, prepare, list(arms), report
+        self.main, self.seeds = list(main or arms), list(seeds)
+        self.path = ROOT / "tests" / f"study_{name}.jsonl"
+        self.folder = ROOT / "runs" / f"study_{name}"
+
+    def rows(self):
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def add(self, row):
+        if (row["arm"], row["seed"]) in {(r["arm"], r["seed"]) for r in self.rows()}:
+            return
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row | dict(commit=commit())) + "\n")
+        print(time.strftime("%H:%M"), json.dumps(row), flush=True)
+
+    def one_seed(self, seed, arms):
+        have = {r["arm"] for r in self.rows() if r["seed"] == seed}
+        missing = [arm for arm in arms if arm not in have]
+        if not missing:
+            return
+        folder = self.folder / f"s{seed}"
+        self.prepare(seed, folder)
+        for arm in missing:
+            self.add(dict(arm=arm, seed=seed, **self.run(arm, seed, folder)))
+
+    def main_program(self, doc):
+        p = argparse.ArgumentParser(description=doc.split("\n")[0])
+        p.add_argument("--seeds", type=int, nargs="+", default=self.seeds)
+        p.add_argument("--arms", nargs="+", default=self.main, choices=self.arms)
+        p.add_argument("--jobs", type=int, default=2, help="seeds at once, one thread each")
+        p.add_argument("--report", action="store_true", help="print the tables of what is done")
+        a = p.parse_args()
+        if not a.report:
+            with ThreadPoolExecutor(a.jobs) as pool:  # a seed at a time: a study that is cut off has whole seeds
+                list(pool.map(lambda seed: self.one_seed(seed, a.arms), a.seeds))
+        self.report(self.rows())
+
+
+def folder_of(arm):
+    """A folder's name of an arm."""
+    return "".join(c if c.isalnum() else "_" for c in arm)

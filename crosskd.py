@@ -66,6 +66,7 @@ not run; shapes: README.md.
 import argparse
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -89,7 +90,7 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
 from common.evaluation import Detections, class_table, coco_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
                         fast_layout, fused, gather, load_strict, made_once, number, open_run, parse, parser,
-                        rebuilding, reduce_mean, rows, run_flags, seed_all, started, to_device,
+                        rebuilding, reduce_mean, rows, run_flags, save_checkpoint, seed_all, started, to_device,
                         warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -1250,7 +1251,7 @@ torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101        # GFL R101 -> R
 python crosskd.py --data shapes                                  # everything in minutes on a CPU
 python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
 """
-SHAPES = dict(epochs=6, batch_size=16, lr=0.002, optimizer="adamw", init="shapes")  # --data shapes
+SHAPES = dict(epochs=3, batch_size=8, lr=0.003, optimizer="adamw", init="shapes")  # --data shapes
 GUESS = "  # which losses made this row is not published"
 ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark; t1 .. t10 are our numbers
     t1-none         35.8  --student gfl_r18 --method none
@@ -1383,12 +1384,12 @@ def parse_args(argv=None):
     g.add_argument("--pkd-weight", type=number(), help="(default GFL 6, ATSS 1, FCOS 2, RetinaNet 2)")
     g.add_argument("--sync-stats", action="store_true", help="statistics of phi and PKD over all processes")
     g = p.add_argument_group("schedule")
-    g.add_argument("--epochs", type=COUNT, help="(default 12; FCOS 24; shapes 6), x0.1 at 2/3 and 11/12")
-    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
+    g.add_argument("--epochs", type=COUNT, help="(default 12; FCOS 24; shapes 3), x0.1 at 2/3 and 11/12")
+    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 8)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"),
                    help="(default sgd; shapes adamw, which learns from scratch faster)")
     g.add_argument("--lr", type=POSITIVE,
-                   help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.002)")
+                   help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.003)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     run_flags(p, "crosskd", rows=ROWS, export=True)
     args = parse(p, argv, "crosskd", MODES, belongs=BELONGS, rows=ROWS)
@@ -1407,7 +1408,7 @@ def resolve(args):
     shapes, method = args.data == "shapes", args.method or "crosskd"
     teacher = args.teacher
     arch = arch_of(teacher, "--teacher") if teacher else {}
-    student = args.student or f"{arch.get('kind', 'gfl')}_{'tiny8' if shapes else 'r50'}"
+    student = args.student or f"{arch.get('kind', 'gfl')}_{'tiny16' if shapes else 'r50'}"
     kind, backbone = split_name(student)
     if "ld" in method.split("+") and kind != "gfl":
         raise UserError(f"--method {method}: LD compares edge distributions, which only GFL has; use mimic "
@@ -1430,25 +1431,37 @@ def resolve(args):
 
 # ================================================================== main
 
+TEACHER_EPOCHS = 8
+
+
 def shapes_teacher(args, rank, world, device):
-    """Path of the teacher for shapes; trained by this script the first time, then cached beside the data."""
+    """Path of the teacher for shapes: as it is shipped, or trained by this script the first time; then cached
+    beside the data."""
     from common.shapes import make_shapes
+    from common.tiny import shipped, there
     kind, backbone = split_name(args.student)
     if not backbone.startswith("tiny"):
         raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the "
                         "tiny8 ... tiny64 students only")
-    done = make_shapes(seed=args.data_seed).parent / "teachers" / f"{kind}_tiny32-s{args.data_seed}"
-    draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no teacher
+    name = f"{kind}_tiny32-e{TEACHER_EPOCHS}-s{args.data_seed}"
+    done = make_shapes(seed=args.data_seed).parent / "teachers" / name
+    draft = done.with_name(f".{name}")  # renamed when finished, so that a killed run is no teacher
+    if rank == 0 and done.exists() and not there(done):  # --retrain
+        shutil.rmtree(done)
     with made_once(done, rank) as missing:
-        if missing:
+        ready = shipped(f"crosskd-{name}") if missing else None
+        if ready and rank == 0:
+            draft.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(ready, draft / "best.pt")
+        elif missing and not ready:
             if rank == 0:
                 print(f"== teacher {kind}_tiny32: trained once, cached at {done}")
-            flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs", "8",
-                     "--out", str(draft), "--data-seed", str(args.data_seed), "--workers", str(args.workers),
-                     "--resume"]
+            flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs",
+                     str(TEACHER_EPOCHS), "--out", str(draft), "--data-seed", str(args.data_seed),
+                     "--workers", str(args.workers), "--resume"]
             train(resolve(parse_args(flags)), rank, world, device)
-            if rank == 0:
-                draft.rename(done)
+        if missing and rank == 0:
+            draft.rename(done)
     return str(done / "best.pt")
 
 
@@ -1472,7 +1485,7 @@ def quick_start(args, rank, world, device):
     for method, name in (("none", "student alone"), ("crosskd", "student with CrossKD")):
         since, out = time.time(), Path(args.out) / method
         more = dict(method=method, teacher=None if method == "none" else path, out=str(out),
-                    student=args.student or f"{kind}_tiny8",
+                    student=args.student or f"{kind}_tiny16",
                     resume=args.resume and (out / "last.pt").exists())
         note(name, train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device))
         results[name] = out / "detections.json"

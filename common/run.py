@@ -352,6 +352,8 @@ def run_flags(p, name, aliases={}, rows=None, export=False):
     flag(g, "save-every", type=COUNT, default=500, help="steps between writes of last.pt, beside "
          "one at each evaluation")
     flag(g, "resume", action="store_true", help="continue --out's last.pt, with its flags")
+    flag(g, "retrain", action="store_true", help="shapes: train anew what comes ready-made (tiny CLIP, "
+         "backbones, teacher)")
     flag(g, "eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     flag(g, "predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and "
          "pictures into --out")
@@ -368,7 +370,7 @@ def run_flags(p, name, aliases={}, rows=None, export=False):
 # What --resume may change. The rest is what the run is: a value that differs is refused.
 ADJUSTABLE = """out max_iters eval_every accumulate batch_size stage1_batch workers amp compile
     log_every save_every resume data train_json train_images val_json val_images epochs
-    stage1_epochs lr stage1_lr weight_decay no_teacher_check table checkpoint""".split()
+    stage1_epochs lr stage1_lr weight_decay no_teacher_check table checkpoint retrain""".split()
 ALWAYS = "out amp image_size".split()  # every mode reads them
 
 
@@ -443,6 +445,10 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         parts.append(args.row)
     args.out = args.out or "runs/" + "-".join(parts)
     refuse_pairs(p, args, given, mode, modes, apart)
+    if args.retrain:
+        if getattr(args, "data", None) != "shapes":
+            p.error("--retrain: belongs to --data shapes")
+        os.environ["DETECTION_RETRAIN"] = "1"  # read by tiny.py
     if mode:
         idle = sorted(given - {*modes[mode[0]].split(), *ALWAYS, mode[0], "row"})
         if "resume" in idle:
@@ -457,7 +463,7 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
     if args.resume:
         last = Path(args.out) / "last.pt"
         old = saved(args) if saved else saved_flags(last, f"{name}.py") if last.exists() else {}
-        p.set_defaults(**{k: v for k, v in old.items() if k not in {"resume", "out", *given}})
+        p.set_defaults(**{k: v for k, v in old.items() if k not in {"resume", "retrain", "out", *given}})
         args = argparse.Namespace(**vars(p.parse_args(argv)) | dict(out=args.out))
         for flag in sorted(given - set(ADJUSTABLE)):
             if flag in old and getattr(args, flag) != old[flag]:

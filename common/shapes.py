@@ -542,6 +542,14 @@ def draw_imagenet(root, seed, counts, size, bar):
     (root / "classes.json").write_text(json.dumps(classes), encoding="utf-8")
 
 
+def folder_of(root=None, seed=0, train=2000, val=300, labelled=None):
+    """Where make_shapes puts the dataset of these arguments."""
+    name = f"shapes-{VERSION}" + (f"-s{seed}" if seed else "")
+    name += f"-n{train}x{val}" if (train, val) != (2000, 300) else ""
+    name += f"-i{labelled}" if labelled else ""
+    return Path(root or os.environ.get("DETECTION_CACHE") or "data") / name
+
+
 def make_shapes(root=None, seed=0, train=2000, val=300, labelled=None):
     """Path of the dataset under `root`; drawn on the first call (10-15 s on one core), else returned at once.
 
@@ -554,10 +562,7 @@ def make_shapes(root=None, seed=0, train=2000, val=300, labelled=None):
     first one to finish names it. Raises UserError if the folder is there but not complete (it appears by
     renaming, so somebody has removed files from it), or if it cannot be written.
     """
-    name = f"shapes-{VERSION}" + (f"-s{seed}" if seed else "")
-    name += f"-n{train}x{val}" if (train, val) != (2000, 300) else ""
-    name += f"-i{labelled}" if labelled else ""
-    target = Path(root or os.environ.get("DETECTION_CACHE") or "data") / name
+    target = folder_of(root, seed, train, val, labelled)
     try:
         if (target / "splits.json").is_file():
             return target
@@ -567,7 +572,7 @@ def make_shapes(root=None, seed=0, train=2000, val=300, labelled=None):
     if incomplete:
         remedy = "delete the folder and run again"
         raise UserError(f"{target} holds an incomplete dataset (no splits.json): {remedy}")
-    draft = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     counts = dict(train=labelled or max(train // 50, 2), val=max(val // 30, 2))
     total = train + val + val // 2 + sum(counts.values()) * len(ALL_CLASSES)
     try:

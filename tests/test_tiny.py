@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from torch import nn
 from common import run, tiny
 from common.clip import FrozenCLIP, load_clip
 from common.run import UserError
-from common.shapes import make_shapes
-from common.tiny import (TINY, WIDTHS, NarrowResNet, TinyTower, coloured, contrastive, draw_batch,
+from common.shapes import BASE, make_shapes
+from common.tiny import (COLOURS, TINY, WIDTHS, NarrowResNet, TinyTower, coloured, contrastive, draw_batch,
                          read_objects, tiny_clip, tiny_model, tiny_width)
 
 SMALL = dict(steps=2, objects=6, scenes=2)
@@ -72,6 +73,94 @@ def test_the_backbone_needs_no_open_clip():
         elif isinstance(node, ast.ImportFrom):
             names.append(node.module)
     assert "torchvision" in names and "run" in names and not {"open_clip", "clip"} & set(names)
+
+
+# ------------------------------------------------------------------ the trained backbone
+
+FEW = dict(steps=3, batch=2)
+
+
+@pytest.fixture
+def few_scenes(monkeypatch, tmp_path):
+    draw = tiny.draw_scenes
+    monkeypatch.setattr(tiny, "draw_scenes", lambda seed, count: draw(seed, 4))
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path))
+    monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
+
+
+def test_scenes_hold_base_objects_alone_and_their_labels():
+    images, boxes, shape, colour = tiny.draw_scenes(3, 6)
+    assert images.shape == (6, 3, 128, 128) and images.dtype == torch.uint8
+    there = shape >= 0
+    assert there.any(1).all() and shape.max() < len(BASE) and colour.max() < len(COLOURS)
+    assert (boxes[there][:, 2:] > boxes[there][:, :2]).all() and boxes[there].min() >= 0 and boxes.max() <= 128
+    again = tiny.draw_scenes(3, 6)
+    assert all(torch.equal(a, b) for a, b in zip((images, boxes, shape, colour), again))
+    assert not torch.equal(images, tiny.draw_scenes(4, 6)[0])
+
+
+def test_classifier_reads_each_object_at_its_own_anchors():
+    torch.manual_seed(0)
+    model = tiny.Classifier("tiny8", 12, 8)
+    boxes = torch.tensor([[[8.0, 8, 40, 40], [80, 80, 120, 120]], [[30, 60, 70, 110], [-1, -1, -1, -1]]])
+    valid = torch.tensor([[True, True], [True, False]])
+    shape, colour, owner = model(torch.randn(2, 3, 128, 128), boxes, valid)
+    assert shape.shape == (len(owner), 12) and colour.shape == (len(owner), 8)
+    assert set(owner.tolist()) == {0, 1, 2}  # box 3 is none
+
+
+def test_backbone_is_cached_by_recipe_and_loads(few_scenes, tmp_path, capsys):
+    path = tiny.shapes_backbone("tiny8", 5, **FEW)
+    assert "of the 12 shapes" in capsys.readouterr().out
+    assert tiny.shapes_backbone("tiny8", 5, **FEW) == path and not capsys.readouterr().out
+    assert tiny.shapes_backbone("tiny8", 6, **FEW) != path
+    saved = torch.load(path, weights_only=True)
+    net = tiny.tiny_resnet("tiny8", path)
+    assert all(torch.equal(v, saved["model"][k]) for k, v in net.state_dict().items())
+    with pytest.raises(UserError, match="does not fit"):
+        tiny.tiny_resnet("tiny16", path)
+    with pytest.raises(UserError, match="no ImageNet weights"):
+        tiny.tiny_resnet("tiny16", "imagenet")
+    with pytest.raises(UserError, match="not of r50"):
+        tiny.shapes_backbone("r50")
+
+
+def test_shipped_file_comes_back_and_retrain_does_without_it(few_scenes, tmp_path, monkeypatch, capsys):
+    path = Path(tiny.shapes_backbone("tiny8", 5, **FEW))
+    content = {k: v for k, v in torch.load(path, weights_only=True).items() if k not in ("format", "checksum")}
+    monkeypatch.setattr(tiny, "SHIPPED", tmp_path / "shipped")
+    tiny.pack(content, tmp_path / "shipped" / f"{path.stem}.npz")
+    assert (tmp_path / "shipped" / f"{path.stem}.npz").stat().st_size < path.stat().st_size / 3
+    path.unlink()
+    capsys.readouterr()
+    assert Path(tiny.shapes_backbone("tiny8", 5, **FEW)) == path and not capsys.readouterr().out  # not trained
+    back = run.load_checkpoint(path)
+    for part in ("model", "fpn"):
+        for k, v in content[part].items():
+            row = v.flatten(1).abs().amax(1) if v.ndim > 1 else torch.zeros(len(v))
+            assert ((back[part][k] - v).flatten(1).abs() if v.ndim > 1 else (back[part][k] - v)[:, None].abs()
+                    ).amax(1).le(row / 254 + 1e-7).all(), k
+    assert back["accuracy"] == content["accuracy"]
+    monkeypatch.setenv("DETECTION_RETRAIN", "1")
+    monkeypatch.setattr(tiny, "STARTED", path.stat().st_mtime + 1)
+    monkeypatch.setattr(tiny, "there", lambda path: False)
+    tiny.shapes_backbone("tiny8", 5, **FEW)
+    assert "of the 12 shapes" in capsys.readouterr().out
+    assert torch.equal(run.load_checkpoint(path)["model"]["conv1.weight"], content["model"]["conv1.weight"])
+
+
+def test_pack_keeps_the_rows_that_were_trained(tmp_path, monkeypatch):
+    table = torch.randn(10, 4)
+    rows = torch.tensor([2, 7])
+    monkeypatch.setattr(tiny, "SHIPPED", tmp_path)
+    monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
+    tiny.pack(dict(id="x", model=dict(t=table, b=torch.arange(3.0))), tmp_path / "clip.npz", dict(t=rows))
+    back = tiny.shipped("clip")
+    assert back["id"] == "x" and torch.equal(back["model"]["b"], torch.arange(3.0))
+    assert back["model"]["t"].shape == (10, 4)
+    torch.testing.assert_close(back["model"]["t"][rows], table[rows], atol=table.abs().max().item() / 127, rtol=0)
+    assert back["model"]["t"][0].abs().max() < 0.1
+    assert tiny.shipped("another") is None
 
 
 # ------------------------------------------------------------------ the tiny CLIP's networks

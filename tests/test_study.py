@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""tests/study.py: the statistics of the studies, on numbers that a hand can check; its runs and rows."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import study  # noqa: E402
+
+
+def rows_of(**arms):
+    return [dict(arm=arm, seed=seed, AP=ap, seconds=10.0) for arm, aps in arms.items() for seed, ap in enumerate(aps, 1)]
+
+
+def test_interval_of_three_numbers():
+    mean, half = study.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t of 2 degrees, deviation 1
+    assert study.interval([5.0])[1] != study.interval([5.0])[1]  # nan
+
+
+def test_interval_and_p_agree():
+    gains = [0.5, 1.5, 0.2, 2.0, 1.1]
+    mean, half = study.interval(gains, 1 - study.p_value(gains))
+    assert mean - half == pytest.approx(0, abs=1e-9)
+    assert study.p_value([1.0]) == 1 and study.p_value([0.0, 0.0]) == 1 and study.p_value([2.0, 2.0]) == 0
+
+
+def test_holm():
+    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert study.holm([0.6, 0.5]) == [1.0, 1.0]
+    assert study.holm([]) == []
+
+
+def test_gains_are_paired_by_seed():
+    rows = rows_of(alone=[10, 20, 30], kd=[11, 23]) + [dict(arm="kd", seed=9, AP=99.0)]
+    assert study.paired(rows, "kd", "alone", "AP") == [1, 3]
+
+
+def test_claims_and_tables(capsys):
+    rows = rows_of(alone=[10.0, 20, 30], up=[11.0, 21.1, 31], down=[9.0, 19.2, 29], noise=[12.0, 18, 31])
+    study.claims(rows, [("a", "up", "alone", "AP"), ("b", "down", "alone", "AP"), ("c", "noise", "alone", "AP"),
+                        ("d", "never", "alone", "AP")])
+    words = [line.split("  ")[0].strip() for line in capsys.readouterr().out.strip().splitlines()]
+    assert words == ["holds", "REFUTED", "not shown", "not run"]
+    study.table("title", rows, ["alone", "up"], ("AP",), "alone")
+    head, alone, up = capsys.readouterr().out.strip().splitlines()
+    assert "+1.03 +- 0.14, p 0.001" in up and "20.00" in alone and "Holm" in head
+
+
+def test_curve_draws(tmp_path):
+    study.curve(rows_of(a=[1.0, 2], b=[2.0, 4]), {"one": ["a", "b"]}, "AP", tmp_path / "c.png", "t")
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):
+    ran = []
+
+    def run(arm, seed, folder):
+        ran.append((arm, seed))
+        return dict(AP=1.0 * seed, seconds=1.0)
+
+    one = study.Study("x", run, lambda seed, folder: None, ["a", "b"], lambda rows: print(len(rows), "rows"))
+    monkeypatch.setattr(one, "path", tmp_path / "study_x.jsonl")
+    monkeypatch.setattr(sys, "argv", ["study_x.py", "--seeds", "1", "2", "--jobs", "1"])
+    one.main_program("doc")
+    one.main_program("doc")
+    assert ran == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    rows = [json.loads(line) for line in one.path.read_text().splitlines()]
+    assert len(rows) == 4 and all(r["commit"] for r in rows)
+    assert "4 rows" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_stops_the_study():
+    out, seconds = study.command([sys.executable, "-c", "print(3)"])
+    assert out == "3\n" and 0 < seconds < 60
+    with pytest.raises(SystemExit, match="no such luck"):
+        study.command([sys.executable, "-c", "raise ValueError('no such luck')"])
+
+
+@pytest.mark.parametrize("name", ["crosskd", "hierkd", "dkdetr", "prototype_kd"])
+def test_every_claim_compares_arms_that_exist(name):
+    module = __import__(f"study_{name}")
+    for _, arm, against, key in module.CLAIMS:
+        assert arm in module.ARMS and against in module.ARMS
+        assert key in (*module.METRICS, *getattr(module, "NAMING", ()))

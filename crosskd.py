@@ -90,8 +90,8 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
 from common.evaluation import Detections, class_table, coco_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
                         fast_layout, fused, gather, load_strict, made_once, number, open_run, parse, parser,
-                        rebuilding, reduce_mean, rows, run_flags, save_checkpoint, seed_all, started, to_device,
-                        warmup_multistep, wrap_ddp)
+                        rebuilding, reduce_mean, rows, run_flags, save_checkpoint, seed_all, started,
+                        to_device, warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 BINS = 17  # of a box edge

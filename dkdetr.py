@@ -1698,7 +1698,8 @@ def parse_args(argv=None):
          "(which may then hold a comma); default: all but --novel", action="append", metavar="NAMES|FILE")
     flag(g, "novel", "names that are never trained, and are evaluated apart; given alike", action="append",
          metavar="NAMES|FILE")
-    flag(g, "data-seed", "shapes: seed of the drawn images, of the tiny CLIP and of the backbone", type=SEED, default=0)
+    flag(g, "data-seed", "shapes: seed of the drawn images, of the tiny CLIP and of the backbone", type=SEED,
+         default=0)
     flag(g, "image-size", "canvas: images are jittered to --jitter times this, cut and padded to it",
          type=COUNT)
     flag(g, "jitter", "scales of the jitter", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"))

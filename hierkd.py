@@ -842,13 +842,14 @@ def prepare(args, data, val, student, teacher, rank, world, device):
 
 
 def make_optimizer(model, algorithm, lr, weight_decay, backbone=1.0):
-    """SGD with momentum 0.9, or AdamW, for the weights that learn; the backbone at `backbone` times the rate."""
-    parts = {}
+    """SGD with momentum 0.9, or AdamW, for the weights that learn; the backbone at `backbone` times lr."""
+    parts, groups = {}, []
     for name, p in model.named_parameters():
         if p.requires_grad:
             rate = lr * backbone if "body." in name else lr
             parts.setdefault(rate, []).append(p)
-    groups = [dict(params=part, lr=rate, base_lr=rate, weight_decay=weight_decay) for rate, part in parts.items()]
+    for rate, part in parts.items():
+        groups.append(dict(params=part, lr=rate, base_lr=rate, weight_decay=weight_decay))
     if algorithm == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, **fused())
     return torch.optim.AdamW(groups, lr, **fused())
@@ -1155,9 +1156,9 @@ python hierkd.py --data shapes                                   # everything in
 python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "red panda,umbrella"
 """
 SHAPES = dict(  # --data shapes
-    backbone="tiny16", init="shapes", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64, gkd_weight=0.5,
-    gkd_levels=2, epochs=8, batch_size=16, optimizer="adamw", lr=0.004, clip="", backbone_lr=0.1, flip_words=True,
-    crop_scale=1.2, image_size="72-120")
+    backbone="tiny16", init="shapes", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64,
+    gkd_weight=0.5, gkd_levels=2, epochs=8, batch_size=16, optimizer="adamw", lr=0.004, backbone_lr=0.1,
+    clip="", flip_words=True, crop_scale=1.2, image_size="72-120")
 ROWS = rows("""  # --row NAME: the paper's AR50/AP50 of novel classes (ZSD), COCO 48/17, R50; flags; a remark
     t2-l1           62.4/14.6  IKD
     t2-l2           65.1/12.8  IKD --ikd-norm l2

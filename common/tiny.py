@@ -59,7 +59,8 @@ class NarrowResNet(torchvision.models.ResNet):
 def tiny_resnet(name, init="none"):
     """NarrowResNet of "tiny16" ... init: "none", or a file of shapes_backbone."""
     if init == "imagenet":
-        raise UserError(f"backbone {name}: has no ImageNet weights; use --init none, or on shapes --init shapes")
+        raise UserError(f"backbone {name}: has no ImageNet weights; use --init none, or on shapes --init "
+                        "shapes")
     net = NarrowResNet(tiny_width(name))
     if init != "none":
         load_strict(net, load_checkpoint(init)["model"], init)
@@ -90,8 +91,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, shapes + colours)
 
     def forward(self, images, boxes, valid):
-        """Normalised images (B, 3, H, W), boxes (B, M, 4), valid (B, M) -> logits (N, S) of shape and (N, C) of
-        colour at the N positive anchors, and index of the box (B M) that each has to name."""
+        """Normalised images (B, 3, H, W), boxes (B, M, 4), valid (B, M) -> logits (N, S) of shape and
+        (N, C) of colour at the N positive anchors, and index of the box (B M) that each has to name."""
         net, maps = self.body, {}
         x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
         for level in (2, 3, 4):
@@ -134,8 +135,8 @@ def shapes_backbone(name, seed=0, steps=1500, batch=16, lr=3e-3):
     of hierkd.py names no better than chance.)
     """
     if tiny_width(name) is None:
-        raise UserError(f"--init shapes: has weights of tiny8 ... tiny64, not of {name}; use --init imagenet or "
-                        "--init none")
+        raise UserError(f"--init shapes: has weights of tiny8 ... tiny64, not of {name}; use --init "
+                        "imagenet or --init none")
     version = 1  # of this function
     key = hashlib.sha256(json.dumps([version, name, seed, steps, batch, lr]).encode()).hexdigest()[:12]
     return cached(cache_folder() / f"backbone-{name}-{key}.pt",
@@ -184,8 +185,9 @@ def train_backbone(path, name, seed, steps, batch, lr):
     shape, colour = shape.flatten()[owner], colour.flatten()[owner]
     accuracy = dict(shape=100 * (of_shape.argmax(1) == shape).float().mean().item(),
                     colour=100 * (of_colour.argmax(1) == colour)[colour >= 0].float().mean().item())
-    print(f"backbone {name} -> {path}: at {len(shape)} anchors of other pictures it names {accuracy['shape']:.1f} % "
-          f"of the {len(BASE)} shapes and {accuracy['colour']:.1f} % of the {len(COLOURS)} colours", flush=True)
+    print(f"backbone {name} -> {path}: at {len(shape)} anchors of other pictures it names "
+          f"{accuracy['shape']:.1f} % of the {len(BASE)} shapes and {accuracy['colour']:.1f} % of the "
+          f"{len(COLOURS)} colours", flush=True)
     state, fpn = ({k: v.contiguous() for k, v in m.state_dict().items()} for m in (model.body, model.fpn))
     save_checkpoint(dict(name=name, accuracy=accuracy, model=state, fpn=fpn), path)
 
@@ -211,8 +213,8 @@ def cached(path, make):
         guard.mkdir(parents=True, exist_ok=True)
         lock(guard, wait=True)
     except OSError as e:
-        raise UserError(f"{path.parent}: cannot be made or written to ({e.strerror}), and {path.name} is kept "
-                        "there") from None
+        raise UserError(f"{path.parent}: cannot be made or written to ({e.strerror}), and {path.name} is "
+                        "kept there") from None
     try:
         if not there(path):
             content = shipped(path.stem)
@@ -254,10 +256,11 @@ def shipped(name):
 
 
 def pack(content, path, rows=None):
-    """Write a checkpoint for SHIPPED: matrices as bytes with a scale for each row, the rest as it is: a quarter
-    of the size, an error of at most 0.4 % of the largest weight of a row. content: plain values, and dicts of
+    """Write a checkpoint for SHIPPED: matrices as bytes with a scale for each row, the rest as it is: a
+    quarter of the size, an error of at most 0.4 % of the largest weight of a row. content: plain values, and dicts of
     tensors. rows: {name of a table: rows that are kept}; any other row is noise and comes back as noise."""
-    parts = {k: v for k, v in content.items() if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}
+    parts = {k: v for k, v in content.items()
+             if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}
     arrays = dict(content=json.dumps({k: v for k, v in content.items() if k not in parts}))
     for part, tensors in parts.items():
         for name, value in tensors.items():
@@ -443,8 +446,8 @@ def tiny_clip(root, folder, seed=0, steps=1400, objects=112, scenes=24, device="
     `folder`, accuracy printed. Where two runs need it at once, one trains and the other waits.
 
     The stand-in for web-scale pre-training: it sees objects and captions of ALL classes, the novel
-    ones too. A batch holds `objects` objects and `scenes` whole images. draw: function that makes `root`, called
-    where it is needed. To be called by one process
+    ones too. A batch holds `objects` objects and `scenes` whole images. draw: function that makes `root`,
+    called where it is needed. To be called by one process
     of a machine; the others of a run wait at a barrier.
     """
     version = 2  # of this function

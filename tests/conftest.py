@@ -64,6 +64,17 @@ def launch(script, flags, procs=1, fail=False):
     return r
 
 
+@pytest.fixture
+def quick_backbones(monkeypatch, tmp_path):
+    """--init shapes trains for two steps on four pictures, into a cache of the test's own."""
+    from common import tiny
+    scenes, backbone = tiny.draw_scenes, tiny.shapes_backbone
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
+    monkeypatch.setattr(tiny, "draw_scenes", lambda seed, count: scenes(seed, 4))
+    monkeypatch.setattr(tiny, "shapes_backbone", lambda name, seed=0: backbone(name, seed, steps=2, batch=2))
+
+
 @pytest.fixture(scope="session")
 def coco_mini():
     """80 + 79 real COCO photographs."""

@@ -4,9 +4,10 @@
     python tests/ship.py                 # trains all of it anew (about 25 minutes on 2 cores), packs it, measures
     python tests/ship.py --check         # trains anew, packs nothing, compares with what is shipped
 
-No study uses these files: studies have seeds above 0. --retrain of the scripts does without them, too. A file is
-found by its name, which holds a hash of the recipe: a changed recipe never meets an old file. Measured, as
-shipped / trained anew by another process on another number of threads: see MEASURED, which --check compares with.
+No study uses these files: studies have seeds above 0. --retrain of the scripts does without them, too. A
+file is found by its name, which holds a hash of the recipe: a changed recipe never meets an old file.
+Measured, as shipped / trained anew by another process on another number of threads: see MEASURED, which
+--check compares with.
 """
 import argparse
 import hashlib

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What the studies share: the protocol, runs that continue where they were stopped, statistics, tables, curves.
+"""What the studies share: the protocol, runs that continue where they were stopped, statistics, tables,
+curves.
 
-Protocol. Each seed draws everything anew: training and validation images, backbone, teacher, tiny CLIP, student.
-The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0, which is in no
-table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs, steps, seconds (of one
-CPU thread, the whole command: start, training, evaluation; null if the run was resumed), commit.
+Protocol. Each seed draws everything anew: training and validation images, backbone, teacher, tiny CLIP,
+student. The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0,
+which is in no table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs,
+steps, seconds (of one CPU thread, the whole command: start, training, evaluation; null if the run was
+resumed), commit.
 
-Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms of a
-table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the runs, holds
-where its interval excludes 0.
+Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms
+of a table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the
+runs, holds where its interval excludes 0.
 
-    python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]      # runs what is missing, then reports
-    python tests/study_NAME.py --report                                     # tables from the lines that are there
+    python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
+    python tests/study_NAME.py --report                                   # tables from the lines that are there
 """
 import argparse
 import json
@@ -70,12 +72,13 @@ def paired(rows, arm, against, key):
 # ------------------------------------------------------------------ tables
 
 def table(title, rows, arms, keys, against):
-    """Prints a line an arm: means of `keys` with the deviation of the first, gain over `against`, Holm's p."""
+    """Prints a line an arm: means of `keys`, deviation of the first, its gain over `against`, Holm's p."""
     gains = {arm: paired(rows, arm, against, keys[0]) for arm in arms if arm != against}
     adjusted = dict(zip(gains, holm([p_value(g) for g in gains.values()])))
     width = max(map(len, [*arms, title]))
     head = " ".join(f"{k:>10s}" for k in keys[1:])
-    print(f"\n{title:{width}s} seeds {keys[0]:>10s}   sd {head}   sec. | {keys[0]} - {against}: mean, 95 % t, p (Holm)")
+    print(f"\n{title:{width}s} seeds {keys[0]:>10s}   sd {head}   sec. | {keys[0]} - {against}: mean, 95 % t, "
+          "p (Holm)")
     for arm in arms:
         mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"])
         if not mine:
@@ -84,8 +87,8 @@ def table(title, rows, arms, keys, against):
         first = values[keys[0]]
         line = f"{arm:{width}s} {len(mine):5d} {statistics.fmean(first):10.2f} "
         line += f"{statistics.stdev(first) if len(first) > 1 else 0:4.1f} "
-        line += " ".join(f"{statistics.fmean(values[k]) if values[k] else float('nan'):10.2f}" for k in keys[1:])
-        line += f" {statistics.fmean(values['seconds']) if values['seconds'] else float('nan'):6.0f} |"
+        mean_of = lambda k: statistics.fmean(values[k]) if values[k] else float("nan")
+        line += " ".join(f"{mean_of(k):10.2f}" for k in keys[1:]) + f" {mean_of('seconds'):6.0f} |"
         if gains.get(arm):
             mean, half = interval(gains[arm])
             line += f" {mean:+6.2f} +- {half:.2f}, p {adjusted[arm]:.3f}"
@@ -119,7 +122,8 @@ def curve(rows, lines, key, path, title):
             mine = [r for r in rows if r["arm"] == arm and r.get("seconds")]
             if mine:
                 mean, half = interval([r[key] for r in mine])
-                points.append((statistics.fmean(r["seconds"] for r in mine), mean, 0 if half != half else half))
+                seconds = statistics.fmean(r["seconds"] for r in mine)
+                points.append((seconds, mean, 0 if half != half else half))
         if points:
             axes.errorbar(*zip(*[p[:2] for p in points]), yerr=[p[2] for p in points], marker="o", capsize=3,
                           label=label)
@@ -140,10 +144,10 @@ def curve(rows, lines, key, path, title):
 def commit():
     """Short hash of HEAD, with + where files differ from it."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
-                           capture_output=True, text=True).stdout.strip()
-    return head + ("+" if dirty else "")
+    said = []
+    for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "*.py"]):
+        said.append(subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip())
+    return said[0] + ("+" if said[1] else "")
 
 
 def command(words, cwd=None):
@@ -174,10 +178,11 @@ def train(script, out, flags):
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
         more = ["--resume"] if resumed else []
-        words = [sys.executable, script, "--data", "shapes", "--workers", "0", "--log-every", "100", "--out", out]
+        words = [sys.executable, script, "--data", "shapes", "--workers", 0, "--log-every", 100, "--out", out]
         _, seconds = command([*map(str, [*words, *flags, *more])])
         result = json.loads(done.read_text())
-        took = dict(epochs=result["epoch"], steps=result["it"], seconds=None if resumed else round(seconds, 1))
+        seconds = None if resumed else round(seconds, 1)
+        took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds)
         cost.write_text(json.dumps(took))
     return json.loads(done.read_text()), json.loads(cost.read_text())
 
@@ -222,7 +227,8 @@ class Study:
         p.add_argument("--report", action="store_true", help="print the tables of what is done")
         a = p.parse_args()
         if not a.report:
-            with ThreadPoolExecutor(a.jobs) as pool:  # a seed at a time: a study that is cut off has whole seeds
+            # a seed at a time: a study that is cut off has whole seeds
+            with ThreadPoolExecutor(a.jobs) as pool:
                 list(pool.map(lambda seed: self.one_seed(seed, a.arms), a.seeds))
         self.report(self.rows())
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """DK-DETR's claims on the embedded dataset: python tests/study_dkdetr.py [--seeds ...] [--arms ...] [--report]
 
-Protocol and statistics: study.py. Does distillation by auxiliary queries lift the AP50 of classes that were never
-labelled, and spare the base classes? All arms of a seed continue from one burn-in, so that they differ by the
-distillation alone; `seconds` are those after it. Arms as in the paper: Tables 5 (SKD, RKD, auxiliary queries) and 6
-(L1), and the control: crops of other images. Equal compute beside equal epochs by three lengths.
+Protocol and statistics: study.py. Does distillation by auxiliary queries lift the AP50 of classes that were
+never labelled, and spare the base classes? All arms of a seed continue from one burn-in, so that they
+differ by the distillation alone; `seconds` are those after it. Arms as in the paper: Tables 5 (SKD, RKD,
+auxiliary queries) and 6 (L1), and the control: crops of other images. Equal compute beside equal epochs by
+three lengths.
 
-Diagnosis, on validation images: how often a target is a novel object, how many of the novel objects are among the
-targets and among all queries, %, and the cosine of a feature with its own crop and with others'.
+Diagnosis, on validation images: how often a target is a novel object, how many of the novel objects are
+among the targets and among all queries, %, and the cosine of a feature with its own crop and with others'.
 """
 import json
 

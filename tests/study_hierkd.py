@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """HierKD's claims on the embedded dataset: python tests/study_hierkd.py [--seeds ...] [--arms ...] [--report]
 
-Protocol and statistics: study.py. Does each distillation lift the AP50 of classes that were never labelled? Arms as
-in the paper: Table 4 (none, IKD, GKD, both), Table 5 (negatives), Table 3 (pooling), and two controls: each positive
-gets another's crop, each image another's caption.
+Protocol and statistics: study.py. Does each distillation lift the AP50 of classes that were never labelled?
+Arms as in the paper: Table 4 (none, IKD, GKD, both), Table 5 (negatives), Table 3 (pooling), and two
+controls: each positive gets another's crop, each image another's caption.
 
-AP50 mixes two things: which novel name an object gets, and whether it stands out from the background. The second is
-what unlabelled objects suffer from. So each run is also asked for the first alone: `named`, the share of novel
-objects whose anchors are nearest to their own name among the 8 novel ones (chance 12.5 %), detected or not;
-`coloured` and `shaped` where the colour (chance 25 %) and the shape (50 %) of that name are right.
+AP50 mixes two things: which novel name an object gets, and whether it stands out from the background. The
+second is what unlabelled objects suffer from. So each run is also asked for the first alone: `named`, the
+share of novel objects whose anchors are nearest to their own name among the 8 novel ones (chance 12.5 %),
+detected or not; `coloured` and `shaped` where the colour (chance 25 %) and the shape (50 %) of that name
+are right.
 """
 import json
 

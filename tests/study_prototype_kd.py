@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The claims of global knowledge on the embedded dataset: python tests/study_prototype_kd.py [--seeds ...] [--report]
+"""The claims of global knowledge on the embedded dataset: python tests/study_prototype_kd.py [--seeds ...]
+[--report]
 
-Protocol and statistics: study.py. Does a trained student gain by distillation over the same student trained as long
-without it; which of the three losses does it; does Eq. 6, and on raw or on centred features; do the prototypes have
-to be those of Alg. 1? Each seed trains a teacher on all 2,000 images and a student on 300 of them; all arms continue
-from that student, with the same images, flips and RoI seeds; `seconds` are those of continuing. Equal compute beside
-equal epochs by three lengths. The arms of CHEAP decide Eq. 6 on 12 seeds.
+Protocol and statistics: study.py. Does a trained student gain by distillation over the same student trained
+as long without it; which of the three losses does it; does Eq. 6, and on raw or on centred features; do the
+prototypes have to be those of Alg. 1? Each seed trains a teacher on all 2,000 images and a student on 300
+of them; all arms continue from that student, with the same images, flips and RoI seeds; `seconds` are those
+of continuing. Equal compute beside equal epochs by three lengths. The arms of CHEAP decide Eq. 6 on 12
+seeds.
 """
 from study import Study, claims, curve, folder_of, table, train
 

@@ -617,8 +617,8 @@ def test_resolving_fills_in_what_depends_on_other_flags_and_changes_nothing_else
             ("--teacher retinanet_r101", dict(epochs=12)), ("--row t7-retinanet", dict(epochs=24, teacher="retinanet_r101")),
             ("--teacher retinanet_r101 --student retinanet_r18", dict(epochs=12)),
             ("--method none", dict(teacher=None)),
-            ("--data shapes", dict(student="gfl_tiny8", teacher=None, epochs=6, batch_size=16,
-                                   optimizer="adamw", init="none")),
+            ("--data shapes", dict(student="gfl_tiny16", teacher=None, epochs=3, batch_size=8,
+                                   optimizer="adamw", init="shapes")),
             ("--data shapes --epochs 2 --lr 0.1 --kd-layer 0", dict(epochs=2, lr=0.1, kd_layer=0))):
         args = crosskd.parse_args(flags.split())
         before = copy.deepcopy(vars(args))

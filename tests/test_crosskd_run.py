@@ -658,8 +658,10 @@ def small_shapes(folder):
 
 def test_two_first_runs_on_shapes_share_one_teacher_and_one_that_finds_nothing_is_refused(forks, tmp_path):
     before = f"""
-import common.shapes, crosskd, pathlib
-common.shapes.make_shapes = lambda: pathlib.Path({str(small_shapes(tmp_path / "shapes-1"))!r})
+import common.shapes, common.tiny, crosskd, pathlib
+common.tiny.SHIPPED = pathlib.Path("nothing")
+common.tiny.shapes_backbone = lambda name, seed: "none"
+common.shapes.make_shapes = lambda seed: pathlib.Path({str(small_shapes(tmp_path / "shapes-1"))!r})
 crosskd.default_size = lambda *a: "48"
 crosskd.rate_factor = lambda *a: 0.0  # so that the teacher learns nothing
 """
@@ -668,11 +670,27 @@ crosskd.rate_factor = lambda *a: 0.0  # so that the teacher learns nothing
             forks.start(*flags, "--out", tmp_path / "b", before=before)[0]]
     assert [job.wait() for job in jobs] == [0, 1]
     assert sum("trained once, cached" in job.out for job in jobs) == 1
-    assert os.listdir(tmp_path / "teachers") == ["gfl_tiny32-s0"]
+    assert os.listdir(tmp_path / "teachers") == ["gfl_tiny32-e8-s0"]
     assert all("teacher AP 0.0 on 8 validation images" in job.out for job in jobs)
     line = one_line(jobs[1].err)
     assert "AP 0.0 on 8 validation images" in line and "--no-teacher-check goes on" in line
     assert rows(tmp_path / "b") == []
+
+
+def test_students_of_shapes_keep_stem_and_first_stage_of_their_backbone(quick_backbones, tmp_path, monkeypatch):
+    folder = small_shapes(tmp_path / "shapes-1")
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed: folder)
+    flags = ["--data", "shapes", "--method", "none", "--student", "gfl_tiny8", "--batch-size", 4, "--max-iters", 2,
+             "--workers", 0]
+    for init, same in (([], True), (["--init", "none"], False)):
+        out = tmp_path / str(same)
+        run(*flags, *init, "--out", out)
+        weights = torch.load(out / "last.pt", weights_only=True)["model"]
+        start = torch.load(next((tmp_path / "cache/clip").glob("*.pt")), weights_only=True)["model"]
+        kept = [torch.equal(weights[f"body.stages.{name}"], value) for name, value in start.items()
+                if name.startswith(("conv1", "bn1", "layer1"))]
+        assert len(kept) > 5 and all(kept) == same
+        assert not torch.equal(weights["body.stages.layer2.0.conv1.weight"], start["layer2.0.conv1.weight"])
 
 
 # ------------------------------------------------------------------ processes, flags that change speed only
@@ -715,12 +733,12 @@ def test_evaluation_needs_the_files_of_val_only(coco_mini, photographs, tmp_path
 
 def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monkeypatch):
     folder = small_shapes(tmp_path / "shapes-1")
-    monkeypatch.setattr(common.shapes, "make_shapes", lambda: folder)
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed: folder)
     teacher = checkpoint(tmp_path / "fcos.pt", CocoDataset(*find_coco(folder, "val"), False).classes,
                          "tiny16", "fcos")
     r = run("--data", "shapes", "--teacher", teacher, "--no-teacher-check", "--max-iters", 2,
             "--batch-size", 2, "--workers", 0, "--out", tmp_path / "t")
-    assert r.stdout.count("student fcos_tiny8:") == 2 and "gfl" not in r.stdout
+    assert r.stdout.count("student fcos_tiny16:") == 2 and "gfl" not in r.stdout
     lines = r.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[-5:-1]] == [
         "shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]

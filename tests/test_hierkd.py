@@ -869,9 +869,12 @@ def test_the_tiny_clip_does_not_see_the_images_that_are_distilled_from(monkeypat
     import common.shapes
     import common.tiny
     drawn = []
-    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: drawn.append(seed) or tmp_path / f"data/s{seed}")
-    monkeypatch.setattr(common.tiny, "tiny_clip", lambda root, folder, seed, device: (root.name, folder.name, seed))
-    assert common.tiny.shapes_clip(3) == ("s10003", "clip", 3) and drawn == [10003]
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path))
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: drawn.append(seed))
+    monkeypatch.setattr(common.tiny, "tiny_clip", lambda root, folder, seed, device, draw: (root, folder, seed, draw()))
+    root = common.shapes.folder_of(seed=10003)
+    assert common.tiny.shapes_clip(3) == (root, tmp_path / "clip", 3, None) and drawn == [10003]
+    assert root.name == "shapes-1-s10003" != common.shapes.folder_of(seed=3).name
 
 
 def test_each_process_draws_its_own_negatives_and_rank_0_as_before(monkeypatch, clip, four_images):

@@ -295,9 +295,10 @@ def test_a_process_without_objects_trains_on(made, coco_mini, tmp_path):
     assert table[3]["feat"] > 0 and "no prototype for" in r.stdout
 
 
-def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch):
+def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch, request):
     """teacher, start, continued, distilled; run again it reuses all; --control of another seed is refused by name."""
     real = make_shapes()
+    request.getfixturevalue("quick_backbones")  # after the real pictures were found
     subset(tmp_path / "data" / real.name, real, val=24)
     monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: tmp_path / "data" / real.name)
     parse = prototype_kd.parse_args
@@ -307,6 +308,14 @@ def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch):
     rows = r.stdout[r.stdout.index("shapes, 24 validation"):].splitlines()
     assert [x.split("  ")[0].strip() for x in rows[1:5]] == ["teacher retina_tiny32", "student retina_tiny8", "student continued", "student distilled"]
     assert "difference" in r.stdout
+    weights = {k: torch.load(tmp_path / path, weights_only=True)["model"] for k, path in dict(
+        teacher="data/teachers/retina_tiny32-s0/last.pt", start="data/teachers/retina_tiny8-s0/last.pt",
+        distilled="out/distilled/last.pt").items()}
+    for k, name in (("teacher", "tiny32"), ("start", "tiny8"), ("distilled", "tiny8")):
+        backbone = torch.load(next((tmp_path / "cache/clip").glob(f"backbone-{name}-*.pt")), weights_only=True)["model"]
+        first = {n: v for n, v in backbone.items() if n.startswith(("conv1", "bn1", "layer1"))}
+        assert len(first) > 5 and all(torch.equal(weights[k][f"backbone.body.{n}"], v) for n, v in first.items())
+        assert not torch.equal(weights[k]["backbone.body.layer2.0.conv1.weight"], backbone["layer2.0.conv1.weight"])
     again = run(*flags, "--out", tmp_path / "out", "--resume")
     assert [x.split()[:5] for x in again.stdout[again.stdout.index("shapes, 24 validation"):].splitlines()[1:5]] == [x.split()[:5] for x in rows[1:5]]
     teacher = tmp_path / "data/teachers/retina_tiny32-s0/best.pt"

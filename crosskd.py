@@ -1356,7 +1356,7 @@ def parse_args(argv=None):
     g.add_argument("--p6", choices=("on_output", "on_input"), default="on_output",
                    help="student's P6 from P5, or from C5 (zoo RetinaNets)")
     g.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay "
-                   "frozen), shapes (of drawn single objects, made on demand), or none (default imagenet; "
+                   "frozen), shapes (of drawn base objects, tiny8 ... only), or none (default imagenet; "
                    "shapes shapes)")
     g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
     g = p.add_argument_group("method")

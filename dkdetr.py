@@ -56,8 +56,7 @@ outside.
     python dkdetr.py --export detector.pt2 --weights runs/dkdetr/best.pt
 
 Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 32.3 (9.0), base 61.1 (61.2):
-not run here. Measured: shapes, one seed, novel / base AP50: 1.3 / 28.1 without KD, 7.5 / 27.0 with it.
-Earlier: tests/study_dkdetr.py.
+not run here; shapes: README.md and tests/study_dkdetr.py.
 """
 import argparse
 import math
@@ -1618,7 +1617,7 @@ PAPER = dict(image_size=1024, jitter=[0.1, 2.0], templates="vild", backbone="r50
 # --data shapes: where it differs. 8 targets have 7 negatives instead of 19, hence the weight of SKD.
 SHAPES = dict(image_size=128, jitter=[0.8, 1.25], templates="one", backbone="tiny16", init="shapes", dim=64,
               hidden=128, levels=3, encoder=2, decoder=3, queries=40, dropout=0.0, w_skd=0.3, kd_topk=8,
-              kd_min_size=8.0, crop_fit="pad", epochs=24, batch_size=16, lr=1e-3, backbone_lr=1.0, warmup=100)
+              kd_min_size=8.0, crop_fit="pad", epochs=24, batch_size=16, lr=1e-3, warmup=100)
 # What two pages of paper leave open: flag, its values with our default first, what it is and why it is open.
 OPEN = (
     ("kd-boxes", ("encoder", "decoder", "gt"), "what is cropped: coarse proposals, as Sec. 3.3 has it for "
@@ -1683,7 +1682,7 @@ def parse_args(argv=None):
     def flag(g, name, text, **options):
         full = PAPER.get(name.replace("-", "_"))
         if full is not None:
-            small = SHAPES[name.replace("-", "_")]
+            small = SHAPES.get(name.replace("-", "_"), full)
             text += f" (default {full}" + (f"; shapes {small})" if small != full else ")")
         g.add_argument(f"--{name}", help=text, **options)
 
@@ -1711,7 +1710,7 @@ def parse_args(argv=None):
     flag(g, "templates", "63 prompts a name, or one", choices=tuple(PROMPTS))
     flag(g, "backbone", "r50, r101, or tiny8 ... tiny64, which start from nothing", choices=BACKBONES,
          metavar="NAME")
-    flag(g, "init", "backbone start; shapes: trained on drawn single objects on demand",
+    flag(g, "init", "backbone start; shapes: of drawn base objects",
          choices=("imagenet", "shapes", "none"))
     flag(g, "bn", "BatchNorm of layer2-4: batch statistics over all GPUs, or running ones",
          choices=("sync", "frozen"), default="sync")

@@ -64,9 +64,7 @@ Own data: --train-json a.json --train-images a/ --novel "cup,hair drier" (or a f
 --train-captions c.json for GKD; see README.md.
 
 Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6; R50 3x ZSD 25.3, GZSD base 51.3, novel 20.3, all
-43.2. Measured here: COCO not run; shapes, one seed, ZSD novel / base AP50: alone 2.6 / 38.2, IKD 22.3 / 33.8,
-with GKD, too, 6.6 / 17.5 (weight 0.1: 11.3 / 28.6): from random weights GKD takes. Earlier:
-tests/study_hierkd.py.
+43.2. Measured here: COCO not run; shapes: README.md and tests/study_hierkd.py.
 """
 import argparse
 import math
@@ -781,7 +779,7 @@ def make_pair(args, data, rank, world, device):
     clip = get_clip(args.clip, args.data_seed, device)
     init = args.init
     if init == "shapes":
-        from common.tiny import shapes_backbone
+        from common.tiny import load_fpn, shapes_backbone
         init = shapes_backbone(args.backbone, args.data_seed)
     seed_all(args.seed)  # here, so that every method starts from the same student
     background = None if args.bg == "fixed" else clip.encode_text(["a photo of background."])[0]
@@ -790,7 +788,6 @@ def make_pair(args, data, rank, world, device):
                        args.cls_weight == "learn", args.gkd, args.embed_bias, init, **tower_of(channels))
     spec = str(Path(args.clip).resolve()) if Path(args.clip).is_file() else args.clip
     if args.init == "shapes":
-        from common.tiny import load_fpn
         load_fpn(student.fpn, init)
     student.arch |= dict(image_size=args.image_size, clip=spec, clip_name=clip.name,
                          templates=list(TEMPLATES), data=args.data, data_seed=args.data_seed)
@@ -843,13 +840,12 @@ def prepare(args, data, val, student, teacher, rank, world, device):
 
 def make_optimizer(model, algorithm, lr, weight_decay, backbone=1.0):
     """SGD with momentum 0.9, or AdamW, for the weights that learn; the backbone at `backbone` times lr."""
-    parts, groups = {}, []
+    parts = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = lr * backbone if "body." in name else lr
-            parts.setdefault(rate, []).append(p)
-    for rate, part in parts.items():
-        groups.append(dict(params=part, lr=rate, base_lr=rate, weight_decay=weight_decay))
+            parts.setdefault(lr * backbone if "body." in name else lr, []).append(p)
+    groups = [dict(params=weights, lr=rate, base_lr=rate, weight_decay=weight_decay)
+              for rate, weights in parts.items()]
     if algorithm == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, **fused())
     return torch.optim.AdamW(groups, lr, **fused())
@@ -1034,13 +1030,13 @@ def evaluate(model, val, rank, world, device, args, clip):
         p = direct_scores(clip, batch, boxes, text, args.ikd_details, args.crop_scale, args.amp == "bf16")
         return p * quality[:, None] if args.direct_quality else p
 
-    direct = direct if args.clip_direct else None
     loader = eval_loader(val, rank, world, args.workers)
     for batch in tqdm(loader, desc="eval", disable=rank != 0, leave=False, mininterval=1):
         image_id = batch["image_ids"][0]
         asked = [p for p in names if image_id in wanted[p]]
         if asked:
-            found = run_detector(model, batch, [texts[p] for p in asked], args.amp, direct)
+            found = run_detector(model, batch, [texts[p] for p in asked], args.amp,
+                                 direct if args.clip_direct else None)
             for p, result in zip(asked, found):
                 results[p].add(image_id, *result, ids[p])
     for found in results.values():
@@ -1254,8 +1250,8 @@ def parse_args(argv=None):
     g.add_argument("--clip", help="teacher: MODEL/WEIGHTS of open_clip (default ViT-B-32-quickgelu/openai; "
                    "shapes: the tiny CLIP, trained on demand)")
     g.add_argument("--backbone", help="r50 or r101 (default r50; shapes tiny16; tiny8 ... tiny64)")
-    g.add_argument("--init", choices=("imagenet", "shapes", "none"), help="backbone (default imagenet; "
-                   "shapes: shapes, trained on drawn single objects on demand)")
+    g.add_argument("--init", choices=("imagenet", "shapes", "none"),
+                   help="backbone (default imagenet; shapes: shapes, of drawn base objects, with its FPN)")
     g.add_argument("--quality", choices=("iou", "centerness", "none"), default="iou",
                    help="what the quality branch learns, and the weight of boxes")
     g.add_argument("--bg", choices=("learn", "fixed"), default="learn",
@@ -1265,7 +1261,7 @@ def parse_args(argv=None):
     g.add_argument("--embed-bias", choices=("focal", "zero"),
                    help="start of the embedding's bias: -4.6 or 0 (default focal; shapes zero)")
     g = p.add_argument_group("method")
-    g.add_argument("--ikd", **switch, help="instance-level distillation, Eq. 2 (default)")
+    g.add_argument("--ikd", **switch, default=True, help="instance-level distillation, Eq. 2")
     g.add_argument("--ikd-norm", choices=("l1", "l2"), default="l1", help="distance of Eq. 2")
     g.add_argument("--ikd-weight", type=number(), help="lambda_ins of Eq. 6 (default 1; shapes 0.4)")
     g.add_argument("--ikd-details", choices=("paper", "released"), default="paper", help="released: mean per "
@@ -1369,8 +1365,6 @@ def resolve(args):
     shapes, own = args.data == "shapes", bool(training and args.train_json)
     named = bool(own or args.base or args.novel)
     args = argparse.Namespace(**vars(args))
-    if args.ikd is None:
-        args.ikd = True
     if args.gkd is None:
         args.gkd = not own or bool(args.train_captions)
         if training and not args.gkd:
@@ -1378,26 +1372,21 @@ def resolve(args):
     defaults = dict(
         backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", ikd_weight=1.0, gkd_weight=1.0,
         gkd_levels=5, epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd",
-        lr=0.005 if args.gkd else 0.01, flip_words=False, crop_scale=1.0, split="48_17", table=False,
+        lr=0.005 if args.gkd else 0.01, flip_words=False, crop_scale=1.0, table=False, backbone_lr=1.0,
         image_size="480-800" if args.schedule == "3x" else "800", clip="ViT-B-32-quickgelu/openai",
-        data="data/coco", backbone_lr=1.0)
+        data="data/coco", split="own" if named else "48_17")
     if shapes:
         every_part = args.ikd and args.gkd and args.max_iters is None
-        defaults |= SHAPES | dict(split="shapes", table=every_part and not named)
-    if named:
-        defaults["split"] = "own"
-    if not training:
-        # the checkpoint says
+        defaults |= SHAPES | dict(split="own" if named else "shapes", table=every_part and not named)
+    if not training:  # the checkpoint says
         defaults |= dict(crop_scale=1.0, split=None, image_size=None, clip=None, data=None)
         args.base = args.novel = args.train_json = None
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if training:
-        base, novel = given_names(args)
         # names, not files of names, are saved: --resume needs no file
-        args.base = base and [base]
-        args.novel = novel and [novel]
+        args.base, args.novel = (names and [names] for names in given_names(args))
         check_backbone(args.backbone, args.init)
         if args.gkd and args.batch_size == 1 and (args.gkd_loss == "cl" or args.shuffle_captions):
             raise UserError("--batch-size 1: GKD contrasts (--shuffle-captions: exchanges) the captions of a "
@@ -1415,13 +1404,12 @@ def quick_start(args, rank, world, device):
         more = dict(ikd=distil, gkd=distil and args.gkd, out=str(out), resume=resume, table=False)
         metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
         if rank == 0:
-            zsd, base, of_base, of_novel, of_all = (metrics.get(f"{g}_AP50", -1) for g in
-                                                    ("zsd", "base", "gzsd_base", "gzsd_novel", "gzsd_all"))
-            lines.append(f"{name:18s} {zsd:10.1f} {base:6.1f} | {of_base:9.1f} {of_novel:6.1f} {of_all:6.1f} "
-                         f"{time.time() - since:9.0f}")
+            groups = "zsd base gzsd_base gzsd_novel gzsd_all".split()
+            numbers = [name, *(metrics.get(f"{g}_AP50", -1) for g in groups), time.time() - since]
+            lines.append("%-18s %10.1f %6.1f | %9.1f %6.1f %6.1f %9.0f" % tuple(numbers))
     if rank == 0:
-        head = f"{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds"
-        print(f"\n{head}", *lines, sep="\n")
+        print(f"\n{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds", *lines,
+              sep="\n")
 
 
 def main():

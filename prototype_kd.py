@@ -59,10 +59,8 @@ Own data (--train-json a.json --train-images a/ --val-json b.json --val-images b
 (--teacher r/t/best.pt --init r/s/best.pt). VOC: rows t2-*, which pass on last.pt: best.pt saw the test set.
 
 Expected (paper, COCO val2017 AP, 8 GPUs x 2 images, 24 epochs): Faster R-CNN R50 38.4 -> 40.6 (teacher 39.8),
-RetinaNet R50 37.4 -> 39.8 (teacher 38.9). Measured here: COCO and VOC at full size not run; shapes, three
-seeds with their 95 % t intervals, against the student continued without distillation: +1.1 +- 1.7 AP, class
-scores alone +0.9 +- 1.1, features alone +0.7 +- 0.7, the global loss alone -0.1 +- 1.4; --preset released
---proto-min-size 0 +1.4 +- 0.8 (tests/study_prototype_kd.py; its teacher was trained for 12 epochs, not 8).
+RetinaNet R50 37.4 -> 39.8 (teacher 38.9). Measured here: COCO and VOC at full size not run; shapes:
+README.md and tests/study_prototype_kd.py.
 """
 import argparse
 import math
@@ -1869,7 +1867,7 @@ def parse_args(argv=None):
     g.add_argument("--teacher", help="name in common/zoo.py (faster_r101 ...), mmdetection .pth or our .pt; "
                    "none: plain training (default: the student's kind on r101; shapes: trained on demand)")
     g.add_argument("--init", help="where the student starts: as --teacher; imagenet; none; shapes (a tiny "
-                   "backbone of drawn single objects) (default: the r50 of the teacher's kind, from COCO; "
+                   "backbone of drawn base objects) (default: the r50 of the teacher's kind, from COCO; "
                    "--teacher none, voc, own data: imagenet; on shapes a detector that is made on demand)")
     g.add_argument("--student", help="detector_backbone where it starts from a backbone: faster_r50, "
                    "retina_r18 ... (default: the teacher's kind, else faster, on r50; shapes on tiny8)")

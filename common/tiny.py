@@ -257,8 +257,9 @@ def shipped(name):
 
 def pack(content, path, rows=None):
     """Write a checkpoint for SHIPPED: matrices as bytes with a scale for each row, the rest as it is: a
-    quarter of the size, an error of at most 0.4 % of the largest weight of a row. content: plain values, and dicts of
-    tensors. rows: {name of a table: rows that are kept}; any other row is noise and comes back as noise."""
+    quarter of the size, an error of at most 0.4 % of the largest weight of a row. content: plain values, and
+    dicts of tensors. rows: {name of a table: rows that are kept}; any other row is noise and comes back as
+    noise."""
     parts = {k: v for k, v in content.items()
              if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}
     arrays = dict(content=json.dumps({k: v for k, v in content.items() if k not in parts}))

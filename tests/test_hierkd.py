@@ -909,3 +909,14 @@ def test_sections_and_width_of_the_script():
     titles = [line.split(" ", 2)[2] for line in lines if line.startswith("# =====")]
     assert titles == ["the paper", "what its tables compare with", "detector", "data", "train", "evaluate, predict", "flags", "main"]
     assert max(map(len, lines)) <= 110
+
+
+def test_the_backbone_learns_at_its_share_of_the_rate(clip):
+    learner = learner_of(clip)
+    (everything,) = hierkd.make_optimizer(learner, "adamw", 0.004, 1e-4).param_groups
+    groups = hierkd.make_optimizer(learner, "adamw", 0.004, 1e-4, 0.1).param_groups
+    assert sorted(g["base_lr"] for g in groups) == pytest.approx([0.0004, 0.004])
+    slow = min(groups, key=lambda g: g["lr"])["params"]
+    body = [p for p in learner.student.body.parameters() if p.requires_grad]
+    assert {id(p) for p in slow} == {id(p) for p in body} and len(body) > 10
+    assert sum(len(g["params"]) for g in groups) == len(everything["params"])

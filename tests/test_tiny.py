@@ -320,3 +320,33 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(UserError, match="clip: cannot be made") as e:
         tiny_clip(tmp_path, tmp_path / "clip", **SMALL)
     assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------ detectors that start from the backbone
+
+def test_detectors_start_from_the_backbone_and_keep_its_first_stage(quick_backbones):
+    """hierkd.py also takes the FPN; what is frozen gets no gradient."""
+    import crosskd
+    import dkdetr
+    import hierkd
+    import prototype_kd
+    path = tiny.shapes_backbone("tiny8")
+    saved = torch.load(path, weights_only=True)
+    models = dict(crosskd=crosskd.GFL("tiny8", 3, 64, init=path).body.stages,
+                  dkdetr=dkdetr.make_body("tiny8", path, "sync", 3)[0].stages,
+                  hierkd=hierkd.make_body("tiny8", path)[0].stages,
+                  prototype_kd=prototype_kd.new_detector("faster_tiny8", ["a"], path).backbone.body)
+    for script, stages in models.items():
+        for name, value in stages.state_dict().items():
+            assert torch.equal(value, saved["model"][name]), (script, name)
+        if script != "prototype_kd":  # freezes in make_pair
+            learning = {name.split(".")[0] for name, p in stages.named_parameters() if p.requires_grad}
+            assert learning == {"layer2", "layer3", "layer4"}, script
+    assert all(p.requires_grad for p in crosskd.GFL("tiny8", 3, 64).body.parameters())
+    detector = hierkd.OpenATSS("tiny8", None, 64, 64, init=path, depth=1, norm="place")
+    before = {k: v.clone() for k, v in detector.fpn.state_dict().items()}
+    tiny.load_fpn(detector.fpn, path)
+    for name, value in detector.fpn.state_dict().items():
+        assert torch.equal(value, saved["fpn"].get(name, before[name]))
+    assert {k for k in before if k not in saved["fpn"]} == {f"extra_blocks.p{n}.{k}" for n in (6, 7)
+                                                           for k in ("weight", "bias")}

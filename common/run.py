@@ -325,9 +325,9 @@ def parser(doc, examples):
                                    usage="%(prog)s [flags], all with a default", epilog=epilog)
 
 
-def run_flags(p, name, aliases={}, rows=None, export=False):
+def run_flags(p, name, aliases={}, rows=None, export=False, ready=False):
     """The flags that all scripts have: where own data are, and how to run. aliases: {flag: another
-    name of it}. rows: of `rows`."""
+    name of it}. rows: of `rows`. ready: --data shapes uses what is shipped, see tiny.py."""
     def flag(group, name, **options):
         names = [f"--{n}" for n in (name, aliases.get(name)) if n]
         group.add_argument(*names, dest=name.replace("-", "_"), **options)
@@ -352,8 +352,9 @@ def run_flags(p, name, aliases={}, rows=None, export=False):
     flag(g, "save-every", type=COUNT, default=500, help="steps between writes of last.pt, beside "
          "one at each evaluation")
     flag(g, "resume", action="store_true", help="continue --out's last.pt, with its flags")
-    flag(g, "retrain", action="store_true", help="shapes: train anew what comes ready-made (tiny CLIP, "
-         "backbones, teacher)")
+    if ready:
+        flag(g, "retrain", action="store_true", help="shapes: train anew what comes ready-made (tiny CLIP, "
+             "backbones, teacher)")
     flag(g, "eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     flag(g, "predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and "
          "pictures into --out")
@@ -445,8 +446,8 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         parts.append(args.row)
     args.out = args.out or "runs/" + "-".join(parts)
     refuse_pairs(p, args, given, mode, modes, apart)
-    if args.retrain:
-        if getattr(args, "data", None) != "shapes":
+    if getattr(args, "retrain", False):
+        if args.data != "shapes":
             p.error("--retrain: belongs to --data shapes")
         os.environ["DETECTION_RETRAIN"] = "1"  # read by tiny.py
     if mode:

@@ -149,6 +149,19 @@ def test_shipped_file_comes_back_and_retrain_does_without_it(few_scenes, tmp_pat
     assert torch.equal(run.load_checkpoint(path)["model"]["conv1.weight"], content["model"]["conv1.weight"])
 
 
+def test_what_is_shipped_is_what_ship_says_and_small():
+    import ship
+    files = {p.stem: p for p in (Path(tiny.__file__).parent / "shipped").glob("*")}
+    assert set(files) == set(ship.SHIPPED) and sum(p.stat().st_size for p in files.values()) < 3e6
+    for name, (digest, before, _) in ship.SHIPPED.items():
+        assert ship.digest(name) == digest
+        content = tiny.shipped(name)
+        if name == ship.TEACHER:
+            assert content["script"] == "crosskd.py" and len(content["classes"]) == 20
+        else:
+            assert all(abs(content["accuracy"][k] - v) < 0.06 for k, v in before.items())
+
+
 def test_pack_keeps_the_rows_that_were_trained(tmp_path, monkeypatch):
     table = torch.randn(10, 4)
     rows = torch.tensor([2, 7])

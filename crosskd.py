@@ -66,7 +66,6 @@ not run; shapes: README.md.
 import argparse
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -1438,7 +1437,7 @@ def shapes_teacher(args, rank, world, device):
     """Path of the teacher for shapes: as it is shipped, or trained by this script the first time; then cached
     beside the data."""
     from common.shapes import make_shapes
-    from common.tiny import shipped, there
+    from common.tiny import shipped
     kind, backbone = split_name(args.student)
     if not backbone.startswith("tiny"):
         raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the "
@@ -1446,8 +1445,6 @@ def shapes_teacher(args, rank, world, device):
     name = f"{kind}_tiny32-e{TEACHER_EPOCHS}-s{args.data_seed}"
     done = make_shapes(seed=args.data_seed).parent / "teachers" / name
     draft = done.with_name(f".{name}")  # renamed when finished, so that a killed run is no teacher
-    if rank == 0 and done.exists() and not there(done):  # --retrain
-        shutil.rmtree(done)
     with made_once(done, rank) as missing:
         ready = shipped(f"crosskd-{name}") if missing else None
         if ready and rank == 0:

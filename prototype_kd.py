@@ -2040,15 +2040,17 @@ def shapes_detector(name, args, rank, world, device):
     if "_tiny" not in name:
         raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on "
                         "demand; others need --init and --teacher")
-    done = make_shapes(seed=args.data_seed).parent / "teachers" / f"{name}-s{args.data_seed}"
+    teacher = name.endswith("32")  # it sees all images
+    epochs = 8 if teacher else 32
+    cached = f"{name}-e{epochs}-s{args.data_seed}"
+    done = make_shapes(seed=args.data_seed).parent / "teachers" / cached
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no detector
     with made_once(done, rank) as missing:
         if missing:
             if rank == 0:
                 print(f"== {name}: trained once, cached at {done}", flush=True)
-            teacher = name.endswith("32")  # it sees all images
             flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none"]
-            flags += ["--epochs", "8", "--first-images", "0"] if teacher else ["--epochs", "32"]
+            flags += ["--epochs", str(epochs), *(["--first-images", "0"] if teacher else [])]
             flags += ["--init", "shapes", "--student", name, "--workers", str(args.workers)]
             flags += ["--out", str(draft), "--resume"]
             train(resolve(parse_args(flags)), rank, world, device)

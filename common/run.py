@@ -449,7 +449,7 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
     if getattr(args, "retrain", False):
         if args.data != "shapes":
             p.error("--retrain: belongs to --data shapes")
-        os.environ["DETECTION_RETRAIN"] = "1"  # read by tiny.py
+        os.environ["DETECTION_RETRAIN"] = "1"  # read by `there`, and by tiny.py
     if mode:
         idle = sorted(given - {*modes[mode[0]].split(), *ALWAYS, mode[0], "row"})
         if "resume" in idle:
@@ -730,6 +730,7 @@ def set_rng_state(state):
 # {lock file: open file}. A POSIX lock lives as long as its process has the file open: it dies with
 # the process, however that ends, loader processes do not inherit it, and NFS knows it.
 LOCKS = {}
+STARTED = time.time()
 
 
 def lock(folder, wait=False):
@@ -779,15 +780,22 @@ def owner(path):
         return "another process"
 
 
+def there(path):
+    """Whether something cached is there, and with --retrain: made by this run."""
+    return path.exists() and (not os.environ.get("DETECTION_RETRAIN") or path.stat().st_mtime >= STARTED)
+
+
 @contextmanager
 def made_once(path, rank):
-    """with made_once(path, rank) as missing: the first run that needs a cached file or folder makes
-    it; the others, also those of other runs, wait."""
+    """with made_once(path, rank) as missing: the first run that needs a cached folder makes it; the
+    others, also those of other runs, wait."""
     path = Path(path)
     guard = path.with_name(f".{path.name}.making")
-    if rank == 0 and not path.exists():
+    if rank == 0 and not there(path):
         make_folder(guard, str(path.parent))
         lock(guard, wait=True)
+        if not there(path):
+            shutil.rmtree(path, ignore_errors=True)
     barrier()
     try:
         yield not path.exists()

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
 from .boxes import assign_atss, grid_anchors
-from .run import UserError, load_checkpoint, load_strict, lock, save_checkpoint, unlock
+from .run import UserError, load_checkpoint, load_strict, lock, save_checkpoint, there, unlock
 
 WIDTHS = (8, 16, 24, 32, 48, 64)  # of NarrowResNet's first stage; GroupNorm takes eights
 TINY_BACKBONE = f"tiny({'|'.join(map(str, WIDTHS))})"
@@ -194,7 +193,6 @@ def train_backbone(path, name, seed, steps, batch, lr):
 
 # ------------------------------------------------------------------ what is kept, and what is shipped
 
-STARTED = time.time()
 SHIPPED = Path(__file__).parent / "shipped"  # made by `python tests/ship.py`, which says how well each does
 
 
@@ -225,11 +223,6 @@ def cached(path, make):
     finally:
         unlock(guard)
     return str(path)
-
-
-def there(path):
-    """Whether a cached file is there, and with --retrain: made by this run."""
-    return path.exists() and (not os.environ.get("DETECTION_RETRAIN") or path.stat().st_mtime >= STARTED)
 
 
 def shipped(name):

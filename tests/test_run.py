@@ -829,3 +829,20 @@ def test_retrain_belongs_to_shapes(monkeypatch, capsys):
         simple21k.parse_args(["--data", "shapes", "--retrain"])  # has nothing that is shipped
     assert os.environ["DETECTION_RETRAIN"] == ""
     assert crosskd.parse_args(["--data", "shapes", "--retrain"]).retrain and os.environ["DETECTION_RETRAIN"] == "1"
+
+
+def test_made_once_makes_anew_with_retrain(tmp_path, monkeypatch):
+    done = tmp_path / "teacher"
+    done.mkdir()
+    (done / "best.pt").touch()
+    monkeypatch.setattr(run, "STARTED", done.stat().st_mtime + 1)  # it is of an earlier run
+    monkeypatch.setenv("DETECTION_RETRAIN", "")
+    with run.made_once(done, 0) as missing:
+        assert not missing
+    monkeypatch.setenv("DETECTION_RETRAIN", "1")
+    with run.made_once(done, 0) as missing:
+        assert missing and not done.exists()
+        done.mkdir()
+        monkeypatch.setattr(run, "STARTED", done.stat().st_mtime)  # made by this run
+    with run.made_once(done, 0) as missing:
+        assert not missing

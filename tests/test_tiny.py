@@ -142,8 +142,7 @@ def test_shipped_file_comes_back_and_retrain_does_without_it(few_scenes, tmp_pat
                     ).amax(1).le(row / 254 + 1e-7).all(), k
     assert back["accuracy"] == content["accuracy"]
     monkeypatch.setenv("DETECTION_RETRAIN", "1")
-    monkeypatch.setattr(tiny, "STARTED", path.stat().st_mtime + 1)
-    monkeypatch.setattr(tiny, "there", lambda path: False)
+    monkeypatch.setattr(run, "STARTED", path.stat().st_mtime + 1)  # the file is of an earlier run
     tiny.shapes_backbone("tiny8", 5, **FEW)
     assert "of the 12 shapes" in capsys.readouterr().out
     assert torch.equal(run.load_checkpoint(path)["model"]["conv1.weight"], content["model"]["conv1.weight"])

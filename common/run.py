@@ -446,10 +446,6 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         parts.append(args.row)
     args.out = args.out or "runs/" + "-".join(parts)
     refuse_pairs(p, args, given, mode, modes, apart)
-    if getattr(args, "retrain", False):
-        if args.data != "shapes":
-            p.error("--retrain: belongs to --data shapes")
-        os.environ["DETECTION_RETRAIN"] = "1"  # read by `there`, and by tiny.py
     if mode:
         idle = sorted(given - {*modes[mode[0]].split(), *ALWAYS, mode[0], "row"})
         if "resume" in idle:
@@ -470,6 +466,11 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
             if flag in old and getattr(args, flag) != old[flag]:
                 p.error(f"{dash(flag)} {getattr(args, flag)}: the run in {args.out} has {old[flag]}, "
                         "which --resume keeps; start another --out to change it")
+    if getattr(args, "retrain", False):
+        if args.data != "shapes":
+            p.error("--retrain: belongs to --data shapes")
+        if not args.resume:  # a run that goes on keeps what it began with
+            os.environ["DETECTION_RETRAIN"] = "1"  # read by `there`, and by tiny.py
     asked, given = given, given_flags(p, argv, rows)
     for flags, other, values in belongs:
         value = getattr(args, other)

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def train(cache):
     made[path.stem] = path
     flags = ["--data", "shapes", "--max-iters", "1", "--retrain", "--method", "crosskd"]
     flags += ["--out", cache / "run"]
+    shutil.rmtree(cache / "run", ignore_errors=True)
     subprocess.run([sys.executable, "crosskd.py", *map(str, flags)], cwd=ROOT, check=True)
     made[TEACHER] = cache / "teachers" / TEACHER.partition("-")[2] / "best.pt"
     return made

@@ -10,7 +10,7 @@ resumed), commit.
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms
 of a table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the
-runs, holds where its interval excludes 0.
+runs, holds where its own interval excludes 0; the p values beside it are the corrected ones.
 
     python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
     python tests/study_NAME.py --report                                   # tables from the lines that are there
@@ -74,6 +74,7 @@ def paired(rows, arm, against, key):
 def table(title, rows, arms, keys, against):
     """Prints a line an arm: means of `keys`, deviation of the first, its gain over `against`, Holm's p."""
     gains = {arm: paired(rows, arm, against, keys[0]) for arm in arms if arm != against}
+    gains = {arm: found for arm, found in gains.items() if found}
     adjusted = dict(zip(gains, holm([p_value(g) for g in gains.values()])))
     width = max(map(len, [*arms, title]))
     head = " ".join(f"{k:>10s}" for k in keys[1:])
@@ -178,6 +179,8 @@ def train(script, out, flags):
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
         more = ["--resume"] if resumed else []
+        if resumed and "--from" in flags:  # last.pt knows it
+            flags = flags[:flags.index("--from")] + flags[flags.index("--from") + 2:]
         words = [sys.executable, script, "--data", "shapes", "--workers", 0, "--log-every", 100, "--out", out]
         _, seconds = command([*map(str, [*words, *flags, *more])])
         result = json.loads(done.read_text())

@@ -6,14 +6,14 @@ in the paper: Table 1 (position i, prediction mimicking), Table 2 (feature imita
 (combination); equal compute beside equal epochs, by three lengths of the plain and of the distilled
 training; --adapt for a head of another width.
 """
-from study import Study, claims, curve, folder_of, table, train
+from study import Study, claims, curve, folder_of, python, table, train
 
 LENGTHS = 3, 8, 20  # epochs: the quick start's, and towards convergence
 KD = {  # name: flags of the shortest length; the paper's AP (GFL R50 -> R18 on COCO), for the order only
     "alone": (["--method", "none"], 35.8),
     "mimicking (i = n)": (["--method", "mimic"], 37.8),
     "PKD": (["--method", "pkd"], 38.0),
-    "CrossKD, i = 0": (["--kd-layer", "0"], 38.2),
+    "CrossKD, i = 0": (["--method", "crosskd", "--kd-layer", "0"], 38.2),
     "CrossKD, i = 3": (["--method", "crosskd"], 38.7),
     "CrossKD + PKD": (["--method", "crosskd+pkd"], None),
 }
@@ -44,6 +44,7 @@ def seeds_of(seed):
 
 def prepare(seed, folder):
     """Images, backbones, and the teacher."""
+    python("import sys; from common.tiny import shapes_backbone; shapes_backbone('tiny16', int(sys.argv[1]))", seed)
     result, _ = train("crosskd.py", folder / "teacher", ["--method", "none", "--student", "gfl_tiny32",
                                                          "--epochs", "8", *seeds_of(seed)])
     print(f"seed {seed}: teacher AP {result['AP']:.1f}", flush=True)

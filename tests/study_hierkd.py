@@ -67,8 +67,9 @@ print(json.dumps((torch.tensor(found).float().mean(0) * 100).tolist()))
 CLIP_OF = """
 import sys, torch
 from common.shapes import make_shapes
-from common.tiny import shapes_clip
+from common.tiny import shapes_backbone, shapes_clip
 make_shapes(seed=int(sys.argv[1]))
+shapes_backbone("tiny16", int(sys.argv[1]))
 print(torch.load(shapes_clip(int(sys.argv[1])), weights_only=True)["accuracy"]["novel"])
 """
 

@@ -227,10 +227,11 @@ def test_the_tiny_clip_sees_no_picture_that_is_distilled_from(monkeypatch, tmp_p
     import common.shapes
     import common.tiny
     drawn = []
-    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: drawn.append(seed) or tmp_path / f"shapes-{seed}")
-    monkeypatch.setattr(common.tiny, "tiny_clip", lambda root, folder, seed, device: f"{root} {seed}")
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path))
+    monkeypatch.setattr(common.shapes, "make_shapes", lambda seed=0: drawn.append(seed))
+    monkeypatch.setattr(common.tiny, "tiny_clip", lambda root, folder, seed, device, draw: f"{root.name} {seed} {draw()}")
     monkeypatch.setattr(common.clip, "load_clip", lambda path, device: path)
-    assert get_clip("", 3, "cpu") == f"{tmp_path / 'shapes-10003'} 3" and drawn == [10003]
+    assert get_clip("", 3, "cpu") == "shapes-1-s10003 3 None" and drawn == [10003]
 
 
 def saved(path, clip_file, **arch):

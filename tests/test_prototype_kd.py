@@ -735,7 +735,7 @@ def test_presets_differ_where_they_should_and_a_flag_beats_its_preset():
     (["--proto-method", "random", "--proto-space", "student"], "--proto-space: belongs to --proto-method pgm"),
     (["--eval", "a", "--predict", "b"], "one at a time"), (["--predict", "b"], "needs --weights"), (["--weights", "b"], "belongs to --predict"),
     (["--voc-train", "2007"], "expected year_list"), (["--bn", "off"], "invalid choice"), (["--export", "a.pt2"], "--export needs --weights"),
-    (["--student", "faster_r50", "--init", "x.pt"], "--student: belongs to --init imagenet or --init none, here it is x.pt"),
+    (["--student", "faster_r50", "--init", "x.pt"], "--student: belongs to --init imagenet or --init shapes or --init none, here it is x.pt"),
     (["--table"], "belongs to --data shapes"), (["--data", "shapes", "--dataset", "voc"], "is read as COCO"), (["--proj", "joint", "--lam", "0"], "needs --lam above 0"), (["--row", "t9"], "--rows lists them"),
     (["--preset", "released", "--alpha-global", "1", "--proj", "joint"], "--sigma maxcos compares cosines"),
     (["--kd-relation", "rkd", "--all-class-prototypes"], "belongs to")])

@@ -85,3 +85,10 @@ def test_every_claim_compares_arms_that_exist(name):
     for _, arm, against, key in module.CLAIMS:
         assert arm in module.ARMS and against in module.ARMS
         assert key in (*module.METRICS, *getattr(module, "NAMING", ()))
+
+
+def test_every_arm_of_crosskd_is_one_run(monkeypatch):
+    """Without --method, --data shapes is the quick start."""
+    import crosskd
+    for flags in __import__("study_crosskd").ARMS.values():
+        assert crosskd.parse_args(["--data", "shapes", *flags]).method is not None

@@ -1805,6 +1805,7 @@ def resolve(args):
     known = PAPER | dict(dataset=dataset, data=DATASETS[dataset], masks=False)
     if shapes:
         known |= SHAPES
+        known["backbone_lr"] = 1.0 if args.init == "none" else known["backbone_lr"]  # noise has to move
     training = not (args.eval or args.predict or args.export)
     short = args.max_iters or args.start_from
     quick = training and shapes and dataset == "ovcoco" and distils(args)

@@ -1153,7 +1153,7 @@ python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "re
 """
 SHAPES = dict(  # --data shapes
     backbone="tiny16", init="shapes", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64,
-    gkd_weight=0.5, gkd_levels=2, epochs=8, batch_size=16, optimizer="adamw", lr=0.004, backbone_lr=0.1,
+    gkd_weight=0.5, gkd_levels=2, epochs=8, batch_size=16, optimizer="adamw", lr=0.004,
     clip="", flip_words=True, crop_scale=1.2, image_size="72-120")
 ROWS = rows("""  # --row NAME: the paper's AR50/AP50 of novel classes (ZSD), COCO 48/17, R50; flags; a remark
     t2-l1           62.4/14.6  IKD
@@ -1372,9 +1372,9 @@ def resolve(args):
     defaults = dict(
         backbone="r50", init="imagenet", tau_c=100.0, embed_bias="focal", ikd_weight=1.0, gkd_weight=1.0,
         gkd_levels=5, epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd",
-        lr=0.005 if args.gkd else 0.01, flip_words=False, crop_scale=1.0, table=False, backbone_lr=1.0,
+        lr=0.005 if args.gkd else 0.01, backbone_lr=0.1 if shapes and args.init != "none" else 1.0,
         image_size="480-800" if args.schedule == "3x" else "800", clip="ViT-B-32-quickgelu/openai",
-        data="data/coco", split="own" if named else "48_17")
+        data="data/coco", split="own" if named else "48_17", flip_words=False, crop_scale=1.0, table=False)
     if shapes:
         every_part = args.ikd and args.gkd and args.max_iters is None
         defaults |= SHAPES | dict(split="own" if named else "shapes", table=every_part and not named)

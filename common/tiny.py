@@ -129,7 +129,8 @@ def shapes_backbone(name, seed=0, steps=1500, batch=16, lr=3e-3):
     cached beside the tiny CLIP, accuracy printed. Where several processes need it, one trains.
 
     The stand-in for ImageNet: a classifier, by shape and colour, of base objects where they stand in pictures
-    that are drawn from another seed. It sees no novel object and no name of one. (Pictures of single objects
+    that are drawn from another seed. It sees no novel object and no name of one, but learns the colours
+    that novel names are made of. (Pictures of single objects
     teach shapes faster, but what they teach says of any place what is somewhere in the picture, and then GKD
     of hierkd.py names no better than chance.)
     """

@@ -920,3 +920,10 @@ def test_the_backbone_learns_at_its_share_of_the_rate(clip):
     body = [p for p in learner.student.body.parameters() if p.requires_grad]
     assert {id(p) for p in slow} == {id(p) for p in body} and len(body) > 10
     assert sum(len(g["params"]) for g in groups) == len(everything["params"])
+
+
+@pytest.mark.parametrize("script", ["hierkd", "dkdetr"])
+def test_a_backbone_of_noise_learns_at_the_whole_rate(script):
+    module = __import__(script)
+    rate = lambda *flags: module.resolve(module.parse_args(["--data", "shapes", *flags])).backbone_lr
+    assert rate() == 0.1 and rate("--init", "none") == 1.0 and rate("--init", "none", "--backbone-lr", "0.3") == 0.3

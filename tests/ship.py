@@ -5,8 +5,8 @@
     python tests/ship.py --check         # trains anew, packs nothing: does it do as well as what is shipped?
 
 No study uses these files: studies have seeds above 0. --retrain of the scripts does without them, too. A
-file is found by its name, which holds its recipe (of backbones and CLIP a hash of it): a changed recipe never
-meets an old file. test_tiny.py compares the files with their hashes here.
+file is found by its name. That of backbones and CLIP holds a hash of their recipe, so that a changed one never
+meets an old file; the teacher's holds detector, epochs and seed only: rename it when its recipe changes. test_tiny.py compares the files with their hashes here.
 """
 import argparse
 import hashlib

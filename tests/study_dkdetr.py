@@ -7,7 +7,8 @@ differ by the distillation alone; `seconds` are those after it. Arms as in the p
 auxiliary queries) and 6 (L1), and the control: crops of other images. Equal compute beside equal epochs by
 three lengths.
 
-Diagnosis, on validation images: how often a target is a novel object, how many of the novel objects are
+Diagnosis, on validation images (own and other by KD queries that are drawn anew, to be mended; targets without
+those that overlap a base box): how often a target is a novel object, how many of the novel objects are
 among the targets and among all queries, %, and the cosine of a feature with its own crop and with others'.
 """
 import json
@@ -103,7 +104,7 @@ def burn_in(seed, folder, epochs):
     novel, steps = python(PREPARE, seed, epochs).split()[-2:]
     out = folder / f"burn-in-{epochs}"
     if not (out / "results.json").exists():
-        print(f"seed {seed}: the tiny CLIP names {float(novel):.1f} % of the novel objects (gate: 90)", flush=True)
+        print(f"seed {seed}: the tiny CLIP names {float(novel):.1f} % of the novel objects (wanted: 90)", flush=True)
     train("dkdetr.py", out, ["--no-table", *NONE, "--epochs", epochs, "--max-iters", steps, *seeds_of(seed)])
     return out / "last.pt"
 

@@ -76,7 +76,7 @@ print(torch.load(shapes_clip(int(sys.argv[1])), weights_only=True)["accuracy"]["
 
 def prepare(seed, folder):
     novel = float(python(CLIP_OF, seed).split()[-1])
-    print(f"seed {seed}: the tiny CLIP names {novel:.1f} % of the novel objects (gate: 90)", flush=True)
+    print(f"seed {seed}: the tiny CLIP names {novel:.1f} % of the novel objects (wanted: 90)", flush=True)
 
 
 def run(arm, seed, folder):

@@ -88,8 +88,8 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
                              own_files, parse_image_size, resize, train_loader)
 from common.evaluation import Detections, class_table, coco_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
-                        fast_layout, fused, gather, load_strict, made_once, number, open_run, parse, parser,
-                        rebuilding, reduce_mean, rows, run_flags, save_checkpoint, seed_all, started,
+                        fast_layout, fused, gather, load_strict, number, open_run, parse, parser,
+                        rebuilding, reduce_mean, rows, run_flags, seed_all, started,
                         to_device, warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -971,12 +971,13 @@ def make_pair(args, data, rank, world, device):
         check_classes(classes, teacher.num_classes, data.classes, "--teacher")
         teacher.to(device).requires_grad_(False)
     seed_all(args.seed)  # here, so that every method starts from the same student
-    start, ours = args.init, args.init not in ("imagenet", "shapes", "none")
+    start, trained = args.init, args.init not in ("imagenet", "shapes", "none")
     if start == "shapes":
         from common.tiny import shapes_backbone
         start = shapes_backbone(backbone, args.data_seed)
-    student = DETECTORS[kind](backbone, len(data.classes), args.channels, args.p6, "none" if ours else start)
-    if ours:
+    student = DETECTORS[kind](backbone, len(data.classes), args.channels, args.p6,
+                              "none" if trained else start)
+    if trained:
         load_strict(student, load(args.init, "--init")[0].state_dict(), f"--init {args.init}")
         student.freeze()
     student.arch["image_size"] = default_size(args, kind)  # --eval and --predict see images as training did
@@ -1434,32 +1435,16 @@ TEACHER_EPOCHS = 8
 
 
 def shapes_teacher(args, rank, world, device):
-    """Path of the teacher for shapes: as it is shipped, or trained by this script the first time; then cached
-    beside the data."""
-    from common.shapes import make_shapes
-    from common.tiny import shipped
+    """Path of the teacher for shapes, see trained_before."""
+    from common.tiny import trained_before
     kind, backbone = split_name(args.student)
     if not backbone.startswith("tiny"):
         raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the "
                         "tiny8 ... tiny64 students only")
-    name = f"{kind}_tiny32-e{TEACHER_EPOCHS}-s{args.data_seed}"
-    done = make_shapes(seed=args.data_seed).parent / "teachers" / name
-    draft = done.with_name(f".{name}")  # renamed when finished, so that a killed run is no teacher
-    with made_once(done, rank) as missing:
-        ready = shipped(f"crosskd-{name}") if missing else None
-        if ready and rank == 0:
-            draft.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(ready, draft / "best.pt")
-        elif missing and not ready:
-            if rank == 0:
-                print(f"== teacher {kind}_tiny32: trained once, cached at {done}")
-            flags = ["--data", "shapes", "--method", "none", "--student", f"{kind}_tiny32", "--epochs",
-                     str(TEACHER_EPOCHS), "--out", str(draft), "--data-seed", str(args.data_seed),
-                     "--workers", str(args.workers), "--resume"]
-            train(resolve(parse_args(flags)), rank, world, device)
-        if missing and rank == 0:
-            draft.rename(done)
-    return str(done / "best.pt")
+    flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--method", "none", "--student",
+             f"{kind}_tiny32", "--epochs", str(TEACHER_EPOCHS), "--workers", str(args.workers), "--resume"]
+    return trained_before(f"crosskd-{kind}_tiny32-e{TEACHER_EPOCHS}", args.data_seed, rank,
+                          lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))
 
 
 def quick_start(args, rank, world, device):

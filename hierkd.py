@@ -465,7 +465,7 @@ def check_backbone(name, init):
     if name not in ("r50", "r101") and not re.fullmatch("tiny(8|16|24|32|48|64)", name):
         raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
     if name.startswith("tiny") and init == "imagenet":
-        raise UserError(f"--backbone {name}: has no ImageNet weights; use --init none")
+        raise UserError(f"--backbone {name}: has no ImageNet weights; use --init shapes or none")
 
 
 def make_body(name, init):

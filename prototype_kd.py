@@ -97,9 +97,8 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
 from common.evaluation import Detections, class_table, coco_evaluate, voc_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
-                        load_strict, made_once, number, open_run, parse, parser, rebuilding, reduce_mean,
-                        rows, run_flags, saved_flags, seed_all, started, to_device, warmup_multistep,
-                        wrap_ddp)
+                        load_strict, number, open_run, parse, parser, rebuilding, reduce_mean, rows,
+                        run_flags, saved_flags, seed_all, started, to_device, warmup_multistep, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
@@ -1277,7 +1276,7 @@ def make_pair(args, data, rank, world, device):
     if spec != "none":
         if spec is None:
             kind = kind_of_name(args.student or arch_of(start, "--init")["name"])
-            spec = shapes_detector(f"{kind}_tiny32", args, rank, world, device)
+            spec = shapes_detector(f"{kind}_{TEACHER}", args, rank, world, device, teacher=True)
         teacher, classes = load(spec, "--teacher")
         teacher.requires_grad_(False).to(device)
         check_classes(classes, len(teacher.arch["columns"]), data.classes, f"--teacher {spec}")
@@ -2033,30 +2032,22 @@ def resolve(args):
 
 # ================================================================== main
 
-def shapes_detector(name, args, rank, world, device):
-    """Path of a plainly trained detector for shapes; trained by this script the first time, then cached
-    beside the data."""
-    from common.shapes import make_shapes
+TEACHER = "tiny32"  # of shapes
+
+
+def shapes_detector(name, args, rank, world, device, teacher=False):
+    """Path of a plainly trained detector for shapes, see trained_before: a teacher has seen all images, a
+    student the first 300 of them."""
+    from common.tiny import trained_before
     if "_tiny" not in name:
         raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on "
                         "demand; others need --init and --teacher")
-    teacher = name.endswith("32")  # it sees all images
     epochs = 8 if teacher else 32
-    cached = f"{name}-e{epochs}-s{args.data_seed}"
-    done = make_shapes(seed=args.data_seed).parent / "teachers" / cached
-    draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no detector
-    with made_once(done, rank) as missing:
-        if missing:
-            if rank == 0:
-                print(f"== {name}: trained once, cached at {done}", flush=True)
-            flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none"]
-            flags += ["--epochs", str(epochs), *(["--first-images", "0"] if teacher else [])]
-            flags += ["--init", "shapes", "--student", name, "--workers", str(args.workers)]
-            flags += ["--out", str(draft), "--resume"]
-            train(resolve(parse_args(flags)), rank, world, device)
-            if rank == 0:
-                draft.rename(done)
-    return str(done / "best.pt")
+    flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "shapes"]
+    flags += ["--student", name, "--epochs", str(epochs), *(["--first-images", "0"] if teacher else [])]
+    flags += ["--workers", str(args.workers), "--resume"]
+    return trained_before(f"prototype_kd-{name}-e{epochs}", args.data_seed, rank,
+                          lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))
 
 
 def wants_table(args):
@@ -2072,8 +2063,8 @@ def quick_start(args, rank, world, device):
     since, lines, out = time.time(), [], Path(args.out)
     kind = kind_of_name(args.student or "faster")
     paths = []
-    for role, name in (("teacher", f"{kind}_tiny32"), ("student", args.student or f"{kind}_tiny8")):
-        paths.append(shapes_detector(name, args, rank, world, device))
+    for role, name in (("teacher", f"{kind}_{TEACHER}"), ("student", args.student or f"{kind}_tiny8")):
+        paths.append(shapes_detector(name, args, rank, world, device, teacher=role == "teacher"))
         lines.append((f"{role} {name}", Path(paths[-1]).parent, time.time() - since))
         since = time.time()
     runs = ("continued", "none", "none"), ("distilled", paths[0], str(out / "continued"))

@@ -26,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
 from .boxes import assign_atss, grid_anchors
-from .run import UserError, load_checkpoint, load_strict, lock, save_checkpoint, there, unlock
+from .run import UserError, load_checkpoint, load_strict, lock, made_once, save_checkpoint, there, unlock
 
 WIDTHS = (8, 16, 24, 32, 48, 64)  # of NarrowResNet's first stage; GroupNorm takes eights
 TINY_BACKBONE = f"tiny({'|'.join(map(str, WIDTHS))})"
@@ -137,8 +137,9 @@ def shapes_backbone(name, seed=0, steps=1500, batch=16, lr=3e-3):
     if tiny_width(name) is None:
         raise UserError(f"--init shapes: has weights of tiny8 ... tiny64, not of {name}; use --init "
                         "imagenet or --init none")
-    version = 1  # of this function
-    key = hashlib.sha256(json.dumps([version, name, seed, steps, batch, lr]).encode()).hexdigest()[:12]
+    from .shapes import VERSION
+    recipe = [1, VERSION, name, seed, steps, batch, lr]  # the first is the version of this function
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     return cached(cache_folder() / f"backbone-{name}-{key}.pt",
                   lambda path: train_backbone(path, name, seed, steps, batch, lr))
 
@@ -226,6 +227,27 @@ def cached(path, make):
     return str(path)
 
 
+def trained_before(name, seed, rank, train):
+    """Path of best.pt of a detector that a quick start only prepares with: as it is shipped, or trained by
+    train(folder) the first time, then cached beside the drawn images. name: script and recipe; seed: of the
+    images."""
+    from .shapes import make_shapes
+    done = make_shapes(seed=seed).parent / "teachers" / f"{name}-s{seed}"
+    draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no detector
+    with made_once(done, rank) as missing:
+        ready = shipped(done.name) if missing else None
+        if ready and rank == 0:
+            draft.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(ready, draft / "best.pt")
+        elif missing and not ready:
+            if rank == 0:
+                print(f"== {name}: trained once, cached at {done}", flush=True)
+            train(str(draft))
+        if missing and rank == 0:
+            draft.rename(done)
+    return str(done / "best.pt")
+
+
 def shipped(name):
     """Content of SHIPPED/name.npz, tensors as they were before pack, but for rounding; None where there is no
     such file, or where --retrain was given."""
@@ -240,7 +262,8 @@ def shipped(name):
                 continue
             value = torch.from_numpy(file[key])
             if f"{key}:scale" in file:
-                value = value.float() * torch.from_numpy(file[f"{key}:scale"])
+                value = value * torch.from_numpy(file[f"{key}:scale"]).float()
+            value = value.float() if value.is_floating_point() else value
             if f"{key}:rows" in file:
                 rows, total = torch.from_numpy(file[f"{key}:rows"]), int(file[f"{key}:total"])
                 table = torch.randn(total, value.shape[1], generator=torch.Generator().manual_seed(0)) * 0.01
@@ -249,11 +272,11 @@ def shipped(name):
     return content
 
 
-def pack(content, path, rows=None):
-    """Write a checkpoint for SHIPPED: matrices as bytes with a scale for each row, the rest as it is: a
-    quarter of the size, an error of at most 0.4 % of the largest weight of a row. content: plain values, and
-    dicts of tensors. rows: {name of a table: rows that are kept}; any other row is noise and comes back as
-    noise."""
+def pack(content, path, rows=None, levels=31):
+    """Write a checkpoint for SHIPPED: matrices rounded to `levels` multiples of a scale for each row, vectors
+    to 16 bits. 31: a seventh of the size, an error of at most 3.3 % of the largest weight of a row. content:
+    plain values, and dicts of tensors. rows: {name of a table: rows that are kept}; any other row is noise
+    and comes back as noise."""
     parts = {k: v for k, v in content.items()
              if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}
     arrays = dict(content=json.dumps({k: v for k, v in content.items() if k not in parts}))
@@ -263,10 +286,12 @@ def pack(content, path, rows=None):
                 arrays[f"{part}/{name}:rows"], arrays[f"{part}/{name}:total"] = rows[name].numpy(), len(value)
                 value = value[rows[name]]
             if value.is_floating_point() and value.ndim > 1:
-                flat = value.float().flatten(1)
-                scale = (flat.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+                flat, most = value.float().flatten(1), levels // 2
+                scale = (flat.abs().amax(1, keepdim=True) / most).clamp(min=1e-6).half()
                 arrays[f"{part}/{name}:scale"] = scale.view(-1, *[1] * (value.ndim - 1)).numpy()
-                value = (flat / scale).round().to(torch.int8).view(value.shape)
+                value = (flat / scale).round().clamp(-most, most).to(torch.int8).view(value.shape)
+            elif value.is_floating_point():
+                value = value.half()
             arrays[f"{part}/{name}"] = value.contiguous().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Makes common/shipped: what a quick start only prepares with, trained on seed 0 of the embedded dataset.
 
-    python tests/ship.py                 # trains all of it anew (25 minutes on 2 cores) and packs it
+    python tests/ship.py                 # trains all of it anew (an hour on 2 cores) and packs it
+    python tests/ship.py --pack          # packs what is in the cache
     python tests/ship.py --check         # trains anew, packs nothing: does it do as well as what is shipped?
 
 No study uses these files: studies have seeds above 0. --retrain of the scripts does without them, too. A
-file is found by its name. That of backbones and CLIP holds a hash of their recipe, so that a changed one never
-meets an old file; the teacher's holds detector, epochs and seed only: rename it when its recipe changes. test_tiny.py compares the files with their hashes here.
+file is found by its name. That of backbones and CLIP holds a hash of their recipe, so that a changed one
+never meets an old file; a detector's holds script, detector and epochs: ship it anew when its recipe changes.
+test_tiny.py compares the files with their hashes here.
 """
 import argparse
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,12 +24,15 @@ sys.path.insert(0, str(ROOT))
 from common import tiny  # noqa: E402
 
 BACKBONES = "tiny8", "tiny16"
-TEACHER = "crosskd-gfl_tiny32-e8-s0"
+LEVELS = {name: 15 for name in ("prototype_kd-faster_tiny32-e8-s0", "dkdetr-e24-s0",
+                                "backbone-tiny8-46457777c065")}  # of pack; the others 31
 SHIPPED = {  # file: start of its sha256, what was measured when it was made (before packing), spread allowed
-    "backbone-tiny8-14c698ad2741": ("20b163aa4ff91557", dict(shape=21.5, colour=79.9), 4),
-    "backbone-tiny16-4c87b47fc776": ("e98b04c9d3a7bde4", dict(shape=26.9, colour=82.7), 4),
-    "tiny-clip-04ea169bc1d1": ("a8a7ccb6ea6723d7", dict(all=81.6, novel=93.2), 4),
-    TEACHER: ("0e636b496db8c090", dict(AP=28.7), 2)}  # packed: 28.6
+    "backbone-tiny8-46457777c065": ("b08502040dfc7fc6", dict(shape=21.5, colour=79.9), 4),
+    "backbone-tiny16-e4950efee589": ("aa2793b51ebdf31a", dict(shape=26.9, colour=82.7), 4),
+    "tiny-clip-04ea169bc1d1": ("5fad0a02c87a203a", dict(all=81.6, novel=93.2), 4),
+    "crosskd-gfl_tiny32-e8-s0": ("4f8a1fe1de975d72", dict(AP=28.7), 2),
+    "prototype_kd-faster_tiny32-e8-s0": ("4f7fb83acfc18f2e", dict(AP=22.3), 2),
+    "dkdetr-e24-s0": ("b9811025756dd196", dict(base_AP50=35.8), 4)}
 
 
 def digest(name):
@@ -52,46 +55,49 @@ def trained_rows(clip):
     return {name: ((now - decay * start).abs().amax(1) > 1e-4).nonzero()[:, 0]}
 
 
-def train(cache):
-    """{name: path} of everything, trained anew in the folder `cache`."""
-    os.environ |= dict(DETECTION_CACHE=str(cache), DETECTION_RETRAIN="1")
-    made = {}
-    for name in BACKBONES:
-        path = Path(tiny.shapes_backbone(name))
-        made[path.stem] = path
-    path = Path(tiny.shapes_clip())
-    made[path.stem] = path
-    flags = ["--data", "shapes", "--max-iters", "1", "--retrain", "--method", "crosskd"]
-    flags += ["--out", cache / "run"]
-    shutil.rmtree(cache / "run", ignore_errors=True)
-    subprocess.run([sys.executable, "crosskd.py", *map(str, flags)], cwd=ROOT, check=True)
-    made[TEACHER] = cache / "teachers" / TEACHER.partition("-")[2] / "best.pt"
-    return made
+def make():
+    """{name: path} of everything, from the cache, or trained."""
+    import crosskd
+    import dkdetr
+    import prototype_kd
+    paths, of = [*map(tiny.shapes_backbone, BACKBONES), tiny.shapes_clip()], (0, 1, torch.device("cpu"))
+    flags = lambda script: script.resolve(script.parse_args(["--data", "shapes"]))
+    paths.append(crosskd.shapes_teacher(flags(crosskd), *of))
+    args = flags(prototype_kd)
+    paths.append(prototype_kd.shapes_detector(f"faster_{prototype_kd.TEACHER}", args, *of, teacher=True))
+    paths.append(dkdetr.shapes_start(flags(dkdetr), *of))
+    return {path.stem if path.stem != "best" else path.parent.name: path for path in map(Path, paths)}
 
 
-def measured(name, path):
-    """What SHIPPED says of a file, of one that was trained anew."""
-    if name == TEACHER:
-        return dict(AP=json.loads(path.with_name("results.json").read_text())["AP"])
-    return content_of(path)["accuracy"]
+def measured(path):
+    """Its quality, as it was when it was trained."""
+    if path.stem != "best":
+        return content_of(path)["accuracy"]
+    found = json.loads(path.with_name("results.json").read_text())
+    return {k: found[k] for k in ("base_AP50", "top1", "AP") if k in found}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--check", action="store_true")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true")
+    how.add_argument("--pack", action="store_true")
     p.add_argument("--cache", type=Path, default=ROOT / "runs/ship", help="folder of what is trained; kept")
     a = p.parse_args()
+    os.environ["DETECTION_CACHE"] = str(a.cache.resolve())
+    if not a.pack:
+        os.environ["DETECTION_RETRAIN"] = "1"
     worse = []
-    for name, path in train(a.cache.resolve()).items():
-        now, (_, before, spread) = measured(name, path), SHIPPED[name]
-        for key, value in before.items():
-            print(f"{name} {key}: shipped {value:.1f}, trained anew {now[key]:.1f}")
-            worse += [f"{name} {key}"] if abs(now[key] - value) > spread else []
+    for name, path in make().items():
+        now = measured(path)
+        _, before, spread = SHIPPED.get(name, ("", {}, 0))
+        print(f"{name}:", ", ".join(f"{k} {v:.1f}" for k, v in now.items()), f"| shipped: {before}")
+        worse += [f"{name} {k}" for k, v in before.items() if abs(now[k] - v) > spread]
         if not a.check:
             content = content_of(path)
             rows = trained_rows(content) if name.startswith("tiny-clip") else None
-            tiny.pack(content, tiny.SHIPPED / f"{name}.npz", rows)
-            print(f"{name}: sha256 {digest(name)}")
+            tiny.pack(content, tiny.SHIPPED / f"{name}.npz", rows, LEVELS.get(name, 31))
+            print(f"    sha256 {digest(name)}, {(tiny.SHIPPED / f'{name}.npz').stat().st_size:,} bytes")
     if worse:
         raise SystemExit(f"beyond the spread: {', '.join(worse)}")
 

@@ -6,7 +6,7 @@ Protocol. Each seed draws everything anew: training and validation images, backb
 student. The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0,
 which is in no table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs,
 steps, seconds (of one CPU thread, the whole command: start, training, evaluation; null if the run was
-resumed), commit.
+resumed), commit (of its start).
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms
 of a table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the
@@ -17,6 +17,7 @@ runs, holds where its own interval excludes 0; the p values beside it are the co
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -110,26 +111,31 @@ def claims(rows, listed):
         print(f"{verdict:10s} {sentence}: {key} {mean:+.2f} +- {half:.2f}, up on {up} of {len(gains)} seeds")
 
 
-def curve(rows, lines, key, path, title):
+def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread"):
     """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
-    the mean of the seeds, its bar the 95 % t interval."""
+    the mean of the seeds that have every arm, its bar the 95 % t interval."""
+    of = {(r["arm"], r["seed"]): r for r in rows}
+    seeds = [s for s in sorted({s for _, s in of}) if all((a, s) in of for arms in lines.values() for a in arms)]
+    if not seeds:
+        print("\nno curve: no seed has all its arms")
+        return
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
+    print()
     for label, arms in lines.items():
         points = []
         for arm in arms:
-            mine = [r for r in rows if r["arm"] == arm and r.get("seconds")]
-            if mine:
-                mean, half = interval([r[key] for r in mine])
-                seconds = statistics.fmean(r["seconds"] for r in mine)
-                points.append((seconds, mean, 0 if half != half else half))
-        if points:
-            axes.errorbar(*zip(*[p[:2] for p in points]), yerr=[p[2] for p in points], marker="o", capsize=3,
-                          label=label)
+            mine = [of[arm, s] for s in seeds]
+            mean, half = interval([r[key] for r in mine])
+            seconds = statistics.fmean([r["seconds"] for r in mine if r["seconds"]] or [math.nan])
+            points.append((seconds, mean, 0 if half != half else half))
+        print(f"{label:20s}", "; ".join(f"{x:.0f} s {y:.1f} +- {e:.1f}" for x, y, e in points))
+        x, y, bars = zip(*points)
+        axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, label=label)
     axes.set_xscale("log")
-    axes.set_xlabel("CPU seconds of the student's run, one thread")
+    axes.set_xlabel(axis)
     axes.set_ylabel(key.replace("_", " "))
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
@@ -137,7 +143,7 @@ def curve(rows, lines, key, path, title):
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-    print(f"\ncurves: {path}")
+    print(f"{len(seeds)} seeds: {path}")
 
 
 # ------------------------------------------------------------------ runs
@@ -170,33 +176,39 @@ def python(code, *words):
 
 
 def train(script, out, flags):
-    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds). Continued
-    where it was stopped, taken as it is where it is finished."""
-    out = Path(out)
-    done, cost = out / "results.json", out / "cost.json"
-    if not (done.exists() and cost.exists()):
+    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds, commit).
+    Continued where it was stopped, taken as it is where it is finished, made anew where the flags differ."""
+    out, flags = Path(out), [*map(str, flags)]
+    said, done, cost = out / "flags.json", out / "results.json", out / "cost.json"
+    begun = json.loads(said.read_text()) if said.exists() else {}
+    if begun.get("flags") != flags:
+        shutil.rmtree(out, ignore_errors=True)
+    if not cost.exists():
         resumed = (out / "last.pt").exists()
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            begun = dict(flags=flags, commit=commit())
+            said.write_text(json.dumps(begun))
         more = ["--resume"] if resumed else []
         if resumed and "--from" in flags:  # last.pt knows it
             flags = flags[:flags.index("--from")] + flags[flags.index("--from") + 2:]
-        words = [sys.executable, script, "--data", "shapes", "--workers", 0, "--log-every", 100, "--out", out]
-        _, seconds = command([*map(str, [*words, *flags, *more])])
+        words = [sys.executable, script, "--data", "shapes", "--workers", "0", "--log-every", "100", "--out"]
+        _, seconds = command([*words, str(out), *flags, *more])
         result = json.loads(done.read_text())
         seconds = None if resumed else round(seconds, 1)
-        took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds)
+        took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds, commit=begun["commit"])
         cost.write_text(json.dumps(took))
     return json.loads(done.read_text()), json.loads(cost.read_text())
 
 
 class Study:
     """name: of the script. run(arm, seed, folder): trains one arm, returns its row without arm and seed.
-    prepare(seed, folder): what the arms of a seed share. arms: all names; main: those that run by default."""
+    prepare(seed, folder): what the arms of a seed share. arms: {name: the seeds it runs on}; 0 is none of
+    them."""
 
-    def __init__(self, name, run, prepare, arms, report, main=None, seeds=range(1, 7)):
-        self.name, self.run, self.prepare, self.arms, self.report = name, run, prepare, list(arms), report
-        self.main, self.seeds = list(main or arms), list(seeds)
+    def __init__(self, name, run, prepare, arms, report):
+        self.name, self.run, self.prepare, self.arms, self.report = name, run, prepare, arms, report
         self.path = ROOT / "tests" / f"study_{name}.jsonl"
         self.folder = ROOT / "runs" / f"study_{name}"
 
@@ -209,7 +221,7 @@ class Study:
         if (row["arm"], row["seed"]) in {(r["arm"], r["seed"]) for r in self.rows()}:
             return
         with open(self.path, "a") as f:
-            f.write(json.dumps(row | dict(commit=commit())) + "\n")
+            f.write(json.dumps(row | dict(commit=row.get("commit") or commit())) + "\n")
         print(time.strftime("%H:%M"), json.dumps(row), flush=True)
 
     def one_seed(self, seed, arms):
@@ -224,15 +236,19 @@ class Study:
 
     def main_program(self, doc):
         p = argparse.ArgumentParser(description=doc.split("\n")[0])
-        p.add_argument("--seeds", type=int, nargs="+", default=self.seeds)
-        p.add_argument("--arms", nargs="+", default=self.main, choices=self.arms)
+        p.add_argument("--seeds", type=int, nargs="+", help="default: those of each arm")
+        p.add_argument("--arms", nargs="+", default=[*self.arms], choices=[*self.arms])
         p.add_argument("--jobs", type=int, default=2, help="seeds at once, one thread each")
         p.add_argument("--report", action="store_true", help="print the tables of what is done")
         a = p.parse_args()
+        if a.seeds and min(a.seeds) < 1:
+            p.error("--seeds: on seed 0 the settings were chosen; give seeds from 1")
         if not a.report:
+            seeds = a.seeds or sorted({seed for arm in a.arms for seed in self.arms[arm]})
+            chosen = lambda seed: [arm for arm in a.arms if a.seeds or seed in self.arms[arm]]
             # a seed at a time: a study that is cut off has whole seeds
             with ThreadPoolExecutor(a.jobs) as pool:
-                list(pool.map(lambda seed: self.one_seed(seed, a.arms), a.seeds))
+                list(pool.map(lambda seed: self.one_seed(seed, chosen(seed)), seeds))
         self.report(self.rows())
 
 

@@ -95,4 +95,4 @@ def report(rows):
 
 
 if __name__ == "__main__":
-    Study("hierkd", run, prepare, ARMS, report).main_program(__doc__)
+    Study("hierkd", run, prepare, dict.fromkeys(ARMS, range(1, 7)), report).main_program(__doc__)

@@ -72,6 +72,21 @@ def test_rows_set_flags_and_a_flag_beside_them_wins():
     assert dkdetr.parse_args(["--row", "t4-voc"]).dataset == "voc"
 
 
+def test_table_of_shapes_begins_from_the_burn_in_that_is_ready(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(dkdetr, "shapes_start", lambda *of: "ready/best.pt")
+    monkeypatch.setattr(dkdetr, "train", lambda args, *of: ran.append(args) or dict(novel_AP50=1.0, base_AP50=2.0, AP50=3.0))
+    args = dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--out", str(tmp_path)]))
+    assert args.table and args.burn_in == 0
+    dkdetr.quick_start(args, 0, 1, torch.device("cpu"))
+    assert [Path(a.out).name for a in ran] == ["dk-detr", "without-kd"]
+    assert all(a.start_from == "ready/best.pt" and a.epochs == args.epochs and not a.table for a in ran)
+    assert [dkdetr.distils(a) for a in ran] == [True, False]
+    words = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert words == ["without KD", "DK-DETR"]
+    assert not dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--max-iters", "3"])).table
+
+
 def test_every_open_choice_is_a_flag_with_its_default_first():
     a = dkdetr.resolve(dkdetr.parse_args([]))
     assert all(getattr(a, name.replace("-", "_")) == values[0] for name, values, _ in dkdetr.OPEN)

@@ -265,7 +265,7 @@ def test_two_processes_equal_one(clip, tmp_path):
     (["--queries", "0"], "--queries: 0"), (["--dataset", "voc"], "is for --eval"), (["--levels", "7"], "--levels: 7"), (["--rfs", "-1"], "--rfs: -1"),
     (["--dim", "48"], "--dim 48"), (["--masks", "--image-size", "100"], "--image-size 100"), (["--table", "--dataset", "lvis"], "--table"),
     (["--lr", "nan"], "--lr: nan"), (["--w-skd", "nan"], "--w-skd: nan"), (["--jitter", "2", "0.1"], "--jitter 2.0 0.1"), (["--hidden", "0"], "--hidden: 0"),
-    (["--data", "shapes", "--epochs", "1"], "--table"), (["--predict", "x.jpg", "--weights", "nowhere.pt"], "nowhere.pt"), (["--tau", "-1"], "--tau: -1"),
+    (["--data", "shapes", "--burn-in", "1", "--epochs", "1"], "--table"), (["--predict", "x.jpg", "--weights", "nowhere.pt"], "nowhere.pt"), (["--tau", "-1"], "--tau: -1"),
     (["--tau-r", "inf"], "--tau-r: inf"), (["--jitter", "0", "1"], "--jitter: 0"), (["--dropout", "1"], "--dropout: 1"), (["--bn", "frozen", "--init", "none"], "--init none needs --bn sync")])
 def test_bad_flags_give_one_line(flags, words, monkeypatch, capsys):
     assert words in refusal(flags, monkeypatch, capsys)
@@ -372,6 +372,10 @@ def test_a_run_begins_as_the_copy_of_another(small, few, tmp_path):
     (tmp_path / "copy/log.jsonl").unlink()
     r = run(*flags, "--out", tmp_path / "copy2", "--from", tmp_path / "copy/last.pt")  # nothing is left to do but its evaluation
     assert "novel_AP50" in " ".join(r.stdout.split()) and losses(tmp_path / "copy2") == {}
+    best = tmp_path / "copy/best.pt"  # its weights alone, at step 0
+    run(*flags, "--out", tmp_path / "copy4", "--from", best, "--max-iters", 1, "--lr", 1e-12, "--weight-decay", 0)
+    now, before = (torch.load(path, weights_only=True) for path in (tmp_path / "copy4/last.pt", best))
+    assert now["it"] == 1 and all(torch.allclose(v, before["model"][k], atol=1e-6) for k, v in now["model"].items())
     r = run("--resume", "--from", "x.pt", "--out", tmp_path / "start", fail=True)
     assert "one of them" in r.stderr
     r = run(*flags, "--batch-size", 8, "--out", tmp_path / "copy3", "--from", tmp_path / "start/last.pt", fail=True)

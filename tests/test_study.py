@@ -49,9 +49,14 @@ def test_claims_and_tables(capsys):
     assert "+1.03 +- 0.14, p 0.001" in up and "20.00" in alone and "Holm" in head
 
 
-def test_curve_draws(tmp_path):
-    study.curve(rows_of(a=[1.0, 2], b=[2.0, 4]), {"one": ["a", "b"]}, "AP", tmp_path / "c.png", "t")
+def test_curve_draws_the_seeds_that_have_all(tmp_path, capsys):
+    rows = rows_of(a=[1.0, 2, 9], b=[2.0, 4])
+    study.curve(rows, {"one": ["a", "b"]}, "AP", tmp_path / "c.png", "t")
     assert (tmp_path / "c.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "1.5 +-" in said and "3.0 +-" in said and "2 seeds" in said
+    study.curve(rows, {"one": ["a", "never"]}, "AP", tmp_path / "none.png", "t")
+    assert "no curve" in capsys.readouterr().out
 
 
 def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):
@@ -61,15 +66,38 @@ def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):
         ran.append((arm, seed))
         return dict(AP=1.0 * seed, seconds=1.0)
 
-    one = study.Study("x", run, lambda seed, folder: None, ["a", "b"], lambda rows: print(len(rows), "rows"))
+    arms = dict(a=[1, 2], b=[1])
+    one = study.Study("x", run, lambda seed, folder: None, arms, lambda rows: print(len(rows), "rows"))
     monkeypatch.setattr(one, "path", tmp_path / "study_x.jsonl")
-    monkeypatch.setattr(sys, "argv", ["study_x.py", "--seeds", "1", "2", "--jobs", "1"])
+    monkeypatch.setattr(sys, "argv", ["study_x.py", "--jobs", "1"])
     one.main_program("doc")
     one.main_program("doc")
-    assert ran == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert ran == [("a", 1), ("b", 1), ("a", 2)]
+    monkeypatch.setattr(sys, "argv", ["study_x.py", "--jobs", "1", "--seeds", "2"])
+    one.main_program("doc")
+    assert ran[3:] == [("b", 2)]
     rows = [json.loads(line) for line in one.path.read_text().splitlines()]
     assert len(rows) == 4 and all(r["commit"] for r in rows)
     assert "4 rows" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["study_x.py", "--seeds", "0"])
+    with pytest.raises(SystemExit):
+        one.main_program("doc")
+
+
+def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_path, monkeypatch):
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text("import json, sys, pathlib\n"
+                      "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+                      "(out / 'results.json').write_text(json.dumps(dict(epoch=1, it=2, said=sys.argv[-1])))\n")
+    first = study.train(script, out, ["--x", 1])
+    assert first[0]["said"] == "1" and first[1]["steps"] == 2 and first[1]["seconds"] >= 0 and first[1]["commit"]
+    assert study.train(script, out, ["--x", 1]) == first
+    (out / "trace").touch()
+    assert study.train(script, out, ["--x", 2])[0]["said"] == "2" and not (out / "trace").exists()
+    (out / "cost.json").unlink()
+    (out / "last.pt").touch()
+    result, took = study.train(script, out, ["--x", 2, "--from", "elsewhere"][:2])
+    assert result["said"] == "--resume" and took["seconds"] is None
 
 
 def test_a_command_that_fails_stops_the_study():
@@ -79,11 +107,12 @@ def test_a_command_that_fails_stops_the_study():
         study.command([sys.executable, "-c", "raise ValueError('no such luck')"])
 
 
-@pytest.mark.parametrize("name", ["crosskd", "hierkd", "dkdetr", "prototype_kd"])
+@pytest.mark.parametrize("name", ["crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"])
 def test_every_claim_compares_arms_that_exist(name):
     module = __import__(f"study_{name}")
     for _, arm, against, key in module.CLAIMS:
-        assert arm in module.ARMS and against in module.ARMS
+        known = {*module.ARMS, *getattr(module, "FUSE", ())}
+        assert arm in known and against in known
         assert key in (*module.METRICS, *getattr(module, "NAMING", ()))
 
 

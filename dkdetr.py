@@ -1668,11 +1668,8 @@ ROWS = rows(TABLE, RELEASED="checkpoints/dkd_r50_70e_lvis.pth",
             OWN="--batch-size 4 --lr 0.008 --warmup 100 --jitter 0.5 1.5")
 # flags, the flag that gives them an effect, its values
 BELONGS = (
-    ("images", "dataset", ("lvis", None)),
-    ("data_seed", "data", ("shapes",)),
-    ("bn", "backbone", ("r50", "r101", None)),
-    ("tau_s", "skd", ("bce",)),
-    ("w_skd", "skd", ("bce", "l1")),
+    ("images", "dataset", ("lvis", None)), ("data_seed", "data", ("shapes",)),
+    ("bn", "backbone", ("r50", "r101", None)), ("tau_s", "skd", ("bce",)), ("w_skd", "skd", ("bce", "l1")),
     ("w_rkd tau_r rkd_dir", "rkd", ("both", "image", "batch")),
     ("kd_attn kd_ref kd_embed", "aux_queries", (True,)),
     ("kd_exclude kd_topk kd_min_size", "kd_boxes", ("encoder", "decoder")))
@@ -1849,26 +1846,23 @@ def resolve(args):
 
 # ================================================================== main
 
-BURN_IN = "burn-in"  # folder of the table's first run
-READY = 24           # epochs of the burn-in that the table of shapes has ready
+BURN_IN, READY = "burn-in", 24  # folder of the table's first run; epochs of the one that is ready for shapes
 
 
 def shapes_start(args, rank, world, device):
-    """Path of the weights that the table of shapes begins from, see trained_before: a burn-in at the whole
-    rate."""
+    """Path of what the table of shapes begins from, see trained_before: a burn-in at the whole rate."""
     from common.tiny import trained_before
     steps = READY * -(-len(make_data(args, "train")) // SHAPES["batch_size"])
-    flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--no-table", "--skd", "none", "--rkd",
-             "none", "--epochs", str(2 * READY), "--max-iters", str(steps), "--eval-every", str(2 * READY),
-             "--workers", str(args.workers), "--resume"]
+    flags = (f"--data shapes --data-seed {args.data_seed} --no-table --skd none --rkd none --resume --epochs "
+             f"{2 * READY} --max-iters {steps} --workers {args.workers} --out").split()
     return trained_before(f"dkdetr-e{READY}", args.data_seed, rank,
-                          lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))
+                          lambda out: train(resolve(parse_args([*flags, out])), rank, world, device))
 
 
 def quick_start(args, rank, world, device):
-    """--table: the detector without distillation and DK-DETR, both from one burn-in, side by side."""
-    root, lines = Path(args.out), {}
-    runs = [("DK-DETR", {}), ("without KD", dict(skd="none", rkd="none"))]  # the first knows all flags
+    """--table: the detector with and without distillation, from one burn-in, in a table and a picture."""
+    root, lines, found = Path(args.out), [], {}
+    runs = [("DK-DETR", {}), ("without KD", dict(skd="none", rkd="none"))]  # --resume asks the first
     if args.burn_in:
         _, plan = train_loader(make_data(args, "train"), args.batch_size, rank, world, args.seed, 0)
         start = str(root / BURN_IN / "last.pt")
@@ -1883,12 +1877,14 @@ def quick_start(args, rank, world, device):
         more["start_from"] = None if name == "burn-in" else start
         metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
         if rank == 0:
-            took = "resumed" if resume else f"{time.time() - since:.0f}"
             groups = " ".join(f"{metrics.get(k, -1):5.1f}" for k in ("novel_AP50", "base_AP50", "AP50"))
-            lines[name] = f"{name:14s} {groups} {took:>9s}"
+            lines.append(f"{name:14s} {groups} {time.time() - since:9.0f}")
+            found[name] = out / "detections.json"
     if rank == 0:
-        order = [lines[name] for name in ("burn-in", "without KD", "DK-DETR") if name in lines]
-        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds", *order, sep="\n")
+        from common.pictures import save_comparison
+        val = make_data(args, "val")
+        page = save_comparison(val, found, root, class_split(args, val.records.categories)[1])
+        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds", *lines, page, sep="\n")
 
 
 def main():

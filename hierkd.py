@@ -733,9 +733,7 @@ def check_captions(captions, root):
 
 def given_names(args):
     """(--base, --novel), lists of names, or None where they are not given."""
-    base = class_names(args.base, "--base") if args.base else None
-    novel = class_names(args.novel, "--novel") if args.novel else None
-    return base, novel
+    return [x and class_names(x, f"--{flag}") for flag, x in (("base", args.base), ("novel", args.novel))]
 
 
 def class_split(split, names, base=None, novel=None, asked=None):
@@ -1206,9 +1204,7 @@ OF_GKD = """gkd_loss gkd_weight gkd_patches gkd_levels gkd_pool tau_a shuffle_ca
     flip_words"""
 # flags, the flag that gives them an effect, its values
 BELONGS = (
-    (OF_IKD, "ikd", (True, None)),
-    (OF_GKD, "gkd", (True, None)),
-    ("data_seed", "data", ("shapes",)))
+    (OF_IKD, "ikd", (True, None)), (OF_GKD, "gkd", (True, None)), ("data_seed", "data", ("shapes",)))
 MODES = dict(eval="data workers clip clip_direct direct_quality classes val_json val_images",
              predict="weights score classes clip", export="weights classes clip")
 
@@ -1396,8 +1392,8 @@ def resolve(args):
 # ================================================================== main
 
 def quick_start(args, rank, world, device):
-    """--table: the detector without distillation and HierKD, at the same rate, in one table."""
-    lines = []
+    """--table: the detector without and with distillation, at the same rate, in one table and one picture."""
+    lines, found = [], {}
     for name, distil in (("baseline", False), ("HierKD" if args.gkd else "IKD", True)):
         since, out = time.time(), Path(args.out) / name.lower()
         resume = args.resume and (out / "last.pt").exists()
@@ -1405,11 +1401,15 @@ def quick_start(args, rank, world, device):
         metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
         if rank == 0:
             groups = "zsd base gzsd_base gzsd_novel gzsd_all".split()
-            numbers = [name, *(metrics.get(f"{g}_AP50", -1) for g in groups), time.time() - since]
-            lines.append("%-18s %10.1f %6.1f | %9.1f %6.1f %6.1f %9.0f" % tuple(numbers))
+            numbers = name, *(metrics.get(f"{g}_AP50", -1) for g in groups), time.time() - since
+            lines.append("%-18s %10.1f %6.1f | %9.1f %6.1f %6.1f %9.0f" % numbers)
+            found[name] = out / "detections.json"
     if rank == 0:
-        print(f"\n{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds", *lines,
-              sep="\n")
+        from common.pictures import save_comparison
+        val, names = make_data(args, "val"), given_names(args)
+        page = save_comparison(val, found, args.out, class_split(args.split, val.classes, *names)[1])
+        head = f"{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds"
+        print(f"\n{head}", *lines, page, sep="\n")
 
 
 def main():

@@ -1992,15 +1992,15 @@ def train_both(args, rank, world, device):
 
 
 def quick_start(args, rank, world, device):
-    """--data shapes: both stages, and stage II with boxes only, in one table. Six classes of the embedded
-    dataset have no boxes in training, only image labels."""
+    """--data shapes: both stages, and stage II with boxes only, in one table and one picture. Six classes of
+    the embedded dataset have no boxes in training, only image labels."""
     since, lines, out = time.time(), [], Path(args.out)
     init = str(out / "stage_I" / "last.pt")
     runs = {"stage I": dict(stage=1, init=None), "boxes only": dict(stage=2, init=init, cls_ratio=0),
             "simple21k": dict(stage=2, init=init)}
     for name, more in runs.items():
-        flags = of_stage(args, out=out / name.replace(" ", "_"), **more)
-        m = train(resolve(flags), rank, world, device)
+        flags = resolve(of_stage(args, out=out / name.replace(" ", "_"), **more))
+        m = train(flags, rank, world, device)
         if rank == 0 and more["stage"] == 1:
             cells = f"{m['top1']:42.1f}"
         elif rank == 0:
@@ -2012,6 +2012,12 @@ def quick_start(args, rank, world, device):
         print("\nshapes                base AP  AP50  novel AP  AP50  accuracy   seconds", *lines, sep="\n")
         print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base\n"
               "scores, also of one that was not trained on: compare the novel columns")
+        from common.pictures import save_comparison
+        arch = read_model_file(out / "simple21k" / "last.pt", "--out")[0]
+        found = {name: out / name.replace(" ", "_") / "detections.json" for name in list(runs)[1:]}
+        novel = [name for name in arch["cls"] if name not in arch["det"]]
+        page = save_comparison(make_val(flags, arch, True), found, out, novel)
+        print(f"ground truth, and what each finds: {page}")
 
 
 def make_split(args):

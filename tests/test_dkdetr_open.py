@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """dkdetr.py as a place to copy from and to bring own names to: layout, rows, own splits, CLIP's pitfalls, load, predict_image, --export."""
+import argparse
 import ast
 import difflib
 import json
@@ -76,14 +77,17 @@ def test_table_of_shapes_begins_from_the_burn_in_that_is_ready(tmp_path, monkeyp
     ran = []
     monkeypatch.setattr(dkdetr, "shapes_start", lambda *of: "ready/best.pt")
     monkeypatch.setattr(dkdetr, "train", lambda args, *of: ran.append(args) or dict(novel_AP50=1.0, base_AP50=2.0, AP50=3.0))
+    pages = []
+    monkeypatch.setattr("common.pictures.save_comparison", lambda val, found, out, novel: pages.append((list(found), novel)) or "a page")
+    monkeypatch.setattr(dkdetr, "make_data", lambda args, split: argparse.Namespace(records=argparse.Namespace(categories=[])))
     args = dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--out", str(tmp_path)]))
     assert args.table and args.burn_in == 0
     dkdetr.quick_start(args, 0, 1, torch.device("cpu"))
     assert [Path(a.out).name for a in ran] == ["dk-detr", "without-kd"]
     assert all(a.start_from == "ready/best.pt" and a.epochs == args.epochs and not a.table for a in ran)
     assert [dkdetr.distils(a) for a in ran] == [True, False]
-    words = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert words == ["without KD", "DK-DETR"]
+    words = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert words == ["DK-DETR", "without KD", "a page"] and pages[0][0] == ["DK-DETR", "without KD"] and "blue star" in pages[0][1]
     assert not dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--max-iters", "3"])).table
 
 

@@ -190,6 +190,10 @@ def test_a_comparison_has_a_column_for_the_truth_and_one_for_each_detector(tmp_p
     assert page.shape == (26 + 3 * 246, 3 * 306 + 6, 3)
     columns = [page[26:, x:x + 300] for x in (6, 312, 618)]
     assert [colourful(c) > 0 for c in columns] == [True, False, True] and colourful(columns[2][500:]) == 0
+    for k in (0, 1, 3, 4):
+        data.items[k] = (*data.items[k][:5], data.items[k][5] * 0)  # of one class only
+    first = lambda wanted: pixels(pictures.save_comparison(data, {}, tmp_path, wanted, count=1))
+    assert (first("b") != first("")).any() and (first("c") == first("")).all()
 
 
 def test_title_stands_above_the_page_and_in_the_files_comment(tmp_path):

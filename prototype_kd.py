@@ -2060,29 +2060,32 @@ def wants_table(args):
 def quick_start(args, rank, world, device):
     """--data shapes: teacher, the student that is distilled, the same continued without distillation, and
     distilled, in one table and one picture."""
-    since, lines, out = time.time(), [], Path(args.out)
-    kind = kind_of_name(args.student or "faster")
-    paths = []
+    lines, found, paths, out = [], {}, [], Path(args.out)
+    kind, val = kind_of_name(args.student or "faster"), make_data(resolve(args), "val")
+
+    def note(name, metrics):
+        """A row of the table, told as soon as it is there."""
+        if rank == 0:
+            line = f"{name:31s} {metrics['AP']:5.1f} {metrics['AP50']:5.1f} {metrics['AP75']:5.1f}"
+            lines.append(f"{line} {time.time() - since:9.0f}")
+            print(lines[-1], flush=True)
+
     for role, name in (("teacher", f"{kind}_{TEACHER}"), ("student", args.student or f"{kind}_tiny8")):
-        paths.append(shapes_detector(name, args, rank, world, device, teacher=role == "teacher"))
-        lines.append((f"{role} {name}", Path(paths[-1]).parent, time.time() - since))
         since = time.time()
+        paths.append(shapes_detector(name, args, rank, world, device, teacher=role == "teacher"))
+        model = load(paths[-1], "--init")[0].to(device)
+        note(f"{role} {name}", evaluate(model, val, rank, world, device, args)[0])
     runs = ("continued", "none", "none"), ("distilled", paths[0], str(out / "continued"))
     for word, teacher, control in runs:
+        since = time.time()
         more = dict(teacher=teacher, init=paths[1], student=None, out=str(out / word), control=control,
                     table=False, resume=args.resume and (out / word / "last.pt").exists())
-        train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device)
-        lines.append((f"student {word}", out / word, time.time() - since))
-        since = time.time()
+        note(f"student {word}", train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device))
+        found[f"student {word}"] = out / word / "detections.json"
     if rank == 0:
-        results = [read_json(folder / "results.json") for _, folder, _ in lines]
-        print(f"\nshapes, {results[-1]['images']} validation images     AP  AP50  AP75   seconds")
-        for (name, _, seconds), m in zip(lines, results):
-            print(f"{name:31s} {m['AP']:5.1f} {m['AP50']:5.1f} {m['AP75']:5.1f} {seconds:9.0f}")
+        print(f"\nshapes, {len(val)} validation images     AP  AP50  AP75   seconds", *lines, sep="\n")
         from common.pictures import save_comparison
-        found = {f"student {word}": out / word / "detections.json" for word in ("continued", "distilled")}
-        page = save_comparison(make_data(args, "val"), found, out)
-        print(f"ground truth, and what each student finds: {page}")
+        print(f"ground truth, and what each student finds: {save_comparison(val, found, out)}")
 
 
 def main():

@@ -88,9 +88,9 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
                              own_files, parse_image_size, resize, train_loader)
 from common.evaluation import Detections, class_table, coco_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
-                        fast_layout, fused, gather, load_strict, number, open_run, parse, parser,
-                        rebuilding, reduce_mean, rows, run_flags, seed_all, started,
-                        to_device, warmup_multistep, wrap_ddp)
+                        fast_layout, fused, gather, load_strict, number, open_run, open_table, parse, parser,
+                        rebuilding, reduce_mean, rows, run_flags, saved_run, seed_all, started, to_device,
+                        warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 BINS = 17  # of a box edge
@@ -1392,7 +1392,8 @@ def parse_args(argv=None):
                    help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.003)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     run_flags(p, "crosskd", rows=ROWS, export=True, ready=True)
-    args = parse(p, argv, "crosskd", MODES, belongs=BELONGS, rows=ROWS)
+    args = parse(p, argv, "crosskd", MODES, belongs=BELONGS, rows=ROWS,
+                 saved=lambda args: saved_run(args, "crosskd.py", "kd_layer"))
     parts = set((args.method or "crosskd").split("+"))
     if parts - set(METHODS) or ("none" in parts and len(parts) > 1):
         p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +")
@@ -1449,6 +1450,7 @@ def shapes_teacher(args, rank, world, device):
 
 def quick_start(args, rank, world, device):
     """--data shapes: teacher, plain student and CrossKD student in one table and one picture."""
+    open_table(args, rank)
     since, lines, results = time.time(), [], {}
 
     def note(name, metrics):

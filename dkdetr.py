@@ -85,8 +85,8 @@ from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mas
                                lvis_evaluate, voc_evaluate)
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
-                        open_run, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_flags,
-                        seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
+                        open_run, open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags,
+                        saved_run, seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
 
 
 # ================================================================== the paper
@@ -1208,7 +1208,7 @@ def begin_as_copy(run):
     if "optimizer" in state:
         run.load(state, where, copy=True)
     else:
-        load_strict(run.model, state["model"], where)
+        load_strict(run.model, state.get("model"), where)
     run.log.bar.initial = run.log.bar.n = run.it
     run.due = run.finished
     run.save()
@@ -1675,6 +1675,8 @@ BELONGS = (
     ("kd_exclude kd_topk kd_min_size", "kd_boxes", ("encoder", "decoder")))
 DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_attn kd_ref kd_embed crop_fit
     shuffle_crops""".split()  # of no effect where there is none
+OF_START = """base novel keep_empty rfs dataset image_size jitter clip templates train_vocab tau backbone init
+    bn dim hidden levels encoder decoder queries dropout masks kd_embed"""  # what a burn-in depends on
 NAMING = "dataset images clip templates masks classes"  # what --eval and --predict read
 
 
@@ -1711,7 +1713,7 @@ def parse_args(argv=None):
     flag(g, "clip", f"teacher: MODEL/WEIGHTS of open_clip (default {CLIP}; shapes: the tiny CLIP, trained on "
          "demand)")
     flag(g, "templates", "63 prompts a name, or one", choices=tuple(PROMPTS))
-    flag(g, "backbone", "r50, r101, or tiny8 ... tiny64, which start from nothing", choices=BACKBONES,
+    flag(g, "backbone", "r50, r101, or tiny8 ... tiny64", choices=BACKBONES,
          metavar="NAME")
     flag(g, "init", "backbone start; shapes: of drawn base objects",
          choices=("imagenet", "shapes", "none"))
@@ -1769,7 +1771,8 @@ def parse_args(argv=None):
     modes = dict(eval=f"{NAMING} base novel data data_seed workers val_json val_images",
                  predict=f"{NAMING} data data_seed weights score", export="weights clip classes")
     args = parse(p, argv, "dkdetr", modes, only="weights score classes", belongs=BELONGS,
-                 apart=("resume start_from", "data train_json"), saved=run_or_table, rows=ROWS)
+                 apart=("resume start_from", "data train_json"), rows=ROWS,
+                 saved=lambda args: saved_run(args, "dkdetr.py", "kd_topk"))
     if args.jitter is not None and args.jitter[0] > args.jitter[1]:
         p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected LOW <= HIGH")
     if args.dim is not None and args.dim % 32:
@@ -1790,17 +1793,10 @@ def parse_args(argv=None):
     return args
 
 
-def run_or_table(args):
-    """The flags of the run, or of the table of runs, that --resume continues; {} where there is none yet."""
-    one, *table = (Path(args.out) / name / "last.pt" for name in ("", BURN_IN, "dk-detr"))
-    table = [path for path in table if path.exists()]
-    if one.exists() and table:
-        raise UserError(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
-    if one.exists():
-        return saved_flags(one, "dkdetr.py")
-    if table:
-        return saved_flags(table[0], "dkdetr.py") | dict(table=True, max_iters=None, start_from=None)
-    return {}
+def starts_plain(args):
+    """Whether the burn-in that is ready for shapes is what these flags would train."""
+    plain = vars(parse_args(["--data", "shapes"])) | dict(dataset="ovcoco", masks=False) | SHAPES
+    return all(vars(args)[k] in (None, [], False, plain[k]) for k in OF_START.split())
 
 
 def resolve(args):
@@ -1815,9 +1811,10 @@ def resolve(args):
     quick = training and shapes and dataset == "ovcoco" and distils(args)
     known["table"] = bool(quick and not short)
     table = known["table"] if args.table is None else args.table
-    known["burn_in"] = (args.epochs or known["epochs"]) * 40 // 70
+    ready = shapes and table and not args.burn_in and starts_plain(args)
     if shapes and table:
-        known |= dict(epochs=5, burn_in=0)  # after the burn-in that is ready
+        known["epochs"] = 5 if ready else 18  # after the burn-in that is ready; with it
+    known["burn_in"] = 0 if ready else (args.epochs or known["epochs"]) * 40 // 70
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
     for k in ("base", "novel"):
         known[f"{k}_names"] = getattr(args, f"{k}_names", [])
@@ -1836,7 +1833,6 @@ def resolve(args):
         raise UserError(f"--kd-topk {args.kd_topk}: there are {args.queries} --queries to choose from")
     if args.masks and args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: masks need a multiple of 32")
-    ready = shapes and args.burn_in == 0
     unfit = not (ready or 0 < args.burn_in < args.epochs) or short or not distils(args)
     if table and (unfit or args.dataset == "lvis" or args.train_json and not args.val_json):
         raise UserError("--table: compares on ovcoco, shapes or own data, needs a method, a validation set, "
@@ -1852,17 +1848,18 @@ BURN_IN, READY = "burn-in", 24  # folder of the table's first run; epochs of the
 def shapes_start(args, rank, world, device):
     """Path of what the table of shapes begins from, see trained_before: a burn-in at the whole rate."""
     from common.tiny import trained_before
-    steps = READY * -(-len(make_data(args, "train")) // SHAPES["batch_size"])
+    _, plan = train_loader(make_data(args, "train"), SHAPES["batch_size"], rank, world, 0, 0)
     flags = (f"--data shapes --data-seed {args.data_seed} --no-table --skd none --rkd none --resume --epochs "
-             f"{2 * READY} --max-iters {steps} --workers {args.workers} --out").split()
+             f"{2 * READY} --max-iters {READY * len(plan)} --workers {args.workers} --out").split()
     return trained_before(f"dkdetr-e{READY}", args.data_seed, rank,
                           lambda out: train(resolve(parse_args([*flags, out])), rank, world, device))
 
 
 def quick_start(args, rank, world, device):
     """--table: the detector with and without distillation, from one burn-in, in a table and a picture."""
+    open_table(args, rank)
     root, lines, found = Path(args.out), [], {}
-    runs = [("DK-DETR", {}), ("without KD", dict(skd="none", rkd="none"))]  # --resume asks the first
+    runs = [("without KD", dict(skd="none", rkd="none")), ("DK-DETR", {})]
     if args.burn_in:
         _, plan = train_loader(make_data(args, "train"), args.batch_size, rank, world, args.seed, 0)
         start = str(root / BURN_IN / "last.pt")
@@ -1884,7 +1881,8 @@ def quick_start(args, rank, world, device):
         from common.pictures import save_comparison
         val = make_data(args, "val")
         page = save_comparison(val, found, root, class_split(args, val.records.categories)[1])
-        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds", *lines, page, sep="\n")
+        print(f"\n{args.data + ', AP50':14s} novel  base   all   seconds", *lines,
+              f"ground truth, and what each finds: {page}", sep="\n")
 
 
 def main():

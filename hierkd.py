@@ -91,8 +91,8 @@ from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, as_pixels
 from common.evaluation import Detections, class_mean, coco_evaluate, judged
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
-                        open_run, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_flags,
-                        seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
+                        open_run, open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags,
+                        saved_run, seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
@@ -733,7 +733,9 @@ def check_captions(captions, root):
 
 def given_names(args):
     """(--base, --novel), lists of names, or None where they are not given."""
-    return [x and class_names(x, f"--{flag}") for flag, x in (("base", args.base), ("novel", args.novel))]
+    base = class_names(args.base, "--base") if args.base else None
+    novel = class_names(args.novel, "--novel") if args.novel else None
+    return base, novel
 
 
 def class_split(split, names, base=None, novel=None, asked=None):
@@ -1204,7 +1206,9 @@ OF_GKD = """gkd_loss gkd_weight gkd_patches gkd_levels gkd_pool tau_a shuffle_ca
     flip_words"""
 # flags, the flag that gives them an effect, its values
 BELONGS = (
-    (OF_IKD, "ikd", (True, None)), (OF_GKD, "gkd", (True, None)), ("data_seed", "data", ("shapes",)))
+    (OF_IKD, "ikd", (True, None)),
+    (OF_GKD, "gkd", (True, None)),
+    ("data_seed", "data", ("shapes",)))
 MODES = dict(eval="data workers clip clip_direct direct_quality classes val_json val_images",
              predict="weights score classes clip", export="weights classes clip")
 
@@ -1306,8 +1310,8 @@ def parse_args(argv=None):
     direct = first.clip_direct or "--clip-direct" in ROWS.get(first.row, ("", ""))[1]
     crops = " ikd_details crop_scale" if direct else ""
     args = parse(p, argv, "hierkd", MODES | dict(eval=MODES["eval"] + crops),
-                 only="weights score classes clip_direct direct_quality", belongs=BELONGS, saved=flags_of_run,
-                 rows=ROWS | ANALYSES)
+                 only="weights score classes clip_direct direct_quality", belongs=BELONGS,
+                 rows=ROWS | ANALYSES, saved=lambda args: saved_run(args, "hierkd.py", "ikd_details"))
     if "direct_quality" in given and not args.clip_direct:
         p.error("--direct-quality: belongs to --clip-direct")
     wrong = "" if any(getattr(args, m) for m in MODES) else contradiction(args, given)
@@ -1336,23 +1340,6 @@ def contradiction(args, given):
     if args.table and own and not args.val_json:
         return "--table: needs a validation set, --val-json"
     return ""
-
-
-def flags_of_run(args):
-    """For --resume: the flags of the run in --out, or of the table of runs; {} where nothing is saved yet."""
-    one, table = Path(args.out) / "last.pt", Path(args.out) / "baseline/last.pt"
-    if one.exists() and table.exists():
-        raise UserError(f"--resume: {args.out} holds a run and a table of runs; give the folder of one run")
-    if not (one.exists() or table.exists()):
-        return {}
-    last = table if table.exists() else one
-    flags = saved_flags(last, "hierkd.py")
-    if "ikd_details" not in flags:
-        raise UserError(f"--resume {last}: was written by an earlier version, whose --lr was for 32 images; "
-                        "start anew")
-    if last == table:
-        flags |= dict(ikd=True, gkd=not flags["train_json"] or bool(flags["train_captions"]), table=True)
-    return flags
 
 
 def resolve(args):
@@ -1393,6 +1380,7 @@ def resolve(args):
 
 def quick_start(args, rank, world, device):
     """--table: the detector without and with distillation, at the same rate, in one table and one picture."""
+    open_table(args, rank)
     lines, found = [], {}
     for name, distil in (("baseline", False), ("HierKD" if args.gkd else "IKD", True)):
         since, out = time.time(), Path(args.out) / name.lower()
@@ -1409,7 +1397,7 @@ def quick_start(args, rank, world, device):
         val, names = make_data(args, "val"), given_names(args)
         page = save_comparison(val, found, args.out, class_split(args.split, val.classes, *names)[1])
         head = f"{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds"
-        print(f"\n{head}", *lines, page, sep="\n")
+        print(f"\n{head}", *lines, f"ground truth, and what each finds: {page}", sep="\n")
 
 
 def main():

@@ -97,8 +97,8 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
 from common.evaluation import Detections, class_table, coco_evaluate, voc_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
-                        load_strict, number, open_run, parse, parser, rebuilding, reduce_mean, rows,
-                        run_flags, saved_flags, seed_all, started, to_device, warmup_multistep, wrap_ddp)
+                        load_strict, number, open_run, open_table, parse, parser, rebuilding, reduce_mean,
+                        rows, run_flags, saved_run, seed_all, started, to_device, warmup_multistep, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
@@ -1828,19 +1828,6 @@ def voc_lists(text):
     return text
 
 
-def saved_run(args):
-    """Flags of the run that --resume continues, of its last.pt; of its args.json where it got no further than
-    its control."""
-    last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
-    if last.exists():
-        return saved_flags(last, "prototype_kd.py")
-    header = read_json(first) if first.exists() else dict(args={})
-    saved = header.get("args") if isinstance(header, dict) else None
-    if saved != {} and (not isinstance(saved, dict) or "proto_method" not in saved):
-        raise UserError(f"--resume {args.out}: holds a run of another script")
-    return saved
-
-
 def parse_args(argv=None):
     p = parser(__doc__.split("\n", 1)[0], EXAMPLES)
 
@@ -1922,7 +1909,8 @@ def parse_args(argv=None):
                    "and distilled student in one table (default without --teacher, --init, --max-iters)")
     run_flags(p, "prototype_kd", rows=ROWS, export=True, ready=True)
     apart = "train_json data", "train_json dataset", "val_json dataset"
-    args = parse(p, argv, "prototype_kd", MODES, belongs=BELONGS, apart=apart, saved=saved_run, rows=ROWS)
+    args = parse(p, argv, "prototype_kd", MODES, belongs=BELONGS, apart=apart, rows=ROWS,
+                 saved=lambda args: saved_run(args, "prototype_kd.py", "proto_method"))
     if args.image_size:
         parse_image_size(args.image_size)
     if args.data == "shapes" and args.dataset == "voc":
@@ -2060,6 +2048,7 @@ def wants_table(args):
 def quick_start(args, rank, world, device):
     """--data shapes: teacher, the student that is distilled, the same continued without distillation, and
     distilled, in one table and one picture."""
+    open_table(args, rank)
     lines, found, paths, out = [], {}, [], Path(args.out)
     kind, val = kind_of_name(args.student or "faster"), make_data(resolve(args), "val")
 

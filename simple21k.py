@@ -101,8 +101,9 @@ from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, De
                              read_lines, read_overlap, wordnet_ids)
 from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model,
                         fast_layout, fused, gather, given_flags, holds_run, load_checkpoint, load_strict,
-                        number, open_run, parse, parser, reduce_mean, rows, run_flags, saved_flags, seed_all,
-                        started, tell, to_device, warmup_multistep, wrap_ddp, write_whole)
+                        number, open_run, open_table, parse, parser, reduce_mean, rows, run_flags,
+                        saved_flags, saved_run, seed_all, started, tell, to_device, warmup_multistep,
+                        wrap_ddp, write_whole)
 
 STRIDES = (4, 8, 16, 32)  # of P2 ... P5
 
@@ -1809,7 +1810,7 @@ def parse_args(argv=None):
               export=True)
     p.set_defaults(score=0.1)  # of thousands of classes none scores high
     args = parse(p, argv, "simple21k", MODES, only="weights score classes", belongs=BELONGS,
-                 apart=("val_json val_boxes", "overlap wordnet"), saved=saved_run, rows=ROWS)
+                 apart=("val_json val_boxes", "overlap wordnet"), saved=flags_of_run, rows=ROWS)
     refuse(p, args, given_flags(p, argv))
     return args
 
@@ -1851,13 +1852,13 @@ def refuse(p, args, given):
         p.error("--table: belongs to --data shapes and runs both stages")
 
 
-def saved_run(args):
+def flags_of_run(args):
     """Flags of the run in args.out, which --resume continues. A run of both stages has them in its folders.
     Paths that were the setup's are left out, and those that are given now: --data may have moved."""
     there = [Path(args.out) / folder / "last.pt" for folder in ("", "stage2", "stage1")]
     there = [path for path in there if path.exists()]
     if not there:
-        return {}
+        return saved_run(args, "simple21k.py", "stage1_head")
     flags = saved_flags(there[0], "simple21k.py")
     if not {"setup", "augment", *PATHS} <= set(flags):
         raise UserError(f"--resume {there[0]}: was written by an earlier version of this project; take its "
@@ -1994,6 +1995,7 @@ def train_both(args, rank, world, device):
 def quick_start(args, rank, world, device):
     """--data shapes: both stages, and stage II with boxes only, in one table and one picture. Six classes of
     the embedded dataset have no boxes in training, only image labels."""
+    open_table(args, rank)
     since, lines, out = time.time(), [], Path(args.out)
     init = str(out / "stage_I" / "last.pt")
     runs = {"stage I": dict(stage=1, init=None), "boxes only": dict(stage=2, init=init, cls_ratio=0),

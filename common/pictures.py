@@ -273,16 +273,17 @@ def save_samples(dataset, results, path, title="", count=6, size=320):
 
 
 def save_comparison(dataset, results, out, wanted=(), count=3, size=300):
-    """Path of a page: `count` images with two to MOST objects, a row each; ground truth and what the
-    detectors find. results: {column title: a detections.json}. wanted: class names; images with objects of
-    these and of others come first."""
+    """Path of a page: `count` images, with two to MOST objects if there are such, a row each; ground truth
+    and what the detectors find. results: {column title: a detections.json}. wanted: class names; images with
+    objects of these and of others come first."""
     fit, rows = [], []
     for k in range(len(dataset.items)):
         item = dataset.items[k]
         if 2 <= len(item[4]) <= MOST:
             these = sum(dataset.classes[label] in wanted for label in item[5])
             fit.append((-min(these, len(item[4]) - these), item[3] < item[2], k))  # landscape first
-    items = [dataset.items[k] for *_, k in sorted(fit)[:count]]
+    chosen = [k for *_, k in sorted(fit)] or range(len(dataset.items))
+    items = [dataset.items[k] for k in chosen[:count]]
     columns = [{item[0]: None for item in items}]  # the ground truth
     for path in results.values():
         columns.append(surest(json.loads(Path(path).read_text()), dataset, items))

@@ -678,6 +678,37 @@ def saved_flags(path, script=None):
     return state["args"]
 
 
+def saved_run(args, script, mark):
+    """Flags that --resume continues: of OUT/last.pt, else of OUT/args.json, which a table of runs has, and a
+    run that got no further than its start; {} where there is nothing. mark: a flag that only this script
+    has."""
+    last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
+    if last.exists():
+        return saved_flags(last, script)
+    if not first.exists():
+        return {}
+    try:
+        header = json.loads(first.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{first}: cannot be read ({why(e)})") from None
+    saved = header.get("args") if isinstance(header, dict) else None
+    if not isinstance(saved, dict) or mark not in saved:
+        raise UserError(f"--resume {args.out}: holds a run of another script")
+    return saved
+
+
+def open_table(args, rank):
+    """args.json of a table of runs, which have folders of their own in OUT."""
+    first = Path(args.out) / "args.json"
+    if rank == 0 and not args.resume:
+        if first.exists():
+            raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or "
+                            "delete it")
+        make_folder(args.out)
+        header = dict(command=shlex.join(sys.argv), args=vars(args))
+        write_whole(first, json.dumps(header, indent=1, default=str))
+
+
 def load_strict(model, state, where):
     """load_state_dict that tells all it misses in one line."""
     own = model.state_dict()

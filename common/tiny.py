@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -229,15 +230,18 @@ def cached(path, make):
 
 def trained_before(name, seed, rank, train):
     """Path of best.pt of a detector that a quick start only prepares with: as it is shipped, or trained by
-    train(folder) the first time, then cached beside the drawn images. name: script and recipe; seed: of the
-    images."""
+    train(folder) the first time, then cached beside the drawn images. name: script and recipe, a new one
+    where the recipe changes; seed: of the images."""
     from .shapes import make_shapes
-    done = make_shapes(seed=seed).parent / "teachers" / f"{name}-s{seed}"
+    images = make_shapes(seed=seed)
+    done = images.parent / "teachers" / f"{name}-{images.name}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no detector
     with made_once(done, rank) as missing:
         ready = shipped(done.name) if missing else None
+        if missing and rank == 0 and (ready or os.environ.get("DETECTION_RETRAIN")):
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
         if ready and rank == 0:
-            draft.mkdir(parents=True, exist_ok=True)
+            draft.mkdir(parents=True)
             save_checkpoint(ready, draft / "best.pt")
         elif missing and not ready:
             if rank == 0:

@@ -6,7 +6,7 @@ Protocol. Each seed draws everything anew: training and validation images, backb
 student. The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0,
 which is in no table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs,
 steps, seconds (of one CPU thread, the whole command: start, training, evaluation; null if the run was
-resumed), commit (of its start).
+resumed), commit (two of them where it was stopped in between).
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms
 of a table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the
@@ -16,6 +16,7 @@ runs, holds where its own interval excludes 0; the p values beside it are the co
     python tests/study_NAME.py --report                                   # tables from the lines that are there
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -177,18 +178,20 @@ def python(code, *words):
 
 def train(script, out, flags):
     """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds, commit).
-    Continued where it was stopped, taken as it is where it is finished, made anew where the flags differ."""
+    Continued where it was stopped, taken as it is where it is finished, made anew where the flags differ, or
+    the files that they name."""
     out, flags = Path(out), [*map(str, flags)]
     said, done, cost = out / "flags.json", out / "results.json", out / "cost.json"
+    files = {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in flags if Path(f).is_file()}
     begun = json.loads(said.read_text()) if said.exists() else {}
-    if begun.get("flags") != flags:
+    if (begun.get("flags"), begun.get("files")) != (flags, files):
         shutil.rmtree(out, ignore_errors=True)
     if not cost.exists():
         resumed = (out / "last.pt").exists()
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-            begun = dict(flags=flags, commit=commit())
+            begun = dict(flags=flags, files=files, commit=commit())
             said.write_text(json.dumps(begun))
         more = ["--resume"] if resumed else []
         if resumed and "--from" in flags:  # last.pt knows it
@@ -197,7 +200,9 @@ def train(script, out, flags):
         _, seconds = command([*words, str(out), *flags, *more])
         result = json.loads(done.read_text())
         seconds = None if resumed else round(seconds, 1)
-        took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds, commit=begun["commit"])
+        took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds)
+        now = commit()
+        took["commit"] = now if now == begun["commit"] else f"{begun['commit']}, {now}"
         cost.write_text(json.dumps(took))
     return json.loads(done.read_text()), json.loads(cost.read_text())
 

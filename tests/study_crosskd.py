@@ -45,7 +45,9 @@ def seeds_of(seed):
 
 def prepare(seed, folder):
     """Images, backbones, and the teacher."""
-    python("import sys; from common.tiny import shapes_backbone; shapes_backbone('tiny16', int(sys.argv[1]))", seed)
+    python("import sys; from common.shapes import make_shapes; from common.tiny import shapes_backbone; "
+           "seed = int(sys.argv[1]); make_shapes(seed=seed); shapes_backbone('tiny16', seed); "
+           "shapes_backbone('tiny32', seed)", seed)
     teacher(seed, folder, 8)
 
 

@@ -744,6 +744,13 @@ def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monk
         "shapes, 8 validation images", "teacher fcos_tiny16", "student alone", "student with CrossKD"]
     assert lines.count(lines[-2]) == 2  # a row is told as soon as it is there, and again in the table
     assert Image.open(tmp_path / "t/comparison.jpg").width > 600 and "comparison.jpg" in lines[-1]
+    shutil.rmtree(tmp_path / "t/crosskd")  # as if it had been killed before: --resume knows the flags
+    again = run("--resume", "--out", tmp_path / "t")
+    assert again.stdout.splitlines()[-2].split()[:6] == lines[-2].split()[:6]
+    flags = json.loads((tmp_path / "t/crosskd/args.json").read_text())["args"]
+    assert flags["teacher"] == str(teacher) and flags["batch_size"] == 2 and flags["max_iters"] == 2
+    line = fails("--data", "shapes", "--teacher", teacher, "--out", tmp_path / "t")
+    assert "holds a run already" in line
 
 
 def test_a_student_leaves_the_house_as_it_predicts_here(photographs, coco_mini, tmp_path):

@@ -83,12 +83,15 @@ def test_table_of_shapes_begins_from_the_burn_in_that_is_ready(tmp_path, monkeyp
     args = dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--out", str(tmp_path)]))
     assert args.table and args.burn_in == 0
     dkdetr.quick_start(args, 0, 1, torch.device("cpu"))
-    assert [Path(a.out).name for a in ran] == ["dk-detr", "without-kd"]
+    assert [Path(a.out).name for a in ran] == ["without-kd", "dk-detr"]
     assert all(a.start_from == "ready/best.pt" and a.epochs == args.epochs and not a.table for a in ran)
-    assert [dkdetr.distils(a) for a in ran] == [True, False]
+    assert [dkdetr.distils(a) for a in ran] == [False, True]
     words = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert words == ["DK-DETR", "without KD", "a page"] and pages[0][0] == ["DK-DETR", "without KD"] and "blue star" in pages[0][1]
+    assert words == ["without KD", "DK-DETR", "ground truth, and what each finds: a page"] and pages[0][0] == ["without KD", "DK-DETR"] and "blue star" in pages[0][1]
     assert not dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", "--max-iters", "3"])).table
+    for flags in (["--novel", "square"], ["--init", "none"], ["--queries", "20"], ["--burn-in", "4"]):  # another start
+        args = dkdetr.resolve(dkdetr.parse_args(["--data", "shapes", *flags]))
+        assert args.table and 0 < args.burn_in < args.epochs == 18
 
 
 def test_every_open_choice_is_a_flag_with_its_default_first():

@@ -88,16 +88,21 @@ def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text("import json, sys, pathlib\n"
                       "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
-                      "(out / 'results.json').write_text(json.dumps(dict(epoch=1, it=2, said=sys.argv[-1])))\n")
+                      "(out / 'results.json').write_text(json.dumps(dict(epoch=1, it=2, said=sys.argv[-1], all=sys.argv)))\n")
     first = study.train(script, out, ["--x", 1])
     assert first[0]["said"] == "1" and first[1]["steps"] == 2 and first[1]["seconds"] >= 0 and first[1]["commit"]
     assert study.train(script, out, ["--x", 1]) == first
     (out / "trace").touch()
     assert study.train(script, out, ["--x", 2])[0]["said"] == "2" and not (out / "trace").exists()
+    (start := tmp_path / "start.pt").write_text("1")
+    flags = ["--x", 2, "--from", start]
+    assert study.train(script, out, flags)[0]["said"] == str(start)
     (out / "cost.json").unlink()
     (out / "last.pt").touch()
-    result, took = study.train(script, out, ["--x", 2, "--from", "elsewhere"][:2])
-    assert result["said"] == "--resume" and took["seconds"] is None
+    result, took = study.train(script, out, flags)  # last.pt knows where it came from
+    assert result["said"] == "--resume" and str(start) not in result["all"] and took["seconds"] is None
+    start.write_text("2")
+    assert study.train(script, out, flags)[1]["seconds"] is not None  # made anew
 
 
 def test_a_command_that_fails_stops_the_study():

@@ -354,7 +354,7 @@ def run_flags(p, name, aliases={}, rows=None, export=False, ready=False):
     flag(g, "resume", action="store_true", help="continue --out's last.pt, with its flags")
     if ready:
         flag(g, "retrain", action="store_true", help="shapes: train anew what comes ready-made (tiny CLIP, "
-             "backbones, teacher)")
+             "backbones, detectors)")
     flag(g, "eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     flag(g, "predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and "
          "pictures into --out")

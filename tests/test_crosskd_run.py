@@ -670,7 +670,7 @@ crosskd.rate_factor = lambda *a: 0.0  # so that the teacher learns nothing
             forks.start(*flags, "--out", tmp_path / "b", before=before)[0]]
     assert [job.wait() for job in jobs] == [0, 1]
     assert sum("trained once, cached" in job.out for job in jobs) == 1
-    assert os.listdir(tmp_path / "teachers") == ["gfl_tiny32-e8-s0"]
+    assert os.listdir(tmp_path / "teachers") == ["crosskd-gfl_tiny32-e8-shapes-1"]
     assert all("teacher AP 0.0 on 8 validation images" in job.out for job in jobs)
     line = one_line(jobs[1].err)
     assert "AP 0.0 on 8 validation images" in line and "--no-teacher-check goes on" in line

@@ -54,10 +54,8 @@ Own data: --train-json a.json --train-images a/ --cls-dir folders/ --val-json b.
 trains both stages; see README.md.
 
 Expected (paper): COCO + ImageNet-1K, R50: localisation 64.7 / 69.9 top-1 / 5, GT-known 73.8; LVIS-997, R50:
-mask AP 27.6, base 29.1, novel 22.8; Objects365 + ImageNet-21K, Swin-B: 6.9 AP50, 19.2 top-1. Measured here:
-none of it run at full size; shapes, three seeds: novel box AP50 9.3, without the classifier built as a
-detector 7.3, without stage I 1.4, boxes only in stage II 3.5; against the paper, without jitter of
-classification images 10.4, and Eq. 5 is no better than g alone (tests/study_simple21k.py).
+mask AP 27.6, base 29.1, novel 22.8; Objects365 + ImageNet-21K, Swin-B: 6.9 AP50, 19.2 top-1. Not run here;
+shapes: README.md and tests/study_simple21k.py.
 """
 import argparse
 import json

@@ -2030,7 +2030,7 @@ def shapes_detector(name, args, rank, world, device, teacher=False):
     if "_tiny" not in name:
         raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on "
                         "demand; others need --init and --teacher")
-    epochs = 8 if teacher else 32
+    epochs = 8 if teacher else 20
     flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "shapes"]
     flags += ["--student", name, "--epochs", str(epochs), *(["--first-images", "0"] if teacher else [])]
     flags += ["--workers", str(args.workers), "--resume"]

@@ -71,7 +71,7 @@ def detectors(seed, folder, kind):
     plain = ["--no-table", "--teacher", "none", "--init", "shapes", *seeds_of(seed)]
     found = []
     for role, flags in (("teacher", ["--student", f"{kind}_tiny32", "--first-images", "0", "--epochs", "8"]),
-                        ("start", ["--student", f"{kind}_tiny8", "--epochs", "32"])):
+                        ("start", ["--student", f"{kind}_tiny8", "--epochs", "20"])):
         out = folder / f"{kind}-{role}"
         fresh = not (out / "results.json").exists()
         result, _ = train("prototype_kd.py", out, [*plain, *flags])

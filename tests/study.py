@@ -5,8 +5,8 @@ curves.
 Protocol. Each seed draws everything anew: training and validation images, backbone, teacher, tiny CLIP,
 student. The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0,
 which is in no table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs,
-steps, seconds (of one CPU thread, the whole command: start, training, evaluation; null if the run was
-resumed), commit (two of them where it was stopped in between).
+steps, seconds (of one CPU thread, the whole command: start, training, evaluation; null if a run was
+killed in between), commit (two of them where it was stopped in between).
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms
 of a table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the
@@ -158,6 +158,11 @@ def commit():
     return said[0] + ("+" if said[1] else "")
 
 
+class Failed(SystemExit):
+    """A command has failed, or was stopped, after so many CPU seconds."""
+    seconds = 0.0
+
+
 def command(words, cwd=None):
     """Runs it on one thread; (stdout, CPU seconds). Stops the study with the end of stderr if it fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -166,9 +171,12 @@ def command(words, cwd=None):
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
+        seconds = usage.ru_utime + usage.ru_stime
         if process.returncode:
-            raise SystemExit(f"{' '.join(map(str, words))}: {err.read()[-1500:]}")
-        return out.read(), usage.ru_utime + usage.ru_stime
+            failed = Failed(f"{' '.join(map(str, words))}: {err.read()[-1500:]}")
+            failed.seconds = seconds
+            raise failed
+        return out.read(), seconds
 
 
 def python(code, *words):
@@ -197,9 +205,16 @@ def train(script, out, flags):
         if resumed and "--from" in flags:  # last.pt knows it
             flags = flags[:flags.index("--from")] + flags[flags.index("--from") + 2:]
         words = [sys.executable, script, "--data", "shapes", "--workers", "0", "--log-every", "100", "--out"]
-        _, seconds = command([*words, str(out), *flags, *more])
+        spent = begun.pop("spent", None if resumed else 0.0)  # before; None: it was killed, and nobody knows
+        said.write_text(json.dumps(begun))
+        try:
+            _, seconds = command([*words, str(out), *flags, *more])
+        except Failed as e:
+            if spent is not None:
+                said.write_text(json.dumps(begun | dict(spent=spent + e.seconds)))
+            raise
         result = json.loads(done.read_text())
-        seconds = None if resumed else round(seconds, 1)
+        seconds = None if spent is None else round(spent + seconds, 1)
         took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds)
         now = commit()
         took["commit"] = now if now == begun["commit"] else f"{begun['commit']}, {now}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """tests/study.py: the statistics of the studies, on numbers that a hand can check; its runs and rows."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -86,9 +87,10 @@ def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):
 
 def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_path, monkeypatch):
     script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text("import json, sys, pathlib\n"
-                      "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
-                      "(out / 'results.json').write_text(json.dumps(dict(epoch=1, it=2, said=sys.argv[-1], all=sys.argv)))\n")
+    works = ("import json, sys, pathlib\n"
+             "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+             "(out / 'results.json').write_text(json.dumps(dict(epoch=1, it=2, said=sys.argv[-1], all=sys.argv)))\n")
+    script.write_text(works)
     first = study.train(script, out, ["--x", 1])
     assert first[0]["said"] == "1" and first[1]["steps"] == 2 and first[1]["seconds"] >= 0 and first[1]["commit"]
     assert study.train(script, out, ["--x", 1]) == first
@@ -101,6 +103,18 @@ def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_
     (out / "last.pt").touch()
     result, took = study.train(script, out, flags)  # last.pt knows where it came from
     assert result["said"] == "--resume" and str(start) not in result["all"] and took["seconds"] is None
+    (out / "cost.json").unlink()
+    script.write_text("import sys; sys.exit(143)")  # stopped: what it took is kept
+    with pytest.raises(SystemExit):
+        study.train(script, out, flags)
+    assert "spent" not in json.loads((out / "flags.json").read_text())  # it was killed before
+    shutil.rmtree(out)
+    with pytest.raises(SystemExit):
+        study.train(script, out, flags)
+    assert json.loads((out / "flags.json").read_text())["spent"] >= 0
+    (out / "last.pt").touch()
+    script.write_text(works)
+    assert study.train(script, out, flags)[1]["seconds"] is not None
     start.write_text("2")
     assert study.train(script, out, flags)[1]["seconds"] is not None  # made anew
 

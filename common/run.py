@@ -680,11 +680,15 @@ def saved_flags(path, script=None):
 
 def saved_run(args, script, mark):
     """Flags that --resume continues: of OUT/last.pt, else of OUT/args.json, which a table of runs has, and a
-    run that got no further than its start; {} where there is nothing. mark: a flag that only this script
-    has."""
+    run that got no further than its start; {} where there is nothing. mark: a flag that only this version
+    of this script has."""
     last, first = Path(args.out) / "last.pt", Path(args.out) / "args.json"
     if last.exists():
-        return saved_flags(last, script)
+        saved = saved_flags(last, script)
+        if mark not in saved:
+            raise UserError(f"--resume {last}: was written by an earlier version of this project, whose "
+                            "flags may have meant something else; start anew")
+        return saved
     if not first.exists():
         return {}
     try:

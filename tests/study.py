@@ -275,3 +275,8 @@ class Study:
 def folder_of(arm):
     """A folder's name of an arm."""
     return "".join(c if c.isalnum() else "_" for c in arm)
+
+
+def seeds_of(seed):
+    """Flags that draw everything anew for a seed."""
+    return ["--seed", str(seed), "--data-seed", str(seed)]

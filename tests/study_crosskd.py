@@ -7,7 +7,7 @@ in the paper: Table 1 (position i, prediction mimicking), Table 2 (feature imita
 training; --adapt for a head of another width. The teacher has trained for 8 epochs as the quick start's, for
 students of 20 epochs 20 itself: one of 8 finds less (AP 29.7, seed 1) than they do alone (39.8).
 """
-from study import Study, claims, curve, folder_of, python, table, train
+from study import Study, claims, curve, folder_of, python, seeds_of, table, train
 
 LENGTHS = 3, 8, 20  # epochs: the quick start's, and towards convergence
 KD = {  # name: flags of the shortest length; the paper's AP (GFL R50 -> R18 on COCO), for the order only
@@ -37,10 +37,6 @@ CLAIMS = (
     ("--adapt: a narrow student gains", "32 channels, --adapt", "32 channels, alone", "AP"),
     *((f"CrossKD is above the student alone at equal epochs ({n})", f"CrossKD, i = 3, {n} epochs",
        f"alone, {n} epochs", "AP") for n in LENGTHS[1:]))
-
-
-def seeds_of(seed):
-    return ["--seed", str(seed), "--data-seed", str(seed)]
 
 
 def prepare(seed, folder):

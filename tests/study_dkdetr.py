@@ -12,7 +12,7 @@ the targets, %; and from the end of training the cosine of a feature with its ow
 """
 import json
 
-from study import Study, claims, curve, folder_of, python, table, train
+from study import Study, claims, curve, folder_of, python, seeds_of, table, train
 
 BURN_IN, EPOCHS = 24, 8
 LENGTHS = EPOCHS // 2, EPOCHS, 2 * EPOCHS  # after the burn-in
@@ -85,10 +85,6 @@ print(torch.load(shapes_clip(a.data_seed), weights_only=True)["accuracy"]["novel
 def length_of(arm):
     """Epochs after the burn-in: "both, 16 epochs" says it."""
     return int(arm.split()[-2]) if arm.endswith(" epochs") else EPOCHS
-
-
-def seeds_of(seed):
-    return ["--seed", seed, "--data-seed", seed]
 
 
 def prepare(seed, folder):

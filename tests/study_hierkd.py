@@ -13,7 +13,7 @@ are right.
 """
 import json
 
-from study import Study, claims, folder_of, python, table, train
+from study import Study, claims, folder_of, python, seeds_of, table, train
 
 ARMS = {  # name: flags
     "none": ["--no-ikd", "--no-gkd"],
@@ -81,8 +81,7 @@ def prepare(seed, folder):
 
 def run(arm, seed, folder):
     out = folder / folder_of(arm)
-    seeds = ["--seed", str(seed), "--data-seed", str(seed)]
-    result, took = train("hierkd.py", out, ["--no-table", *ARMS[arm], *seeds])
+    result, took = train("hierkd.py", out, ["--no-table", *ARMS[arm], *seeds_of(seed)])
     naming = json.loads(python(NAME_THEM, out / "last.pt").splitlines()[-1])
     row = {k: round(result[k], 3) for k in METRICS} | dict(zip(NAMING, (round(x, 1) for x in naming)))
     return row | took

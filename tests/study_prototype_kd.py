@@ -10,7 +10,7 @@ of continuing. Equal compute beside equal epochs by three lengths. "global" is E
 "global x 10" differ from it in weight, in taking the prototypes of all classes, and each instance from its
 own level of the FPN. Those of CHEAP decide Eq. 6, on 12 seeds.
 """
-from study import Study, claims, curve, folder_of, table, train
+from study import Study, claims, curve, folder_of, seeds_of, table, train
 
 EPOCHS = 16  # of 19 steps
 LENGTHS = EPOCHS // 2, EPOCHS, 3 * EPOCHS
@@ -56,10 +56,6 @@ CLAIMS = (
     ("RetinaNet: all three losses gain", "RetinaNet, all three", "RetinaNet, continued", "AP"),
     *((f"all three losses gain ({n} epochs)", f"all three, {n} epochs", f"continued, {n} epochs", "AP")
       for n in LENGTHS if n != EPOCHS))
-
-
-def seeds_of(seed):
-    return ["--seed", str(seed), "--data-seed", str(seed)]
 
 
 def kind_of(arm):

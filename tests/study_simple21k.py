@@ -11,7 +11,7 @@ stage II. The last two lines are "full", scored by one of the two classifiers of
 import json
 import sys
 
-from study import Study, claims, command, folder_of, python, table, train
+from study import Study, claims, command, folder_of, python, seeds_of, table, train
 
 STAGE1 = {"roi": [], "gap": ["--stage1-head", "gap"]}
 ARMS = {  # name: (which stage I, flags of stage II)
@@ -32,10 +32,6 @@ CLAIMS = (
     ("full is above boxes only", "full", "boxes only", "novel_AP50"),
     ("Eq. 5 is above g alone on base classes", "full", "full, g alone where it knows", "base_AP50"),
     ("Eq. 5 is above g^ alone on base classes", "full", "full, g^ alone", "base_AP50"))
-
-
-def seeds_of(seed):
-    return ["--seed", str(seed), "--data-seed", str(seed)]
 
 
 def stage1(head, seed, folder):

@@ -439,6 +439,11 @@ def test_resume_takes_the_flags_of_a_run_or_of_the_tables_runs(tmp_path, capsys)
             parse_args(["--resume", "--out", str(tmp_path / "baseline"), *wrong])
         assert f"{words}: the run in {tmp_path / 'baseline'} has" in capsys.readouterr().err
     assert parse_args(["--resume", "--out", str(tmp_path), "--lr", "0.5"]).lr == 0.5
+    old = {k: v for k, v in saved.items() if k != "ikd_details"}
+    (tmp_path / "old").mkdir()
+    save_checkpoint(dict(last, args=old), tmp_path / "old/last.pt")  # whose rate was for another batch
+    with pytest.raises(hierkd.UserError, match="by an earlier version"):
+        parse_args(["--resume", "--out", str(tmp_path / "old")])
     (tmp_path / "args.json").write_text('{"args": {"kd_layer": 3}}')
     with pytest.raises(hierkd.UserError, match="of another script"):
         parse_args(["--resume", "--out", str(tmp_path)])

@@ -71,6 +71,12 @@ def paired(rows, arm, against, key):
     return [of[arm, s] - of[against, s] for s in seeds]
 
 
+def said(gains):
+    """Mean gain and the half width of its interval, as text; one gain has none."""
+    mean, half = interval(gains)
+    return f"{mean:+.2f} +- {half:.2f}" if len(gains) > 1 else f"{mean:+.2f}"
+
+
 # ------------------------------------------------------------------ tables
 
 def table(title, rows, arms, keys, against):
@@ -93,8 +99,8 @@ def table(title, rows, arms, keys, against):
         mean_of = lambda k: statistics.fmean(values[k]) if values[k] else float("nan")
         line += " ".join(f"{mean_of(k):10.2f}" for k in keys[1:]) + f" {mean_of('seconds'):6.0f} |"
         if gains.get(arm):
-            mean, half = interval(gains[arm])
-            line += f" {mean:+6.2f} +- {half:.2f}, p {adjusted[arm]:.3f}"
+            line += f" {said(gains[arm]):>6s}"
+            line += f", p {adjusted[arm]:.3f}" if len(gains[arm]) > 1 else ""
         print(line)
 
 
@@ -109,7 +115,7 @@ def claims(rows, listed):
         mean, half = interval(gains)
         verdict = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
         up = sum(g > 0 for g in gains)
-        print(f"{verdict:10s} {sentence}: {key} {mean:+.2f} +- {half:.2f}, up on {up} of {len(gains)} seeds")
+        print(f"{verdict:10s} {sentence}: {key} {said(gains)}, up on {up} of {len(gains)} seeds")
 
 
 def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread"):

@@ -1391,7 +1391,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=POSITIVE,
                    help="for a total batch of 16, scaled linearly (default 0.01; shapes 0.003)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
-    run_flags(p, "crosskd", rows=ROWS, export=True, ready=True)
+    run_flags(p, "crosskd", rows=ROWS, export=True)
     args = parse(p, argv, "crosskd", MODES, belongs=BELONGS, rows=ROWS,
                  saved=lambda args: saved_run(args, "crosskd.py", "kd_layer"))
     parts = set((args.method or "crosskd").split("+"))

@@ -1767,7 +1767,7 @@ def parse_args(argv=None):
          "and print both (default: on shapes, without --max-iters)", action=both)
     flag(g, "classes", "--predict, --export: any names; --eval: some of the dataset's; given as --base is "
          "(default: those of training)", action="append", metavar="NAMES|FILE")
-    run_flags(p, "dkdetr", rows=ROWS, export=True, ready=True)
+    run_flags(p, "dkdetr", rows=ROWS, export=True)
     modes = dict(eval=f"{NAMING} base novel data data_seed workers val_json val_images",
                  predict=f"{NAMING} data data_seed weights score", export="weights clip classes")
     args = parse(p, argv, "dkdetr", modes, only="weights score classes", belongs=BELONGS,

@@ -1302,7 +1302,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     g.add_argument("--table", **switch, help="train without and with distillation, at one rate, and print "
                    "both (default: on shapes, with IKD and GKD, without --max-iters)")
-    run_flags(p, "hierkd", rows=ROWS | ANALYSES, export=True, ready=True)
+    run_flags(p, "hierkd", rows=ROWS | ANALYSES, export=True)
     first, given = p.parse_args(argv), given_flags(p, argv)
     if first.row in ANALYSES:
         words = ANALYSES[first.row][1]

@@ -1907,7 +1907,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: teacher, start, continued "
                    "and distilled student in one table (default without --teacher, --init, --max-iters)")
-    run_flags(p, "prototype_kd", rows=ROWS, export=True, ready=True)
+    run_flags(p, "prototype_kd", rows=ROWS, export=True)
     apart = "train_json data", "train_json dataset", "val_json dataset"
     args = parse(p, argv, "prototype_kd", MODES, belongs=BELONGS, apart=apart, rows=ROWS,
                  saved=lambda args: saved_run(args, "prototype_kd.py", "proto_method"))

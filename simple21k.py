@@ -1802,8 +1802,8 @@ def parse_args(argv=None):
                    "(default 1024; tiny 256)")
     g.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages "
                    "are computed twice and not kept")
-    g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: both stages, and stage II "
-                   "on boxes only, in one table (default without --stage, --init, --max-iters)")
+    g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: stage II on boxes only, "
+                   "and on both, in one table (default without --stage, --init, --max-iters)")
     run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"}, rows=ROWS,
               export=True)
     p.set_defaults(score=0.1)  # of thousands of classes none scores high
@@ -1874,12 +1874,15 @@ def flags_of_run(args):
     return flags
 
 
+SHAPES = dict(val=600, labelled=400)  # images of --data shapes: of validation, of each class with labels
+
+
 def default_paths(args, setup):
     """{flag: where the setup's file lies}, but for what somebody's own data take the place of."""
     root, val = Path(args.data), "val"
     if args.data == "shapes":
         from common.shapes import make_shapes
-        root, val = make_shapes(seed=args.data_seed, val=600, labelled=400), "valall"
+        root, val = make_shapes(seed=args.data_seed, **SHAPES), "valall"
     paths = {flag: str(root / path.format(val=val)) for flag, path in SETUPS[setup].paths.items()}
     replaced = set()
     if setup == "own" and args.train_json:  # somebody's own data: do not measure them on others'
@@ -1972,6 +1975,18 @@ def of_stage(args, stage, out, **more):
     return argparse.Namespace(**vars(args) | more)
 
 
+def train_stage(args, rank, world, device):
+    """train. On a CPU the loaders of stage I, of many images a step, need cores, or a step takes a quarter
+    longer."""
+    threads = torch.get_num_threads()
+    if args.stage == 1 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, threads - args.workers))
+    try:
+        return train(args, rank, world, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train_both(args, rank, world, device):
     """Stage I and II one after the other in OUT/stage1 and OUT/stage2. Metrics of the second, on rank 0. What
     stage II needs is looked at before stage I begins."""
@@ -1986,35 +2001,50 @@ def train_both(args, rank, world, device):
         before = make_data(first, quiet=True)[0]
         arch = make_data(second, True, before)[0]
         make_val(second, arch, quiet=True)
-    train(first, rank, world, device)
-    return train(second, rank, world, device)
+    train_stage(first, rank, world, device)
+    return train_stage(second, rank, world, device)
+
+
+def shapes_stage1(args, rank, world, device):
+    """(path, metrics) of stage I for shapes: as it is ready, see trained_before, or as the flags want it."""
+    from common.tiny import trained_before
+    flags = parse_args(f"--data shapes --data-seed {args.data_seed} --workers {args.workers}".split())
+    flags.resume = True  # where it was stopped
+    stage = lambda flags, out: resolve(of_stage(flags, 1, out, init=None))
+    mine, plain = (stage(a, Path(args.out) / "stage_I") for a in (args, flags))
+    named = f"backbone head bn max_iters cls_dir cls_list {STAGE1}".split()
+    if any(getattr(mine, k) != getattr(plain, k) for k in named):
+        return f"{mine.out}/last.pt", train_stage(mine, rank, world, device)
+    path = trained_before(f"simple21k-{plain.backbone}-e{plain.stage1_epochs}", args.data_seed, rank,
+                          lambda out: train_stage(stage(flags, out), rank, world, device), **SHAPES)
+    model, _ = load(path)
+    val = make_val(mine, model.arch, rank > 0)
+    return path, evaluate(model.to(device), val, rank, world, device, mine)[0]
 
 
 def quick_start(args, rank, world, device):
-    """--data shapes: both stages, and stage II with boxes only, in one table and one picture. Six classes of
-    the embedded dataset have no boxes in training, only image labels."""
+    """--data shapes: stage I, and stage II on boxes only and on images, too, in one table and one picture.
+    Six classes of the embedded dataset have no boxes in training, only image labels."""
     open_table(args, rank)
     since, lines, out = time.time(), [], Path(args.out)
-    init = str(out / "stage_I" / "last.pt")
-    runs = {"stage I": dict(stage=1, init=None), "boxes only": dict(stage=2, init=init, cls_ratio=0),
-            "simple21k": dict(stage=2, init=init)}
+    init, m = shapes_stage1(args, rank, world, device)
+    if rank == 0:
+        lines.append(f"{'stage I':20s} {m['top1']:42.1f} {time.time() - since:9.0f}")
+    runs = {"boxes only": dict(cls_ratio=0), "simple21k": {}}
     for name, more in runs.items():
-        flags = resolve(of_stage(args, out=out / name.replace(" ", "_"), **more))
-        m = train(flags, rank, world, device)
-        if rank == 0 and more["stage"] == 1:
-            cells = f"{m['top1']:42.1f}"
-        elif rank == 0:
-            cells = f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f}"
-        if rank == 0:
-            lines.append(f"{name:20s} {cells:42s} {time.time() - since:9.0f}")
         since = time.time()
+        flags = resolve(of_stage(args, 2, out / name.replace(" ", "_"), init=init, **more))
+        m = train_stage(flags, rank, world, device)
+        if rank == 0:
+            cells = f"{m['base_AP']:8.1f} {m['base_AP50']:5.1f} {m['novel_AP']:9.1f} {m['novel_AP50']:5.1f}"
+            lines.append(f"{name:20s} {cells:42s} {time.time() - since:9.0f}")
     if rank == 0:
         print("\nshapes                base AP  AP50  novel AP  AP50  accuracy   seconds", *lines, sep="\n")
         print("base: boxes in training; novel: image labels only. Eq. 5 mixes a third of g^ into base\n"
               "scores, also of one that was not trained on: compare the novel columns")
         from common.pictures import save_comparison
         arch = read_model_file(out / "simple21k" / "last.pt", "--out")[0]
-        found = {name: out / name.replace(" ", "_") / "detections.json" for name in list(runs)[1:]}
+        found = {name: out / name.replace(" ", "_") / "detections.json" for name in runs}
         novel = [name for name in arch["cls"] if name not in arch["det"]]
         page = save_comparison(make_val(flags, arch, True), found, out, novel)
         print(f"ground truth, and what each finds: {page}")
@@ -2030,19 +2060,11 @@ def make_split(args):
           f"{args.make_split}; annotations (image_id, category_id, bbox) are still to be made")
 
 
-def share_cores(args, device):
-    """On a CPU the loaders need cores, too: without this a step takes half as long again."""
-    if device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
-
-
 def main():
     with started("simple21k.py") as (rank, world, device):
         args = parse_args()
         if args.eval or args.predict:
             answer_folder(args.out, rank)
-        else:
-            share_cores(args, device)
         alone = [dash(flag) for flag in ("predict", "export", "make_split") if getattr(args, flag)]
         if alone and world > 1:
             raise UserError(f"{alone[0]}: runs in one process; start it with python")
@@ -2060,7 +2082,7 @@ def main():
         elif table:
             quick_start(args, rank, world, device)
         elif args.stage or args.init:
-            train(resolve(of_stage(args, args.stage or 2, args.out)), rank, world, device)
+            train_stage(resolve(of_stage(args, args.stage or 2, args.out)), rank, world, device)
         else:
             train_both(args, rank, world, device)
 

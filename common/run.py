@@ -325,9 +325,9 @@ def parser(doc, examples):
                                    usage="%(prog)s [flags], all with a default", epilog=epilog)
 
 
-def run_flags(p, name, aliases={}, rows=None, export=False, ready=False):
+def run_flags(p, name, aliases={}, rows=None, export=False):
     """The flags that all scripts have: where own data are, and how to run. aliases: {flag: another
-    name of it}. rows: of `rows`. ready: --data shapes uses what is shipped, see tiny.py."""
+    name of it}. rows: of `rows`."""
     def flag(group, name, **options):
         names = [f"--{n}" for n in (name, aliases.get(name)) if n]
         group.add_argument(*names, dest=name.replace("-", "_"), **options)
@@ -352,9 +352,8 @@ def run_flags(p, name, aliases={}, rows=None, export=False, ready=False):
     flag(g, "save-every", type=COUNT, default=500, help="steps between writes of last.pt, beside "
          "one at each evaluation")
     flag(g, "resume", action="store_true", help="continue --out's last.pt, with its flags")
-    if ready:
-        flag(g, "retrain", action="store_true", help="shapes: train anew what comes ready-made (tiny CLIP, "
-             "backbones, detectors)")
+    flag(g, "retrain", action="store_true", help="shapes: train anew what comes ready-made (tiny CLIP, "
+         "backbones, detectors)")
     flag(g, "eval", metavar="WEIGHTS", help="metrics of a checkpoint")
     flag(g, "predict", nargs="+", metavar="IMAGE", help="images or folders: boxes as json and "
          "pictures into --out")

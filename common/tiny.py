@@ -10,6 +10,8 @@ The tiny CLIP needs open_clip and clip.py; the backbone needs neither.
 """
 import hashlib
 import json
+import lzma
+import math
 import os
 import re
 import shutil
@@ -228,12 +230,12 @@ def cached(path, make):
     return str(path)
 
 
-def trained_before(name, seed, rank, train):
+def trained_before(name, seed, rank, train, **numbers):
     """Path of best.pt of a detector that a quick start only prepares with: as it is shipped, or trained by
     train(folder) the first time, then cached beside the drawn images. name: script and recipe, a new one
-    where the recipe changes; seed: of the images."""
+    where the recipe changes; seed, numbers: of the images, see make_shapes."""
     from .shapes import make_shapes
-    images = make_shapes(seed=seed)
+    images = make_shapes(seed=seed, **numbers)
     done = images.parent / "teachers" / f"{name}-{images.name}"
     draft = done.with_name(f".{done.name}")  # renamed when finished, so that a killed run is no detector
     with made_once(done, rank) as missing:
@@ -253,41 +255,46 @@ def trained_before(name, seed, rank, train):
 
 
 def shipped(name):
-    """Content of SHIPPED/name.npz, tensors as they were before pack, but for rounding; None where there is no
+    """Content of SHIPPED/name.xz, tensors as they were before pack, but for rounding; None where there is no
     such file, or where --retrain was given."""
-    path = SHIPPED / f"{name}.npz"
+    path = SHIPPED / f"{name}.xz"
     if os.environ.get("DETECTION_RETRAIN") or not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        content = json.loads(str(file["content"]))
-        for key in file:
-            part, _, tensor = key.partition("/")
-            if not tensor or ":" in tensor:
-                continue
-            value = torch.from_numpy(file[key])
-            if f"{key}:scale" in file:
-                value = value * torch.from_numpy(file[f"{key}:scale"]).float()
-            value = value.float() if value.is_floating_point() else value
-            if f"{key}:rows" in file:
-                rows, total = torch.from_numpy(file[f"{key}:rows"]), int(file[f"{key}:total"])
-                table = torch.randn(total, value.shape[1], generator=torch.Generator().manual_seed(0)) * 0.01
-                value = table.index_copy(0, rows, value)
-            content.setdefault(part, {})[tensor] = value
+    head, _, data = lzma.decompress(path.read_bytes()).partition(b"\n")
+    content, layout = json.loads(head)
+    arrays, at = {}, 0
+    for key, (kind, shape) in layout.items():
+        count = math.prod(shape)
+        arrays[key] = torch.from_numpy(np.frombuffer(data, kind, count, at).reshape(shape).copy())
+        at += count * arrays[key].element_size()
+    for key, value in arrays.items():
+        part, _, tensor = key.partition("/")
+        if ":" in tensor:
+            continue
+        if f"{key}:scale" in arrays:
+            value = value * arrays[f"{key}:scale"].float()
+        value = value.float() if value.is_floating_point() else value
+        if f"{key}:rows" in arrays:
+            rows, total = arrays[f"{key}:rows"], int(arrays[f"{key}:total"])
+            table = torch.randn(total, value.shape[1], generator=torch.Generator().manual_seed(0)) * 0.01
+            value = table.index_copy(0, rows, value)
+        content.setdefault(part, {})[tensor] = value
     return content
 
 
 def pack(content, path, rows=None, levels=31):
     """Write a checkpoint for SHIPPED: matrices rounded to `levels` multiples of a scale for each row, vectors
-    to 16 bits. 31: a seventh of the size, an error of at most 3.3 % of the largest weight of a row. content:
+    to 16 bits. 31: an eighth of the size, an error of at most 3.3 % of the largest weight of a row. content:
     plain values, and dicts of tensors. rows: {name of a table: rows that are kept}; any other row is noise
-    and comes back as noise."""
+    and comes back as noise. The file: a line of JSON (plain values, layout), then all arrays, compressed."""
     parts = {k: v for k, v in content.items()
              if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}
-    arrays = dict(content=json.dumps({k: v for k, v in content.items() if k not in parts}))
+    arrays = {}
     for part, tensors in parts.items():
         for name, value in tensors.items():
             if rows and name in rows:
-                arrays[f"{part}/{name}:rows"], arrays[f"{part}/{name}:total"] = rows[name].numpy(), len(value)
+                arrays[f"{part}/{name}:rows"] = rows[name].numpy()
+                arrays[f"{part}/{name}:total"] = np.array(len(value))
                 value = value[rows[name]]
             if value.is_floating_point() and value.ndim > 1:
                 flat, most = value.float().flatten(1), levels // 2
@@ -296,9 +303,13 @@ def pack(content, path, rows=None, levels=31):
                 value = (flat / scale).round().clamp(-most, most).to(torch.int8).view(value.shape)
             elif value.is_floating_point():
                 value = value.half()
-            arrays[f"{part}/{name}"] = value.contiguous().numpy()
+            arrays[f"{part}/{name}"] = value.numpy()
+    arrays = dict(sorted(arrays.items(), key=lambda item: item[1].dtype.str))  # like beside like
+    layout = {k: (v.dtype.str, v.shape) for k, v in arrays.items()}
+    head = json.dumps([{k: v for k, v in content.items() if k not in parts}, layout]).encode()
+    data = b"".join([head, b"\n", *(v.tobytes() for v in arrays.values())])
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    path.write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
 # ------------------------------------------------------------------ the tiny CLIP's networks

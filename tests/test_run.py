@@ -820,13 +820,10 @@ def test_a_fault_of_ours_keeps_its_traceback():
 
 def test_retrain_belongs_to_shapes(monkeypatch, capsys):
     import crosskd
-    import simple21k
     monkeypatch.setenv("DETECTION_RETRAIN", "")  # and is put back as it was
     with pytest.raises(SystemExit):
         crosskd.parse_args(["--retrain"])
     assert "--retrain: belongs to --data shapes" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        simple21k.parse_args(["--data", "shapes", "--retrain"])  # has nothing that is shipped
     assert os.environ["DETECTION_RETRAIN"] == ""
     assert crosskd.parse_args(["--data", "shapes", "--retrain"]).retrain and os.environ["DETECTION_RETRAIN"] == "1"
 

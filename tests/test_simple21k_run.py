@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import simple21k
+from common import tiny
 from common.run import save_checkpoint
 from common.shapes import ALL_CLASSES, CLASSES, IMAGE_ONLY, WNID, make_shapes
 from conftest import ROOT, SHARED, launch
@@ -114,6 +115,22 @@ def test_table_of_the_embedded_dataset(small, tmp_path, monkeypatch):
     assert (tmp_path / "t/comparison.jpg").stat().st_size > 5000
     again = run("--resume", "--out", tmp_path / "t").stdout  # the flags are known
     assert "from 0" not in again and "simple21k  " in again
+
+
+def test_stage1_of_the_embedded_dataset_is_ready_but_for_flags_that_change_it(small, stage1, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.shapes.make_shapes", lambda **_: small.root)
+    monkeypatch.setattr(tiny, "SHIPPED", tmp_path)
+    monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
+    content = {k: v for k, v in torch.load(stage1, weights_only=True).items() if k not in ("format", "checksum")}
+    tiny.pack(content, tmp_path / f"simple21k-tiny16-e15-{small.root.name}.xz")
+    flags, place = ["--data", "shapes", "--workers", "0", "--out", str(tmp_path / "t")], (0, 1, torch.device("cpu"))
+    path, metrics = simple21k.shapes_stage1(simple21k.parse_args(flags), *place)
+    assert Path(path).parent.parent == small.root.parent / "teachers" and 0 <= metrics["top1"] <= 100
+    torch.testing.assert_close(weights(path)["cls.weight"], content["model"]["cls.weight"], atol=0.01, rtol=0)
+    trained = []
+    monkeypatch.setattr(simple21k, "train", lambda args, *_: trained.append(args) or dict(top1=1.0))
+    path, metrics = simple21k.shapes_stage1(simple21k.parse_args([*flags, "--stage1-epochs", "2"]), *place)
+    assert path == str(tmp_path / "t/stage_I/last.pt") and metrics == dict(top1=1.0) and trained[0].stage1_epochs == 2
 
 
 @pytest.mark.parametrize("more", [["--stage1-head", "gap"], ["--head", "4conv1fc"],

@@ -130,8 +130,8 @@ def test_shipped_file_comes_back_and_retrain_does_without_it(few_scenes, tmp_pat
     path = Path(tiny.shapes_backbone("tiny8", 5, **FEW))
     content = {k: v for k, v in torch.load(path, weights_only=True).items() if k not in ("format", "checksum")}
     monkeypatch.setattr(tiny, "SHIPPED", tmp_path / "shipped")
-    tiny.pack(content, tmp_path / "shipped" / f"{path.stem}.npz")
-    assert (tmp_path / "shipped" / f"{path.stem}.npz").stat().st_size < path.stat().st_size / 5
+    tiny.pack(content, tmp_path / "shipped" / f"{path.stem}.xz")
+    assert (tmp_path / "shipped" / f"{path.stem}.xz").stat().st_size < path.stat().st_size / 5
     path.unlink()
     capsys.readouterr()
     assert Path(tiny.shapes_backbone("tiny8", 5, **FEW)) == path and not capsys.readouterr().out  # not trained
@@ -153,7 +153,7 @@ def test_a_detector_is_shipped_or_else_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr("common.shapes.make_shapes", lambda seed: tmp_path / ("shapes" + f"-s{seed}" * (seed > 0)))
     monkeypatch.setattr(tiny, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
-    tiny.pack(dict(script="x.py", model=dict(w=torch.ones(2, 3))), tmp_path / "shipped/x-net-shapes.npz")
+    tiny.pack(dict(script="x.py", model=dict(w=torch.ones(2, 3))), tmp_path / "shipped/x-net-shapes.xz")
 
     def train(out):
         Path(out).mkdir(parents=True)
@@ -192,7 +192,7 @@ def test_pack_keeps_the_rows_that_were_trained(tmp_path, monkeypatch):
     rows = torch.tensor([2, 7])
     monkeypatch.setattr(tiny, "SHIPPED", tmp_path)
     monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
-    tiny.pack(dict(id="x", model=dict(t=table, b=torch.arange(3.0))), tmp_path / "clip.npz", dict(t=rows))
+    tiny.pack(dict(id="x", model=dict(t=table, b=torch.arange(3.0))), tmp_path / "clip.xz", dict(t=rows))
     back = tiny.shipped("clip")
     assert back["id"] == "x" and torch.equal(back["model"]["b"], torch.arange(3.0))
     assert back["model"]["t"].shape == (10, 4)

@@ -100,6 +100,7 @@ def report(rows):
 
 
 if __name__ == "__main__":
-    count = {arm: 4 if arm.endswith(f", {LENGTHS[-1]} epochs") else 12 if arm in CHEAP else 6 for arm in ARMS}
+    dear = lambda arm: kind_of(arm) == "retina" or arm.endswith(f", {LENGTHS[-1]} epochs")
+    count = {arm: 4 if dear(arm) else 12 if arm in CHEAP else 6 for arm in ARMS}
     seeds = {arm: range(1, n + 1) for arm, n in count.items()}
     Study("prototype_kd", run, prepare, seeds, report).main_program(__doc__)

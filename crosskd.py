@@ -36,14 +36,16 @@ made the numbers:
      *-none with --p6 on_input, from C5.
 and from their code:
   6. Normalisers are max(sum over processes, bound) / processes, the bound 1 or 1e-6 as there, but 1 in FCOS
-     distillation (GFL's sum of S and RetinaNet's positives are local there). Local, as there: the statistics
-     of phi and PKD (--sync-stats makes them global), and LD's box term, which has no normaliser: N processes
-     of B images weigh it 1/N of what one process of N x B images does.
+     distillation and 1e-6 for GFL's sum of S, which has none (it and RetinaNet's positives are local there).
+     Local, as there: the statistics of phi and PKD (--sync-stats makes them global), and LD's box term, which
+     has no normaliser: N processes of B images weigh it 1/N of what one process of N x B images does. With
+     --accumulate all of them are of a micro-batch.
 Not published, our choice:
   7. Strategies b-d (a figure only), the LD rows (--method ld joins mmdetection's box term and the LD authors'
-     class term, main region; --method mimic is i = 5 with CrossKD's own losses), the weight of PKD alone
-     (that of CrossKD+PKD), MobileNetV2 (torchvision's weights, running statistics fixed), --adapt (a 1x1
-     convolution a tower, for heads of another width; the authors call it possible).
+     class term, main region; --method mimic is i = 5 with CrossKD's own losses), the weights of FitNet and of
+     PKD alone (that of CrossKD+PKD; PKD's authors: 10 for RetinaNet, 4 maps), MobileNetV2 (torchvision's
+     weights, running statistics fixed), --adapt (a 1x1 convolution a tower, for heads of another width; the
+     authors call it possible).
 
 Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes
 (padded), K classes, R = 17 bins of a box edge; C_1 .. C_5 the layers of a head, C3 .. C5 stages of the
@@ -52,7 +54,7 @@ S the region weight of Eq. 3. Boxes are xyxy pixels of the network's input.
 
     torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101    # GFL R101 -> R50, 12 epochs, data/coco
     torchrun --nproc_per_node 8 crosskd.py --row t1-i3           # a row of a table; --rows lists them
-    python crosskd.py --data shapes                              # everything in minutes on a CPU
+    python crosskd.py --data shapes         # everything in minutes on a CPU, into runs/crosskd/{none,crosskd}
     python crosskd.py --eval gfl_r101
     python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
     python crosskd.py --export student.pt2 --weights runs/crosskd/best.pt
@@ -90,7 +92,7 @@ from common.evaluation import Detections, class_table, coco_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
                         fast_layout, fused, gather, load_strict, number, open_run, open_table, parse, parser,
                         rebuilding, reduce_mean, rows, run_flags, saved_run, seed_all, started, to_device,
-                        warmup_multistep, wrap_ddp)
+                        warmup_multistep, with_defaults, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 BINS = 17  # of a box edge
@@ -209,18 +211,19 @@ def align(source, target, sync=False, eps=1e-6):
     return (source - s_mean) / (s_std + eps) * t_std + t_mean
 
 
-def cross_head(head, s_held, t_held, i, aligned=True, sync=False, act=torch.relu):
+def cross_head(head, s_held, t_held, i, aligned=True, sync=False):
     """Cross-head predictions of Eq. 3: C_{i+1} .. C_5 of `head` on phi(f_i^s; f_i^t).
 
     head(cls_feats, reg_feats, start=i)[0]: predictions of the frozen teacher head behind block i, here the
-    maps of class Head. s_held, t_held: Outputs.held of student and teacher. Frozen, but never under no_grad:
-    the gradient passes through the head to the student's f_i. act: the activation behind that head's blocks.
+    maps of class Head. s_held, t_held: Outputs.held of student and teacher. Frozen, but for Eq. 3 not under
+    no_grad: the gradient passes through the head to the student's f_i.
 
     Around another head, one tower, L maps each (f_i: outputs of its i-th block, AFTER the activation):
         rest = nn.Sequential(*teacher_tower[i:], teacher_prediction)            # frozen, in eval mode
         cross = [rest(align(s, t).relu()) for s, t in zip(s_feats, t_feats)]    # t_feats under no_grad
-        loss = quality_focal(cross_logits, t_logits).sum() / max(positives, 1)  # plus the student's own
-    Both heads must read the same levels, anchors, classes and pixels. (sync needs reduce_mean of run.py.)
+        loss = (quality_focal(cross_logits, t_logits).sum(-1) * used).sum() / max(positives, 1)
+    used (B, A): 0 where the labels ignore a prior, else 1. The student's own losses come beside it. Both
+    heads must read the same levels, anchors, classes and pixels. (sync needs reduce_mean of run.py.)
     """
     towers = []
     for tower in ("cls", "reg"):
@@ -229,7 +232,7 @@ def cross_head(head, s_held, t_held, i, aligned=True, sync=False, act=torch.relu
             x = align(s_feat, t_feat, sync) if aligned else s_feat
             # phi can leave negative values, which no block after a ReLU has ever seen; f_0, the FPN
             # map, has no ReLU
-            feats.append(act(x) if i > 0 else x)
+            feats.append(x.relu() if i > 0 else x)
         towers.append(feats)
     return head(*towers, start=i)[0]
 
@@ -340,7 +343,7 @@ def pkd_loss(s_feats, t_feats, sync=False, eps=1e-6):
 
 
 def fitnet_loss(s_feats, t_feats):
-    """Eq. 1 with D = squared error and S = 1, summed over levels; weight 2, as in LD's code."""
+    """Eq. 1 with D = squared error and S = 1, summed over levels; weight 2 (LD's code: cells in boxes)."""
     return 2.0 * sum(F.mse_loss(fp32(s), fp32(t)) for s, t in zip(s_feats, t_feats, strict=True))
 
 
@@ -372,18 +375,18 @@ def strategy_maps(strategy, student, teacher, student_out, teacher_out, i, align
     b-d are our reading of a figure; targets are constants. The paper says that c and d hardly reach the
     backbone, which this reading, through the student's own prediction, does not share.
     """
-    def on_student():  # the teacher's head
+    def teachers_head():  # on the student's feature
         return cross_head(teacher.head, student_out.held, teacher_out.held, i, aligned, sync)
 
-    def on_teacher():  # the student's head
+    def students_head():  # on the teacher's feature
         return cross_head(student.head, teacher_out.held, student_out.held, i, aligned, sync)
 
     if strategy == "a":
-        return on_student(), teacher_out.maps
+        return teachers_head(), teacher_out.maps
     if strategy == "b":
-        return on_teacher(), teacher_out.maps
+        return students_head(), teacher_out.maps
     with torch.no_grad():  # of the target alone: student_out.maps have their graph already
-        return student_out.maps, on_teacher() if strategy == "c" else on_student()
+        return student_out.maps, students_head() if strategy == "c" else teachers_head()
 
 
 class Comparison(Distiller):
@@ -958,18 +961,24 @@ def check_arch(theirs, ours, args):
                         f"same{more}")
 
 
+def load_teacher(path, args, classes):
+    """The teacher, of a student of these flags and classes; one line where it cannot be."""
+    ours = dict(kind=split_name(args.student)[0], channels=args.channels, num_classes=len(classes))
+    if not Path(path).exists():  # a zoo model: before its 200 MB come
+        check_arch(arch_of(path, "--teacher"), ours, args)
+    teacher, known = load(path, "--teacher")
+    check_arch(teacher.arch, ours, args)
+    check_classes(known, teacher.num_classes, classes, "--teacher")
+    return teacher
+
+
 def make_pair(args, data, rank, world, device):
     """(student, teacher or None) of the flags, on the device."""
     kind, backbone = split_name(args.student)
-    ours = dict(kind=kind, channels=args.channels, num_classes=len(data.classes))
     teacher = None
     if args.method != "none":
-        if args.teacher and not Path(args.teacher).exists():  # a zoo model: before its 200 MB come
-            check_arch(arch_of(args.teacher, "--teacher"), ours, args)
-        teacher, classes = load(args.teacher or shapes_teacher(args, rank, world, device), "--teacher")
-        check_arch(teacher.arch, ours, args)
-        check_classes(classes, teacher.num_classes, data.classes, "--teacher")
-        teacher.to(device).requires_grad_(False)
+        path = args.teacher or shapes_teacher(args, rank, world, device)
+        teacher = load_teacher(path, args, data.classes).to(device)
     seed_all(args.seed)  # here, so that every method starts from the same student
     start, trained = args.init, args.init not in ("imagenet", "shapes", "none")
     if start == "shapes":
@@ -978,7 +987,13 @@ def make_pair(args, data, rank, world, device):
     student = DETECTORS[kind](backbone, len(data.classes), args.channels, args.p6,
                               "none" if trained else start)
     if trained:
-        load_strict(student, load(args.init, "--init")[0].state_dict(), f"--init {args.init}")
+        begun, known = load(args.init, "--init")
+        check_classes(known, begun.num_classes, data.classes, "--init")
+        for what in ("kind", "p6"):  # their weights would fit, and mean something else
+            if begun.arch[what] != student.arch[what]:
+                raise UserError(f"--init {args.init}: has {what} {begun.arch[what]}, --student "
+                                f"{student.arch[what]}")
+        load_strict(student, begun.state_dict(), f"--init {args.init}")
         student.freeze()
     student.arch["image_size"] = default_size(args, kind)  # --eval and --predict see images as training did
     return student.to(device), teacher
@@ -1046,9 +1061,12 @@ def method_of(args):
 
 
 def reported(args, distiller):
-    """What of a Run depends on the method: what last.pt holds beside the student, how often it evaluates."""
+    """What of a Run depends on the method: what last.pt holds beside the student (the adapter; of the teacher
+    its checksum), how often it evaluates."""
     parts = dict(adapter=distiller.adapter) if distiller.adapter is not None else {}
-    return dict(parts=parts, every=args.epochs if args.data == "shapes" else None, table=class_table)
+    fixed = dict(teacher=distiller.teacher[0]) if distiller.teacher else {}
+    every = args.epochs if args.data == "shapes" else None
+    return dict(parts=parts, fixed=fixed, every=every, table=class_table)
 
 
 def rate_factor(args, it, steps):
@@ -1282,8 +1300,8 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark;
     t5-r34          42.4  --teacher gfl_r101 --student gfl_r34
     t5-r34-none     38.9  --student gfl_r34 --method none
     t6-none         40.2  --student gfl_r50 --method none
-    t6-fitnet       40.7  --teacher gfl_r101 --method fitnet
-    t6-ld           43.0  --teacher gfl_r101 --method ld  # mmdetection's LD: 41.1 (mmrazor's CWD: 41.9)
+    t6-fitnet       40.7  --teacher gfl_r101 --method fitnet  # weight not published
+    t6-ld           43.0  --teacher gfl_r101 --method ld  # mmdetection's LD: 41.0
     t6-pkd          43.3  --teacher gfl_r101 --method pkd
     t6-crosskd      43.7  --teacher gfl_r101
     t6-crosskd+pkd  43.9  --teacher gfl_r101 --method crosskd+pkd
@@ -1294,14 +1312,14 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark;
     t7-fcos+pkd     41.3  --teacher fcos_r101 --method crosskd+pkd  # authors' README
     t7-fcos-none    38.5  --student fcos_r50 --method none
     t7-atss         41.8  --teacher atss_r101 --batch-size 8  # on 2 GPUs: phi sees 8 images
-    t7-atss+pkd     41.8  --teacher atss_r101 --batch-size 8 --method crosskd+pkd  # authors' README
+    t7-atss+pkd     41.8  --teacher atss_r101 --batch-size 8 --method crosskd+pkd  # 2 GPUs; authors' README
     t7-atss-none    39.4  --student atss_r50 --method none
     t8-swint        38.0  --teacher retinanet_swint
-    t8-swint-pkd    37.2  --teacher retinanet_swint --method pkd
+    t8-swint-pkd    37.2  --teacher retinanet_swint --method pkd  # weight not published
     t8-r50-none     36.5  --student retinanet_r50 --method none --p6 on_input
     t8-mnv2         34.1  --teacher retinanet_r50 --student retinanet_mnv2  # details not published
-    t8-mnv2-pkd     33.2  --teacher retinanet_r50 --student retinanet_mnv2 --method pkd
-    t8-mnv2-none    30.9  --student retinanet_mnv2 --method none
+    t8-mnv2-pkd     33.2  --teacher retinanet_r50 --student retinanet_mnv2 --method pkd  # likewise
+    t8-mnv2-none    30.9  --student retinanet_mnv2 --method none --p6 on_input
     t9-crosskd      36.7  --teacher retinanet_r50_3x --student retinanet_r18  # their config: retinanet_r50
     t9-none         31.7  --student retinanet_r18 --method none --p6 on_input
     t10-a           38.7  SMALL --kd-strategy a
@@ -1328,6 +1346,7 @@ BELONGS = (
     ("adapt", "kd_strategy", ("a",)),
     ("adapt", "kd_branches", ("both",)),
     ("sync_stats", "method", ("crosskd", "pkd", None)),
+    ("data_seed", "data", ("shapes",)),
     ("pkd_at pkd_weight", "method", ("pkd",)),
     ("no_teacher_check", "method", ("crosskd", "mimic", "ld", "pkd", "fitnet", None)))
 MODES = dict(eval="data data_seed workers val_json val_images", predict="weights score", export="weights")
@@ -1351,13 +1370,14 @@ def parse_args(argv=None):
     g = p.add_argument_group("models")
     g.add_argument("--teacher", help="zoo name (gfl_r101 ...), mmdetection .pth or our .pt "
                    "(default: the student's detector on r101; shapes: trained on demand)")
-    g.add_argument("--student", help="detector_backbone, as gfl_r18 (default: the teacher's detector on r50)")
+    g.add_argument("--student", help="detector_backbone, as gfl_r18 (default: the teacher's detector on r50; "
+                   "shapes tiny16)")
     g.add_argument("--channels", type=channel_count, help="of its FPN and head (default 256; tiny 64)")
     g.add_argument("--p6", choices=("on_output", "on_input"), default="on_output",
                    help="student's P6 from P5, or from C5 (zoo RetinaNets)")
-    g.add_argument("--init", help="student start: imagenet or our .pt (BatchNorm, stem and first stage stay "
-                   "frozen), shapes (of drawn base objects, tiny8 ... only), or none (default imagenet; "
-                   "shapes shapes)")
+    g.add_argument("--init", help="student start: imagenet or a detector of the same kind and classes "
+                   "(running statistics, stem and first stage stay fixed), shapes (of drawn base objects, "
+                   "tiny8 ... only), or none (default imagenet; shapes shapes)")
     g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
     g = p.add_argument_group("method")
     g.add_argument("--method", help=f"one of {', '.join(METHODS)}, or joined: crosskd+pkd, crosskd+ld "
@@ -1426,8 +1446,8 @@ def resolve(args):
                     channels=64 if backbone.startswith("tiny") else 256)
     if shapes:
         defaults |= SHAPES
-    found = {k: v for k, v in defaults.items() if getattr(args, k) is None}
-    return argparse.Namespace(**vars(args) | found | dict(method=method, teacher=teacher, student=student))
+    found = dict(method=method, teacher=teacher, student=student)
+    return argparse.Namespace(**vars(with_defaults(args, defaults)) | found)
 
 
 # ================================================================== main
@@ -1461,15 +1481,16 @@ def quick_start(args, rank, world, device):
             print(lines[-1], flush=True)
 
     path = args.teacher or shapes_teacher(resolve(args), rank, world, device)
-    teacher, _ = load(path, "--teacher")
+    plan = resolve(argparse.Namespace(**vars(args) | dict(teacher=path)))
+    val = make_data(plan, "val")
+    teacher = load_teacher(path, plan, val.classes)  # here: a wrong one must not cost the plain training
     kind, backbone = teacher.arch["kind"], teacher.arch["backbone"]
-    val = make_data(args, "val", kind)
     metrics, _ = evaluate(teacher.to(device), val, rank, world, device, args)
     note(f"teacher {kind}_{backbone}", metrics)
     for method, name in (("none", "student alone"), ("crosskd", "student with CrossKD")):
         since, out = time.time(), Path(args.out) / method
         more = dict(method=method, teacher=None if method == "none" else path, out=str(out),
-                    student=args.student or f"{kind}_tiny16",
+                    student=plan.student,
                     resume=args.resume and (out / "last.pt").exists())
         note(name, train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device))
         results[name] = out / "detections.json"

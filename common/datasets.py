@@ -886,7 +886,7 @@ def read_image(path, content=None, quiet=False):
 def as_pixels(image):
     """(3, H, W) uint8 RGB of a path, a PIL image or such a tensor; upright, 8 bit."""
     if torch.is_tensor(image):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
             raise UserError(f"image: is {image.dtype} of shape {tuple(image.shape)}, expected uint8 RGB "
                             "(3, H, W)")
         return image
@@ -1312,15 +1312,20 @@ def check_classes(names, count, classes, flag):
     if count != len(classes):
         raise UserError(f"{flag}: has {count} classes, --data has {len(classes)}")
     for k, (theirs, ours) in enumerate(zip(names or classes, classes)):
-        if theirs.replace("_", " ") != ours.replace("_", " "):
+        if plain_name(theirs) != plain_name(ours):
             raise UserError(f"{flag}: its class {k} is {theirs!r}, --data has {ours!r}")
 
 
+def plain_name(name):
+    """What two spellings of a class have in common."""
+    return name.replace("_", " ").casefold()
+
+
 def respell(names, like):
-    """Names as `like` spells them: "traffic_light" is "traffic light", unless both are there."""
-    plain = [n.replace("_", " ") for n in like]
+    """Names as `like` spells them: "Traffic_light" is "traffic light", unless both are there."""
+    plain = [plain_name(n) for n in like]
     spelled = {p: n for p, n in zip(plain, like) if plain.count(p) == 1}
-    answer = [spelled.get(n.replace("_", " "), n) for n in names]
+    answer = [spelled.get(plain_name(n), n) for n in names]
     return answer if len(set(answer)) == len(names) else names
 
 
@@ -1352,8 +1357,8 @@ def mirror_caption(text):
 # ------------------------------------------------------------------ base and novel names
 
 def spaced(names):
-    """The set of names, "_" and " " being the same."""
-    return {n.replace("_", " ") for n in names}
+    """The set of names, "_" and " ", and letter case, being the same."""
+    return {plain_name(n) for n in names}
 
 
 def class_names(values, flag="--classes"):
@@ -1386,15 +1391,17 @@ def split_classes(names, base=None, novel=None, asked=None):
     """Class names of a file -> (base, novel), as the file spells them where it knows them.
 
     base: what training knows; asked: --base. novel: --novel, or a checkpoint's. Without base and asked all
-    names but the novel ones are base; without novel all names but the base ones are novel.
+    names but the novel ones are base; if novel is None, all names but the base ones are novel.
     """
     novel = respell(novel, names) if novel else novel
     if base is None and asked:
         base = respell(asked, names)
     elif base is None:
-        base = [n for n in names if n.replace("_", " ") not in spaced(novel or [])]
-    if not novel:
-        novel = [n for n in names if n.replace("_", " ") not in spaced(base)]
+        base = [n for n in names if plain_name(n) not in spaced(novel or [])]
+        if names and not base:
+            raise UserError("--novel names all classes of the file: none is left to train on")
+    if novel is None:
+        novel = [n for n in names if plain_name(n) not in spaced(base)]
     both = sorted(spaced(base) & spaced(novel))
     if both:
         raise UserError(f"--base and --novel both name {', '.join(both[:5])}")
@@ -1405,7 +1412,7 @@ def refuse_strange(names, known, flag, path):
     """A name that the file does not know is a misspelling."""
     spelled = spaced(known)
     for n in names:
-        if n.replace("_", " ") not in spelled:
+        if plain_name(n) not in spelled:
             near = difflib.get_close_matches(n, known, 1)
             hint = f"; is {near[0]!r} meant?" if near else f"; it knows {', '.join(known[:5])} ..."
             raise UserError(f"{flag}: no class {n!r} in {path}{hint} (One value is split at commas; for "

@@ -371,7 +371,7 @@ def run_flags(p, name, aliases={}, rows=None, export=False):
 ADJUSTABLE = """out max_iters eval_every accumulate batch_size stage1_batch workers amp compile
     log_every save_every resume data train_json train_images val_json val_images epochs
     stage1_epochs lr stage1_lr weight_decay no_teacher_check table checkpoint retrain""".split()
-ALWAYS = "out amp image_size".split()  # every mode reads them
+ALWAYS = "out amp image_size".split()  # --eval and --predict read them
 
 
 def rows(text, **short):
@@ -423,6 +423,21 @@ def given_flags(p, argv, rows=None):
     return found
 
 
+def as_json(value):
+    """A tuple is a list in args.json."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def with_defaults(args, defaults):
+    """The flags, those that were not given from `defaults`, whose rate is for its own optimizer."""
+    found = {k: v for k, v in defaults.items() if getattr(args, k) is None}
+    if "lr" in found and "optimizer" in defaults and "optimizer" not in found:
+        if args.optimizer != defaults["optimizer"]:
+            raise UserError(f"--optimizer {args.optimizer}: give its --lr, too; the default, "
+                            f"{found['lr']:g}, is for {defaults['optimizer']}")
+    return argparse.Namespace(**vars(args) | found)
+
+
 def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), saved=None, rows=None):
     """Flags given now > those of the run that --resume continues > defaults. What cannot have an
     effect is refused, or, with --eval and the like, said in a line.
@@ -446,7 +461,8 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
     args.out = args.out or "runs/" + "-".join(parts)
     refuse_pairs(p, args, given, mode, modes, apart)
     if mode:
-        idle = sorted(given - {*modes[mode[0]].split(), *ALWAYS, mode[0], "row"})
+        read = {*modes[mode[0]].split(), mode[0], "row"} | {*ALWAYS * (mode[0] != "export")}
+        idle = sorted(given - read)
         if "resume" in idle:
             p.error(f"--resume: continues a training; it cannot go with {dash(mode[0])}")
         if idle and int(os.environ.get("RANK", 0)) == 0:
@@ -462,8 +478,9 @@ def parse(p, argv, name, modes, only="weights score", belongs=(), apart=(), save
         p.set_defaults(**{k: v for k, v in old.items() if k not in {"resume", "retrain", "out", *given}})
         args = argparse.Namespace(**vars(p.parse_args(argv)) | dict(out=args.out))
         for flag in sorted(given - set(ADJUSTABLE)):
-            if flag in old and getattr(args, flag) != old[flag]:
-                p.error(f"{dash(flag)} {getattr(args, flag)}: the run in {args.out} has {old[flag]}, "
+            now = getattr(args, flag)
+            if flag in old and as_json(now) != as_json(old[flag]):
+                p.error(f"{dash(flag)} {now}: the run in {args.out} has {old[flag]}, "
                         "which --resume keeps; start another --out to change it")
     if getattr(args, "retrain", False):
         if args.data != "shapes":
@@ -1039,18 +1056,20 @@ class Run:
     over or because a kill came before its evaluation was done. best: highest score so far; -1 is a
     score, where val holds no box.
     plain: what a checkpoint holds beside weights. batches: loader batches of an epoch. parts: further
-    modules that last.pt holds, {name: module}; beside: further entries, {name: function}. metric:
-    what metrics["score"] is called. report: whose results stand in results.json: "best", or "last"
-    where the set that is reported must not choose. every: epochs between evaluations. table: function
+    modules that last.pt holds, {name: module}; fixed: modules of which it holds the checksum, {name:
+    module}: --resume refuses others; beside: further entries, {name: function}. metric: what
+    metrics["score"] is called. report: whose results stand in results.json: "best", or "last" where
+    the set that is reported must not choose. every: epochs between evaluations. table: function
     (metrics) -> text, printed at the end where there are "classes".
     """
 
     def __init__(self, args, model, optimizer, plain, batches, total_batch, rank, world, device,
-                 epochs=None, parts={}, legend={}, metric="AP", report="best", every=None,
+                 epochs=None, parts={}, fixed={}, legend={}, metric="AP", report="best", every=None,
                  table=None):
         self.args, self.model, self.optimizer, self.plain, self.parts = args, model, optimizer, plain, parts
         self.rank, self.world, self.out, self.total_batch = rank, world, Path(args.out), total_batch
         self.metric, self.report, self.table, self.since = metric, report, table, time.time()
+        self.fixed = {name: checksum(module.state_dict()) for name, module in fixed.items()}
         self.beside, self.loader = {}, None
         self.epochs, self.steps = epochs or args.epochs, -(-batches // args.accumulate)
         self.total = min(self.epochs * self.steps, args.max_iters or 10**12)
@@ -1154,6 +1173,11 @@ class Run:
             if name not in state:
                 raise UserError(f"{where}: lacks {name}, which these flags train")
             load_strict(module, state[name], where)
+        known = state.get("fixed")
+        for name, sha in self.fixed.items():
+            if isinstance(known, dict) and known.get(name, sha) != sha:
+                raise UserError(f"{where}: was trained with another {name} than is there now; bring that "
+                                "back, or start anew")
         now = [{k: g[k] for k in ("base_lr", "weight_decay") if k in g}
                for g in self.optimizer.param_groups]
         try:
@@ -1182,7 +1206,8 @@ class Run:
         state = dict(self.plain, **modules, optimizer=self.optimizer.state_dict(), it=self.it)
         if self.rank == 0:
             state |= dict(best=self.best, best_epoch=self.best_epoch, due=self.due, rng=rng,
-                          total_batch=self.total_batch, args=vars(self.args))
+                          total_batch=self.total_batch, args=vars(self.args),
+                          fixed=self.fixed)
             state |= {name: make() for name, make in self.beside.items()}
             save_checkpoint(state, path or self.out / "last.pt")
         elif first_not_finite(state):  # rank 0 says which

@@ -325,7 +325,7 @@ def test_load_and_predict_image_from_python(clip_file, tmp_path):
     assert set(dkdetr.predict_image(model, ["red panda"], pixels, 0.0)[2]) == {"red panda"}
 
 
-def test_names_of_a_checkpoint_are_what_is_evaluated_unless_it_is_of_a_version_before(clip_file, tmp_path):
+def test_names_of_a_checkpoint_are_what_is_evaluated(clip_file, tmp_path):
     path = saved(tmp_path / "a.pt", clip_file, data="data/coco", dataset="ovcoco")
     follow = lambda *flags: dkdetr.follow(dkdetr.parse_args(["--eval", str(path), *flags]), *dkdetr.load(path))
     a = follow()
@@ -333,10 +333,23 @@ def test_names_of_a_checkpoint_are_what_is_evaluated_unless_it_is_of_a_version_b
     for flags in (["--dataset", "voc"], ["--classes", "dog"]):
         assert follow(*flags).base_names == follow(*flags).novel_names == []
     assert follow("--novel", "cat").novel_names == ["cat"] and follow("--novel", "cat").base_names == []
-    state = torch.load(path, weights_only=True)
-    del state["novel"]
-    torch.save(state, path)
-    assert follow().base_names == [] and dkdetr.class_split(follow(), [])[0] == dkdetr.BASE_48
+
+
+def test_a_list_of_names_is_no_text(clip_file, tmp_path):
+    model, _ = dkdetr.load(saved(tmp_path / "a.pt", clip_file))
+    with pytest.raises(dkdetr.UserError, match="'cat' is one text; give a list"):
+        dkdetr.predict_image(model, "cat", torch.zeros(3, 60, 80, dtype=torch.uint8))
+    with pytest.raises(dkdetr.UserError, match=r"uint8 of shape \(3, 0, 80\), expected"):
+        dkdetr.predict_image(model, ["cat"], torch.zeros(3, 0, 80, dtype=torch.uint8))
+
+
+def test_flags_without_distillation_or_with_a_folder_of_ones_own(tmp_path):
+    flags = lambda *words: dkdetr.resolve(dkdetr.parse_args([*words]))
+    assert flags("--queries", "10", "--skd", "none", "--rkd", "none").queries == 10
+    with pytest.raises(dkdetr.UserError, match="--kd-topk 20: there are 10"):
+        flags("--queries", "10")
+    out = lambda *words: dkdetr.parse_args(["--eval", "x", "--dataset", "coco", *words]).out
+    assert out() == "runs/dkdetr-eval-coco" and out("--out", "runs/dkdetr-eval") == "runs/dkdetr-eval"
 
 
 def test_export_is_the_detector_with_its_names(clip_file, tmp_path):

@@ -669,6 +669,34 @@ def test_own_split_on_the_command_line_reaches_both_sets_and_a_misspelling_is_to
             hierkd.make_data(a, "val", like=hierkd.make_data(a, "train").classes)
 
 
+def test_novel_names_that_hold_nothing_out_or_everything_are_told(four_images, capsys):
+    own = ["--train-json", str(four_images / "instances.json"), "--train-images", str(four_images)]
+    assert hierkd.make_data(resolve(parse_args([*own, "--novel", "sinc,Cat"])), "train").classes == ["car", "sink"]
+    err = capsys.readouterr().err
+    assert "--novel: sinc is no class of" in err and "Cat" not in err
+    with pytest.raises(hierkd.UserError, match="--novel names all classes of the file"):
+        hierkd.make_data(resolve(parse_args([*own, "--novel", "car,sink,cat"])), "train")
+
+
+def test_base_names_alone_are_asked_without_a_novel_one(four_images):
+    a = resolve(parse_args(["--eval", "x", "--val-json", str(four_images / "instances.json"), "--val-images", str(four_images)]))
+    assert hierkd.make_data(a, "val", like=["car", "cat"], novel=[]).classes == ["car", "cat"]
+    assert hierkd.make_data(a, "val", like=["car", "cat"]).classes == ["car", "cat", "sink"]
+
+
+def test_cocos_split_holds_for_a_validation_file_of_ones_own(four_images):
+    a = resolve(parse_args(["--val-json", str(four_images / "instances.json"), "--val-images", str(four_images)]))
+    val = hierkd.make_data(a, "val", like=hierkd.BASE_48)  # car is base, cat and sink novel, as in training
+    assert set(val.classes) == {*hierkd.BASE_48, *hierkd.NOVEL_17}
+
+
+def test_a_rate_is_for_its_optimizer():
+    with pytest.raises(hierkd.UserError, match="--optimizer adamw: give its --lr, too; the default, 0.005, is for sgd"):
+        resolve(parse_args(["--optimizer", "adamw"]))
+    assert resolve(parse_args(["--optimizer", "adamw", "--lr", "1e-4"])).lr == 1e-4
+    assert resolve(parse_args(["--data", "shapes", "--optimizer", "adamw"])).lr == 0.004
+
+
 def test_names_of_a_run_survive_its_resume(tmp_path):
     """Names are read once: a file may go, and a name with a comma stays one."""
     (tmp_path / "names.txt").write_text("crane, grey\n")
@@ -803,7 +831,7 @@ def test_files_of_other_towers_are_refused_not_misread(clip, tmp_path):
     content = torch.load(path, weights_only=True)
     old = {k: v for k, v in content["arch"].items() if k not in ("norm", "depth", "clip_name", "templates")}
     save_checkpoint(dict(script="hierkd.py", arch=old, model=content["model"]), path)
-    with pytest.raises(hierkd.UserError, match="earlier version, with other towers"):
+    with pytest.raises(hierkd.UserError, match="is no checkpoint of hierkd.py"):
         hierkd.load(path)
     save_checkpoint(dict(script="hierkd.py", arch=dict(content["arch"], norm="batch"), model=content["model"]), path)
     with pytest.raises(hierkd.UserError, match="damaged"):

@@ -32,13 +32,13 @@ No code, weights or benchmark of this paper were published. Where it is silent w
      frozen. It starts from stage I's last.pt: stage I's best.pt was chosen on the images that are reported.
   5. "-stage I" in Tables 2, 3: --stage 2 --init none, random weights; with --init imagenet, torchvision's
      classifier of ImageNet-1K, it would be setup 2's row "-reform".
-  6. LVIS classes outside the 997 have no label, so they are background; so is what crowd regions cover.
+  6. LVIS's 277 novel classes and those outside the 997 have no label: background, as what crowds cover.
   7. Eq. 5 is printed without S_fg. We read it as the S_c of Eq. 4: S_fg multiplies the mean, or shared
      classes would outrank all others on background.
   8. Table 5's detector keeps class-agnostic boxes and the product score, not Faster R-CNN's one softmax.
   9. The jitter of scales redraws a detection image's window without a box, so large scales are rarer where
-     objects lie at the border. The rest is in default_schedule, recipe_of and rate_factor.
-What setups 1 to 3 report is last.pt: best.pt was chosen on the very set, its novel classes or labels.
+     objects lie at the border. The rest is in SETUPS, default_schedule, recipe_of and rate_factor.
+What setups 1 to 3 and lvis report is last.pt: best.pt was chosen on the very set that is reported.
 
 Letters: B images, R RoIs, D features of a RoI, C detection classes, K (the paper's C^) classification
 classes, V classes that are scored. Boxes are xyxy pixels of the network's input.
@@ -89,14 +89,14 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou, clip_boxes_to_image,
 from tqdm import tqdm
 
 from common.boxes import constant
-from common.datasets import (CocoDataset, as_pixels, collate, eval_loader, read_annotations,
+from common.datasets import (CocoDataset, as_pixels, class_names, collate, eval_loader, read_annotations,
                              read_json, read_objects365, repeat_fractions, require_lvis, start_worker)
 from common.evaluation import (Detections, base_and_novel, class_table, coco_evaluate, encode_mask,
                                import_lvis, localise, localisation_metrics, lvis_evaluate)
 from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, DetectionTransform, ImageIndex,
-                             Pairs, Stream, benchmark_names, class_folders, class_names, collate_labelled,
+                             Pairs, Stream, benchmark_names, class_folders, collate_labelled,
                              draw_split, is_localisation, jitter_image, read_class_list, read_ilsvrc,
-                             read_lines, read_overlap, wordnet_ids)
+                             read_overlap, wnid_names, wordnet_ids)
 from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model,
                         fast_layout, fused, gather, given_flags, holds_run, load_checkpoint, load_strict,
                         number, open_run, open_table, parse, parser, reduce_mean, rows, run_flags,
@@ -856,6 +856,9 @@ def labelled_index(args, partners, quiet=False):
     if args.setup == "s3" and not index.dropped:
         raise UserError(f"--val-json {args.val_json}: none of its images is in --cls-dir {args.cls_dir}, so "
                         "none could be kept from training; file names are as there, class/name")
+    if args.setup == "s3" and index.dropped < index.asked and not quiet:
+        tell(f"--val-json {args.val_json}: {index.asked - index.dropped:,} of its {index.asked:,} images are "
+             f"not in --cls-dir {args.cls_dir} by their names; if they are by another, they are trained on")
     if len(index.classes) < 2:
         raise UserError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier needs "
                         "two")
@@ -873,7 +876,7 @@ def make_vocabulary(args, quiet=False, before=None):
         records, name_of = boxes_of(args)
     if setup.cls != "none" and (args.stage == 1 or args.cls_ratio):
         index = labelled_index(args, name_of, quiet)
-        cls, names = index.classes, class_names(index.classes, args.cls_dir, args.names)
+        cls, names = index.classes, wnid_names(index.classes, args.cls_dir, args.names)
     elif setup.cls != "none" and before and not before["gap"]:  # of '-reform' no g^ is left
         cls, names = list(before["cls"]), list(before["cls_names"])
     if setup.cls == "shared":
@@ -909,13 +912,14 @@ def base_classes(args, records, cls, names):
 
 
 def pair_by_name(det, names):
-    """For each classification class its detection class or -1: by its whole name, then by a part of it."""
-    free = {plain(n): k for k, n in enumerate(det)}
-    pair = [free.get(plain(n), -1) for n in names]
+    """For each classification class its detection class or -1: by its whole name, if no other has it (cranes
+    are birds and machines), then by a part of it."""
+    free, count = {plain(n): k for k, n in enumerate(det)}, Counter(map(plain, names))
+    pair = [free.get(plain(n), -1) if count[plain(n)] == 1 else -1 for n in names]
     free = {n: k for n, k in free.items() if k not in set(pair)}
     for k, n in enumerate(names):
         parts = [part for part in map(plain, n.split(",")) if part in free]
-        if pair[k] < 0 and parts:
+        if pair[k] < 0 and parts and count[plain(n)] == 1:
             pair[k] = free.pop(parts[0])
     return pair
 
@@ -941,6 +945,10 @@ def make_data(args, quiet=False, before=None):
     both = sum(p >= 0 for p in arch["pair"])
     if args.setup == "own" and arch["cls"] and not both and not quiet:
         print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them",
+              flush=True)
+    elif args.setup == "own" and both and not args.overlap and not quiet:
+        same = [arch["det"][p] for p in arch["pair"] if p >= 0]
+        print(f"{both} classes are in both vocabularies by name: {', '.join(same[:8])}{' ...' * (both > 8)}",
               flush=True)
     images = None
     if args.cls_ratio:
@@ -1039,6 +1047,10 @@ def accuracy_data(args, arch, quiet):
             print(f"--cls-val {args.cls_val}: holds no folder of a class of the model; no "
                   "accuracy", flush=True)
         return None
+    if len(known) < len(arch["cls"]) and not quiet:
+        lacks = sorted({*arch["cls"]} - held)
+        tell(f"--cls-val {args.cls_val}: lacks {', '.join(lacks[:5])}{' ...' * (len(lacks) > 5)}; the "
+             f"accuracy is of the other {len(known):,} classes")
     index, label_of = ImageIndex(args.cls_val, known, quiet), {w: k for k, w in enumerate(arch["cls"])}
     transform = ClassificationTransform(arch["stage1_size"], arch["augment"], False)
     return ClassImages(index, transform, arch["stage1_size"], [label_of[w] for w in index.classes])
@@ -1274,11 +1286,11 @@ def rate_factor(args, it, steps):
 
 def reported(args, val, epochs):
     """How a Run counts and what it reports. Neither the benchmark nor the images of stage I's accuracy, which
-    in setup 2 are the benchmark's, nor setup 1's novel classes may choose the weights that are reported or
+    in setup 2 are the benchmark's, nor LVIS's validation set may choose the weights that are reported or
     trained on: last.pt."""
     measured = args.stage == 1 or isinstance(val, Benchmark)
     metric = "mask AP" if args.masks else "AP"
-    last = measured or SETUPS[args.setup].det == "base"
+    last = measured or args.setup in ("s1", "lvis")
     return dict(epochs=epochs, metric="top-1" if measured else metric, report="last" if last else "best",
                 every=epochs if args.data == "shapes" else None, table=class_table)
 
@@ -1390,6 +1402,8 @@ def predict_image(model, classes, image, score=0.1, fuse=2 / 3):
     if model.arch["stage"] == 1:
         raise UserError("model: is a classifier of stage I, which finds no boxes; train stage II from it")
     vocabulary = Vocabulary(model.arch, model.fg.weight.device)
+    if isinstance(classes, str):
+        raise UserError(f"classes: {classes!r} is one text; give a list of names")
     if classes is not None and list(classes) != vocabulary.names:
         vocabulary.choose(vocabulary.find(classes, "classes"))
     found = find_boxes(model, as_pixels(image), vocabulary, fuse=fuse, least=score, masks=False)
@@ -1419,7 +1433,7 @@ def evaluate(model, val, rank, world, device, args):
 
 @torch.no_grad()
 def evaluate_accuracy(model, val, rank, world, device, args):
-    """Stage I: top1 and top5 in percent; every image once."""
+    """Stage I: top1 and top5 in percent; every image once, but for those that cannot be read."""
     counts = torch.zeros(3, dtype=torch.float64)
     mine = list(range(rank, len(val), world))
     batches = [[(i, 0) for i in mine[k:k + 64]] for k in range(0, len(mine), 64)]
@@ -1511,26 +1525,18 @@ def evaluate_file(args, rank, world, device):
     model, _ = load(args.eval, "--eval")
     args = resolve(args, model.arch)
     val = make_val(args, model.arch, rank > 0)
+    if val is None and model.arch["stage"] == 2:
+        raise UserError(f"--eval {args.eval}: needs --val-json and --val-images")
     if val is None:
         raise UserError(f"--eval {args.eval}: is a classifier of stage I; its accuracy needs --cls-val, a "
                         "folder with a folder of images for each class (--data shapes needs nothing)")
+    if model.arch["setup"] == "s2" and args.setup in ("s1", "lvis"):
+        tell("LVIS's validation images are of COCO's train2017, too, on which this checkpoint was trained: "
+             "its numbers are too high")
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
         write_results(args.out, metrics, results, val, args.eval, None, None)
         print((class_table(metrics) + "\n" if "classes" in metrics else "") + metrics["line"])
-
-
-def wanted_classes(values):
-    """One value is split at commas, or is a file with one name a line; several values are one name each."""
-    names = values
-    if len(values) == 1 and Path(values[0]).is_file():
-        names = [line for line in read_lines(values[0], "--classes") if line.strip()]
-    elif len(values) == 1:
-        names = values[0].split(",")
-    names = [n.strip() for n in names]
-    if not names or not all(names):
-        raise UserError(f"--classes {' '.join(values)}: holds an empty name")
-    return names
 
 
 def detector_of(args, device="cpu"):
@@ -1540,12 +1546,12 @@ def detector_of(args, device="cpu"):
         raise UserError(f"--weights {args.weights}: is a classifier of stage I, which finds no boxes; train "
                         "stage II from it")
     if args.names:
-        model.arch["cls_names"] = class_names(model.arch["cls"], None, args.names)
+        model.arch["cls_names"] = wnid_names(model.arch["cls"], None, args.names)
     vocabulary = Vocabulary(model.arch, device)
-    if args.fuse is not None and not len(vocabulary.both):
+    if args.fuse != 2 / 3 and not len(vocabulary.both):
         tell("--fuse has no effect: the checkpoint knows no class that is in both vocabularies")
     if args.classes:
-        vocabulary.choose(vocabulary.find(wanted_classes(args.classes)))
+        vocabulary.choose(vocabulary.find(class_names(args.classes)))
     return model.to(device), vocabulary
 
 
@@ -1752,7 +1758,7 @@ def parse_args(argv=None):
                    "the batch's, on GPUs that of all processes (default frozen; --init none: sync)")
     g = p.add_argument_group("method")
     g.add_argument("--stage", type=int, choices=CHOICES["stage"], help="1: the classifier; 2: the detector, "
-                   "from --init (default: both, in OUT/stage1 and OUT/stage2)")
+                   "from --init (default: both, in OUT/stage1 and OUT/stage2; with --init 2)")
     g.add_argument("--init", help="stage II: a checkpoint of stage I, imagenet or none (random: the row "
                    "'-stage I'); stage I: imagenet or none (default none)")
     g.add_argument("--reinit-cls", action="store_true", help="stage II: the classifier of stage I is not "

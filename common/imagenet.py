@@ -933,7 +933,7 @@ def wordnet_ids(path, synsets):
     """{synset: wnid} from WordNet 3.0's index.noun. "bass.n.03" is the third sense of the lemma
     bass; a line ends in the offsets of its senses, in order, and a wnid is n + offset. Offsets are
     those of version 3.0 only. Synsets that WordNet has not are left out."""
-    strange = [s for s in synsets if not re.fullmatch(r".+\.[a-z]\.\d+", s.lower())]
+    strange = [s for s in synsets if not re.fullmatch(r".+\.[a-z]\.0*[1-9]\d*", str(s).lower())]
     if strange:
         raise UserError(f"synset {strange[0]}: expected lemma.n.number, as bass.n.03")
     wanted, offsets = {s.lower().rsplit(".", 2)[0] for s in synsets}, {}
@@ -966,7 +966,7 @@ def read_overlap(path):
             answer = dict(content)
         else:
             answer = {r["name"]: r["wnid"] for r in content}
-        if not all(isinstance(w, str) for w in answer.values()):
+        if not all(isinstance(text, str) for pair in answer.items() for text in pair):
             raise TypeError
     except (TypeError, KeyError):
         raise UserError(f"--overlap {path}: expected a json object {{detection class: wnid}}") from None
@@ -977,9 +977,9 @@ def read_overlap(path):
     return answer
 
 
-def class_names(wnids, folder, path=None):
-    """Name of each wnid: of a text file (wnid, tab, name), or of classes.json in or beside the folder,
-    else the wnid itself."""
+def wnid_names(wnids, folder, path=None):
+    """Name of each wnid: of a text file (wnid, tab, name), or of classes.json in or beside the folder (there
+    it may be somebody else's), else the wnid itself."""
     from .datasets import read_json
     known, source = {}, None
     if path:
@@ -993,7 +993,8 @@ def class_names(wnids, folder, path=None):
         try:
             known = {c["wnid"]: c["name"] for c in read_json(source)} if source else {}
         except (TypeError, KeyError):
-            raise UserError(f"{source}: expected a list of objects with wnid and name") from None
+            if source.parent == Path(folder):
+                raise UserError(f"{source}: expected a list of objects with wnid and name") from None
     names = [known.get(w, w) for w in wnids]
     for w, n in zip(wnids, names):
         if not isinstance(n, str) or not n.strip() or unprintable(n):

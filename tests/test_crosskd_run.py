@@ -751,6 +751,11 @@ def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monk
     assert flags["teacher"] == str(teacher) and flags["batch_size"] == 2 and flags["max_iters"] == 2
     line = fails("--data", "shapes", "--teacher", teacher, "--out", tmp_path / "t")
     assert "holds a run already" in line
+    known = crosskd.load(teacher)[1]
+    for names, flags, words in ((list("abc"), (), "has num_classes 3"), (known, ("--channels", 32), "has channels 64")):
+        wrong = checkpoint(tmp_path / "w.pt", names, "tiny16", "fcos")  # told before the plain student trains
+        assert words in fails("--data", "shapes", "--teacher", wrong, *flags, "--out", tmp_path / "u")
+        shutil.rmtree(tmp_path / "u")
 
 
 def test_a_student_leaves_the_house_as_it_predicts_here(photographs, coco_mini, tmp_path):
@@ -827,6 +832,17 @@ def test_a_narrow_student_is_trained_through_its_adapter_and_resumed(own, tmp_pa
     for part in ("model", "adapter"):
         assert checksum(whole[part]) == checksum(resumed[part])
     assert "adapter" not in load_checkpoint(tmp_path / "o/best.pt") and crosskd.load(tmp_path / "o/best.pt")[0].arch["channels"] == 32
+    checkpoint(teacher, own.classes, "tiny16", seed=8)  # that file is another teacher now
+    assert "was trained with another teacher than is there now" in fails("--resume", "--max-iters", 6, "--out", tmp_path / "o")
+
+
+def test_a_start_of_another_kind_or_of_other_classes_is_refused(own, tmp_path):
+    """ATSS and FCOS have the same keys and shapes; what they mean differs."""
+    flags = [*own.train, "--method", "none", *TINY[:4], "--out", tmp_path / "o"]
+    start = checkpoint(tmp_path / "a.pt", own.classes, "tiny8", "atss")
+    assert "has kind atss, --student fcos" in fails(*flags, "--student", "fcos_tiny8", "--init", start)
+    start = checkpoint(tmp_path / "b.pt", own.classes[::-1], "tiny8")
+    assert "its class 0 is" in fails(*flags, "--student", "gfl_tiny8", "--init", start)
 
 
 def test_accumulating_two_micro_batches_runs_and_counts_steps(photographs, tmp_path):

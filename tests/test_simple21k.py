@@ -563,6 +563,8 @@ def test_predict_image_finds_what_detect_finds_of_the_classes_that_are_asked_for
     assert set(found) == {"c2", "d2"}
     with pytest.raises(UserError, match="classes unicorn: no such name"):
         simple21k.predict_image(model, ["unicorn"], picture)
+    with pytest.raises(UserError, match="'d2' is one text; give a list"):
+        simple21k.predict_image(model, "d2", picture)
 
 
 @pytest.mark.parametrize("classes", [None, ["d2", "c3"]])
@@ -699,8 +701,9 @@ def test_wordnet_senses(tmp_path):
     (tmp_path / "index.noun").write_text(INDEX)
     ids = wordnet_ids(tmp_path / "index.noun", ["bank.n.01", "bank.n.03", "bass.n.02", "hot_dog.n.01", "stop_sign.n.01", "bank.n.04"])
     assert ids == {"bank.n.01": "n09213565", "bank.n.03": "n09213434", "bass.n.02": "n04990770", "hot_dog.n.01": "n07697537"}
-    with pytest.raises(UserError, match="synset bank: expected lemma.n.number"):
-        wordnet_ids(tmp_path / "index.noun", ["bank"])
+    for odd in ("bank", "bank.n.00", 5):
+        with pytest.raises(UserError, match=f"synset {odd}: expected lemma.n.number"):
+            wordnet_ids(tmp_path / "index.noun", ["bank.n.01", odd])
     with pytest.raises(UserError, match="--wordnet .* is a folder"):
         wordnet_ids(tmp_path, ["bank.n.01"])
     for content, text in (("", "holds none of the synsets"), ("bank n x 1\n", "is not WordNet's index.noun")):
@@ -762,7 +765,7 @@ def test_overlap_files(tmp_path):
     assert read_overlap(path) == {"cat": "n1"}
     path.write_text('[{"name": "cat", "wnid": "n1", "synset": "x"}]')
     assert read_overlap(path) == {"cat": "n1"}
-    for content, text in (("[3]", "expected a json object"), ('{"cat": ["n1"]}', "expected a json object"), ('{"cat": "n1", "tabby": "n1"}', "two detection classes are n1")):
+    for content, text in (("[3]", "expected a json object"), ('[{"name": 1, "wnid": "n1"}]', "expected a json object"), ('{"cat": ["n1"]}', "expected a json object"), ('{"cat": "n1", "tabby": "n1"}', "two detection classes are n1")):
         path.write_text(content)
         with pytest.raises(UserError, match=text):
             read_overlap(path)
@@ -783,7 +786,7 @@ def test_a_class_is_known_by_all_its_names():
 
 def test_wanted_classes_by_commas_flags_or_lines(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufefftélly, tv\ncup\n\n".encode())
-    wanted = lambda *values: simple21k.wanted_classes(parse_args(["--predict", "a", "--weights", "b", *(x for v in values for x in ("--classes", v))]).classes)
+    wanted = lambda *values: simple21k.class_names(parse_args(["--predict", "a", "--weights", "b", *(x for v in values for x in ("--classes", v))]).classes)
     assert wanted("red panda, cup") == ["red panda", "cup"] and wanted("television, telly", "cup") == ["television, telly", "cup"]
     assert wanted(str(tmp_path / "names.txt")) == ["télly, tv", "cup"]
     vocabulary = Vocabulary(arch_of() | dict(cls_names=["television, telly", "c1", "c2", "c3", "c4"]), "cpu")
@@ -803,6 +806,7 @@ def test_own_classes_meet_by_name(tmp_path):
     (tmp_path / "names.txt").write_text("".join(f"n{k}\t{n}\n" for k, n in enumerate(names)))
     args = flags("--setup", "own", *boxes, "--cls-dir", tmp_path / "in", "--names", tmp_path / "names.txt")
     assert simple21k.make_vocabulary(args)[0]["pair"] == [-1, 0, 1, 2, -1]
+    assert simple21k.pair_by_name(["crane", "cat"], ["crane", "crane", "cat"]) == [-1, -1, 1]  # a bird, a machine: which?
     (tmp_path / "names.txt").write_text("n0\ta\x07b\n")
     with pytest.raises(UserError, match="the name of n0 is empty, no text, or holds control characters"):
         simple21k.make_vocabulary(args)
@@ -947,6 +951,18 @@ def test_what_is_measured_chooses_nothing():
     benchmark = simple21k.Benchmark.__new__(simple21k.Benchmark)
     assert simple21k.reported(one, None, 1)["report"] == simple21k.reported(two, benchmark, 1)["report"] == "last"
     assert simple21k.reported(two, None, 1)["report"] == "best"
+    for setup in ("s1", "lvis"):
+        assert simple21k.reported(argparse.Namespace(**vars(two) | dict(setup=setup)), None, 1)["report"] == "last"
+
+
+def test_a_pair_of_scales_may_be_given_again_with_resume(tmp_path, capsys):
+    """args.json knows no tuples, and the line that says how to go on repeats all flags."""
+    given = ["--data", "shapes", "--jitter", "0.5,1.5", "--out", str(tmp_path)]
+    (tmp_path / "args.json").write_text(json.dumps(dict(args=vars(parse_args(given)))))
+    assert parse_args([*given, "--resume"]).jitter == (0.5, 1.5)
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", "--out", str(tmp_path), "--jitter", "0.5,1.6"])
+    assert "--jitter (0.5, 1.6): the run in" in capsys.readouterr().err
 
 
 SECTIONS = ["the paper", "what its tables compare with", "detector", "data", "train", "evaluate, predict", "flags", "main"]

@@ -8,7 +8,8 @@ knowledge. The student is pulled to the teacher's coordinates. Where the two dis
 coordinates, what the teacher says of it may be noise: sigma, one minus the gap, weighs that loss and the two
 usual ones, on features and on class scores (RDM). All of it on each FPN level by itself; prototypes are
 picked anew every T epochs, as the student moves. Both detectors are trained before distillation starts. The
-student that comes out is torchvision's own Faster R-CNN or RetinaNet: nothing is added to it.
+student that comes out is torchvision's Faster R-CNN or RetinaNet (from mmdetection's weights with its anchors
+and RoIAlign): distillation adds nothing to it.
 
     Eq. 1  basis of one space       the known problem, which Eq. 2 replaces: not here
     Eq. 2  prototypes of two spaces select_prototypes, which solves it greedily
@@ -28,8 +29,9 @@ Differs from the paper:
      branch for Eq. 6 never runs). The paper says "exactly the same as in Eq. 5": with its lambda = 10 every
      gap shrinks by 21, Eq. 6 by 441, and sigma is near 1 (--proj: other readings). By cosines sigma is 0.3 to
      0.5 on shapes in the first 20 steps, and 0 for 1 to 34 % of the objects on a level.
-  2. Eq. 7 is a mean over channels, cells and levels, not a sum. Its regions, those of FGFI, are the cells
-     with an anchor whose IoU with a box is above half of the best that the box has on that level.
+  2. Eq. 7 is a mean over channels (1/D of the printed norm), cells and levels, not a sum. Its regions, those
+     of FGFI, are the cells with an anchor whose IoU with a box is above half of the best that the box has on
+     that level. H ends in a ReLU, as printed: what is negative in the teacher's map stays (--adapt conv1x1).
   3. Levels are averaged. The response has none: its sigma is that of the level on which the student's head
      sees the proposal. Positive proposals, tau 1, a sum over classes, a mean over proposals; of a cascade
      the heads' logits are averaged.
@@ -43,8 +45,8 @@ from the largest cosines, objects = positive proposals on the level of their siz
 background, a 3x3 H without ReLU, tau 2, a linear decay, a density filter). It keeps: means by 8 x 8 RoIAlign
 samples (code: whole cells), the largest sigma where boxes overlap (code: the last box's), fp64 selection
 (code: half precision, which picks others and some twice), torchvision's losses and proposals.
-What the student would gain by training on alone the paper does not say: beside every distilled student this
-script trains the same student for as long WITHOUT distillation and prints both (--control).
+What the student would gain by training on alone the paper does not say: where there is a validation set, the
+same student is trained for as long WITHOUT distillation beside the distilled one, and both are printed.
 
 Letters: B images, L = 5 levels, D, h, w of a map, n objects (instances), N all of a class (Eq. 6: of the
 batch), K prototypes, C classes, m positive proposals or anchors; t teacher, s student. Boxes: xyxy pixels.
@@ -56,7 +58,7 @@ batch), K prototypes, C classes, m positive proposals or anchors; t teacher, s s
     python prototype_kd.py --export student.pt2 --weights runs/retina/best.pt        # RetinaNet only
 Own data (--train-json a.json --train-images a/ --val-json b.json --val-images b/): a teacher (--teacher none
 --student faster_r101 --out r/t), a student (--teacher none --student faster_r50 --out r/s), then both
-(--teacher r/t/best.pt --init r/s/best.pt). VOC: rows t2-*, which pass on last.pt: best.pt saw the test set.
+(--teacher r/t/best.pt --init r/s/best.pt). VOC: rows t2 to t8 pass on last.pt: best.pt saw the test set.
 
 Expected (paper, COCO val2017 AP, 8 GPUs x 2 images, 24 epochs): Faster R-CNN R50 38.4 -> 40.6 (teacher 39.8),
 RetinaNet R50 37.4 -> 39.8 (teacher 38.9). Measured here: COCO and VOC at full size not run; shapes:
@@ -98,7 +100,8 @@ from common.evaluation import Detections, class_table, coco_evaluate, voc_evalua
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, number, open_run, open_table, parse, parser, rebuilding, reduce_mean,
-                        rows, run_flags, saved_run, seed_all, started, to_device, warmup_multistep, wrap_ddp)
+                        rows, run_flags, saved_run, seed_all, started, to_device, warmup_multistep,
+                        with_defaults, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
@@ -239,6 +242,8 @@ class Instances:
                 chosen.append(i)
                 count.update({label[k] for k in wanted})
                 self.area |= {i * 10000 + k - first[i]: area[k] for k in wanted}
+        if not chosen:
+            raise UserError("prototypes: no image holds an object to make them of; lower --proto-min-size")
         chosen.sort()
         self.index = {records.image_id(data.kept[i]): i for i in chosen}
         blocks = [[(i, 0) for i in chosen[b:b + 8]] for b in range(0, len(chosen), 8)][rank::world]
@@ -341,8 +346,6 @@ class Bank:
         sums = {}
         for part in all_gather(mine):
             sums |= part
-        if not sums:
-            raise UserError("prototypes: no image holds an object to make them of; lower --proto-min-size")
         counts = torch.tensor([sums[c][0] if c in sums else 0 for c in range(len(self.classes))])
         means = []
         for i, name in ((1, "teacher"), (2, "student")):
@@ -1345,7 +1348,7 @@ def make_distiller(student, teacher, bank, args):
     options = dict(alpha_global=args.alpha_global, alpha_feat=args.alpha_feat, alpha_resp=args.alpha_resp,
                    adapt=args.adapt, tau=args.resp_tau, over_classes=args.resp_norm, amp=args.amp == "bf16")
     other = dict(relation=args.kd_relation, every_class=args.all_class_prototypes, proj=args.proj,
-                 sigma=args.sigma, clamp=args.sigma_clamp or args.sigma == "l2",
+                 sigma=args.sigma, clamp=args.sigma_clamp or args.sigma == "l2" or args.alpha_global > 0,
                  instances=args.instances, levels=args.level_assign,
                  cells=args.kd_local, background=args.bg_weight, by_sigma=args.feat_norm == "sigma")
     if bank and args.kd_decay == "none" and other == PAPER:
@@ -1365,9 +1368,10 @@ def prepare(args, data, val, student, teacher, rank, world, device):
                 net.backbone.compile()
     if teacher and val and not (Path(args.out) / "last.pt").exists():
         check_teacher(evaluate(teacher, val, rank, world, device, args, most=100)[0], args)
+    bank = make_bank(args, data, rank, world)  # here: what is wrong with it must not cost the control's time
     continued(args, rank, world, device)
     seed_all(args.seed)  # H does not depend on what ran before
-    distiller = make_distiller(student, teacher, make_bank(args, data, rank, world), args).to(device).train()
+    distiller = make_distiller(student, teacher, bank, args).to(device).train()
     seed_all(args.seed + 1000 * rank)  # here: the same RoIs are drawn with and without distillation
     return distiller
 
@@ -1400,7 +1404,9 @@ def reported(args, distiller):
     adapters = {k: m for k, m in distiller.named_children() if k == "adapters"}
     every = args.epochs if args.data == "shapes" else None
     report = "last" if args.dataset == "voc" else "best"
-    return dict(parts=dict(adapters=nn.ModuleDict(adapters)), every=every, table=class_table, report=report)
+    fixed = dict(teacher=distiller.teacher[0]) if distiller.teacher else {}
+    return dict(parts=dict(adapters=nn.ModuleDict(adapters)), fixed=fixed, every=every, table=class_table,
+                report=report)
 
 
 def keep_beside(run, bank, device):
@@ -1430,8 +1436,9 @@ def refresh(run, distiller, device):
                     f"fewer than {bank.k} for", *few]), flush=True)
     row = {k: news[k] for k in ("prototypes", "instances", "kept", "seconds")}
     run.log.write(dict(it=run.it + 1, epoch=done + 1, refresh=True, **row),
-                  f"ep {done + 1:02d} {news['prototypes']} prototypes of {news['instances']} instances, "
-                  f"{100 * max(0, news['kept']):.0f} % as before | {news['seconds']:.0f}s")
+                  f"ep {done + 1:02d} {news['prototypes']} prototypes of {news['instances']} instances"
+                  + (f", {100 * news['kept']:.0f} % as before" if news["kept"] >= 0 else "")
+                  + f" | {news['seconds']:.0f}s")
     run.log.restart_clock()
 
 
@@ -1503,6 +1510,8 @@ def continued(args, rank, world, device):
     there, finished = (folder / "last.pt").exists(), False
     if there:
         state = load_checkpoint(folder / "last.pt", "prototype_kd.py")
+        if not {"args", "total_batch"} <= set(state):
+            raise UserError(f"--control {folder}: its last.pt holds no training state, as a best.pt")
         theirs = dict(state["args"], total_batch=state["total_batch"])
         ours = dict(vars(args), total_batch=args.batch_size * args.accumulate * world)
         wrong = [k for k in (*SAME, "total_batch") if theirs.get(k) != ours[k]]
@@ -1514,6 +1523,8 @@ def continued(args, rank, world, device):
                          "folder, or --control none")
             raise UserError(text)
         finished = state.get("finished", False) and not wrong
+    if finished and args.control != "run" and not (folder / "results.json").exists():
+        raise UserError(f"--control {folder}: holds no results.json to compare with")
     if finished:
         return
     if args.control != "run":
@@ -1808,8 +1819,7 @@ BELONGS = (
     ("data_seed table", "data", ("shapes",)),
     ("student", "init", (*NEW, None)),
     ("proto_space", "proto_method", ("pgm", "kmeans", "dbscan")),
-    ("all_class_prototypes", "kd_relation", ("global",)),
-    ("proj", "sigma", ("l2", "none", None)))
+    ("all_class_prototypes", "kd_relation", ("global",)))
 # the same: flags, the weight of Eq. 9 that must be above 0
 WEIGHED = (
     ("kd_relation all_class_prototypes", "alpha_global"),
@@ -1880,7 +1890,7 @@ def parse_args(argv=None):
            type=number())
     g.add_argument("--proj", choices=("cosine", "independent", "sequential", "joint"), default="cosine",
                    help="projection P of Eqs. 6, 8; all but cosine: readings of \"as in Eq. 5\", which "
-                   "shrink Eq. 6 some hundred times (independent, lambda 10: 441)")
+                   "shrink Eq. 6 at lambda 10 some hundred times (independent: 441)")
     g.add_argument("--center", action="store_true", help="subtract each space's mean feature first (not in "
                    "the paper)")
     g.add_argument("--all-class-prototypes", action="store_true",
@@ -1897,7 +1907,7 @@ def parse_args(argv=None):
     preset(g, "adapt", "H of Eq. 7", choices=("conv1x1relu", "conv1x1", "conv3x3"))
     preset(g, "resp-tau", "temperature of the class scores", type=POSITIVE)
     g.add_argument("--control", default="run", help="the same student continued without distillation: run it "
-                   "too, in OUT/control; the folder of such a run; or none")
+                   "too, in OUT/control (shapes: the table); the folder of such a run; or none")
     g = p.add_argument_group("schedule")
     g.add_argument("--epochs", type=COUNT, help="(default 24, the paper's 2x; shapes 16), x0.1 at 2/3, 11/12")
     g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
@@ -1906,7 +1916,8 @@ def parse_args(argv=None):
                    "retina 0.01; shapes 0.002)")
     g.add_argument("--weight-decay", type=number(), default=1e-4)
     g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: teacher, start, continued "
-                   "and distilled student in one table (default without --teacher, --init, --max-iters)")
+                   "and distilled student in one table (default without --teacher, --init, --control, "
+                   "--max-iters, --val-json)")
     run_flags(p, "prototype_kd", rows=ROWS, export=True)
     apart = "train_json data", "train_json dataset", "val_json dataset"
     args = parse(p, argv, "prototype_kd", MODES, belongs=BELONGS, apart=apart, rows=ROWS,
@@ -1955,6 +1966,8 @@ def check_method(p, args, given, method):
             p.error(f"{dash(idle[0])}: belongs to {dash(weight)} above 0, here it is 0")
     whole = values.kd_relation == "global"  # rkd reads neither levels nor sigma
     levels = values.alpha_feat or values.alpha_global and whole
+    if "sigma" in given and not (levels or values.alpha_resp):
+        p.error("--sigma: belongs to losses that these weights leave out")
     if "level_assign" in given and not levels:
         p.error("--level-assign: belongs to losses that these weights leave out")
     if "instances" in given and not (values.alpha_feat or values.alpha_global or values.sigma != "none"):
@@ -2011,11 +2024,9 @@ def resolve(args):
     defaults = DEFAULTS | dict(lr=0.01 if kind == "retina" else 0.02)
     if shapes:
         defaults |= SHAPES
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            values[name] = value
-    values |= dict(preset=args.preset or "paper", data=default_root(args), image_size=default_size(args))
-    return argparse.Namespace(**values | dict(teacher=teacher, init=init, student=student, control=control))
+    values |= dict(preset=args.preset or "paper", data=default_root(args), image_size=default_size(args),
+                   teacher=teacher, init=init, student=student, control=control)
+    return with_defaults(argparse.Namespace(**values), defaults)
 
 
 # ================================================================== main
@@ -2025,16 +2036,18 @@ TEACHER = "tiny32"  # of shapes
 
 def shapes_detector(name, args, rank, world, device, teacher=False):
     """Path of a plainly trained detector for shapes, see trained_before: a teacher has seen all images, a
-    student the first 300 of them."""
+    student the first 300 of them, or --first-images."""
     from common.tiny import trained_before
     if "_tiny" not in name:
         raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on "
                         "demand; others need --init and --teacher")
-    epochs = 8 if teacher else 20
+    epochs, usual = (8, 0) if teacher else (20, SHAPES["first_images"])
+    images = usual if teacher or args.first_images is None else args.first_images
     flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "shapes"]
-    flags += ["--student", name, "--epochs", str(epochs), *(["--first-images", "0"] if teacher else [])]
+    flags += ["--student", name, "--epochs", str(epochs), "--first-images", str(images)]
     flags += ["--workers", str(args.workers), "--resume"]
-    return trained_before(f"prototype_kd-{name}-e{epochs}", args.data_seed, rank,
+    name += f"-e{epochs}" + (f"-n{images}" if images != usual else "")
+    return trained_before(f"prototype_kd-{name}", args.data_seed, rank,
                           lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))
 
 
@@ -2042,7 +2055,8 @@ def wants_table(args):
     """Whether a command on shapes names nothing that would ask for one run only."""
     if args.table is not None:
         return args.table
-    return args.data == "shapes" and not (args.teacher or args.init or args.max_iters or args.val_json)
+    alone = args.teacher or args.init or args.max_iters or args.val_json or args.control != "run"
+    return args.data == "shapes" and not alone
 
 
 def quick_start(args, rank, world, device):

@@ -748,11 +748,12 @@ def test_bad_flags_give_one_line(flags, words, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--voc-val", "2007_val"], "--voc-val: belongs to --dataset voc"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes"),
     (["--proto-method", "ambiguous", "--lam", "1"], "--lam: belongs to --proto-method pgm, or to a --proj; here ambiguous"),
-    (["--sigma", "maxcos", "--proj", "joint"], "--proj: belongs to --sigma l2"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
+    (["--sigma", "maxcos", "--proj", "joint"], "--proj joint: --sigma maxcos compares cosines"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
     (["--alpha-feat", "0", "--adapt", "conv1x1"], "--adapt: belongs to --alpha-feat above 0"), (["--preset", "released", "--kd-relation", "rkd"], "above 0, here it is 0"),
     (["--alpha-global", "0", "--alpha-feat", "0", "--alpha-resp", "0"], "nothing is distilled"),
     (["--alpha-global", "0", "--alpha-feat", "0", "--level-assign", "fpn"], "--level-assign: belongs to"),
     (["--kd-relation", "rkd", "--alpha-feat", "0", "--level-assign", "fpn"], "--level-assign: belongs to"),
+    (["--kd-relation", "rkd", "--alpha-feat", "0", "--alpha-resp", "0", "--sigma", "maxcos"], "--sigma: belongs to losses"),
     (["--alpha-resp", "0", "--resp-tau", "2"], "--resp-tau: belongs to --alpha-resp above 0"), (["--teacher", "none", "--k", "5"], "--k: belongs to a --teacher"),
     (["--teacher", "none", "--control", "x"], "--control: belongs to a --teacher"), (["--teacher", "none", "--no-teacher-check"], "belongs to a --teacher"),
     (["--teacher", "x", "--alpha-global", "0", "--alpha-feat", "0", "--alpha-resp", "0"], "--teacher none says so"),
@@ -964,3 +965,16 @@ def test_flags_of_a_row_are_checked_as_if_given(capsys):
             parse_args(words)
         assert text in capsys.readouterr().err
     assert parse_args(["--proto-method", "kmeans", "--proto-space", "student", "--proj", "independent", "--lam", "5"]).lam == 5
+
+
+def test_a_control_that_is_named_or_none_asks_for_one_run_not_for_the_table():
+    asks = lambda *flags: prototype_kd.wants_table(parse_args(["--data", "shapes", *flags]))
+    assert asks() and asks("--table") and not asks("--control", "none") and not asks("--control", "x") and not asks("--no-table")
+
+
+def test_the_student_of_shapes_has_seen_the_images_that_are_asked_for(monkeypatch):
+    monkeypatch.setattr("common.tiny.trained_before", lambda name, *_: name)
+    name = lambda *flags: prototype_kd.shapes_detector("faster_tiny8", parse_args(["--data", "shapes", *flags]), 0, 1, None)
+    assert name() == name("--first-images", "300") == "prototype_kd-faster_tiny8-e20" and name("--first-images", "50") == "prototype_kd-faster_tiny8-e20-n50"
+    teacher = prototype_kd.shapes_detector("faster_tiny32", parse_args(["--data", "shapes", "--first-images", "50"]), 0, 1, None, teacher=True)
+    assert teacher == "prototype_kd-faster_tiny32-e8"

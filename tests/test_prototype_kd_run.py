@@ -322,6 +322,10 @@ def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch, 
     start = tmp_path / "data/teachers/prototype_kd-retina_tiny8-e20-shapes-1/best.pt"
     r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--seed", 4, "--workers", 0, "--control", tmp_path / "out/continued", "--out", tmp_path / "other", fail=True)
     assert "its seed is 0, here 4" in r.stderr
+    (tmp_path / "best").mkdir()
+    shutil.copy(tmp_path / "out/continued/best.pt", tmp_path / "best/last.pt")
+    r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--workers", 0, "--control", tmp_path / "best", "--out", tmp_path / "other2", fail=True)
+    assert "its last.pt holds no training state" in r.stderr
 
 
 def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
@@ -353,6 +357,7 @@ def test_wrong_inputs_end_with_one_line(made, coco_mini, voc_mini, tmp_path):
             ([*coco, "--teacher", "none", "--init", "none", "--student", "yolo_r50"], "expected faster_ or retina_"),
             ([*coco, "--teacher", "none", "--init", "imagenet", "--student", "faster_tiny8"], "has no ImageNet weights"),
             ([*coco, "--teacher", teacher, "--init", start, "--control", tmp_path], "no last.pt there"),
+            ([*coco, "--teacher", teacher, "--init", start, "--proto-min-size", 9999], "lower --proto-min-size"),
             (["--data", tmp_path, "--teacher", teacher, "--init", start], "is missing; COCO 2017 is at"),
             (["--data", tmp_path], "--data shapes needs nothing"), (["--data", tmp_path, "--dataset", "voc"], "--data shapes needs nothing"))):
         r = run(*flags, *(few if "--control" not in flags and "none" not in flags[:4] else few[:-2]), "--out", tmp_path / f"out{n}", fail=True)

@@ -978,7 +978,7 @@ def make_pair(args, data, rank, world, device):
     teacher = None
     if args.method != "none":
         path = args.teacher or shapes_teacher(args, rank, world, device)
-        teacher = load_teacher(path, args, data.classes).to(device)
+        teacher = load_teacher(path, args, data.classes).to(device).requires_grad_(False)
     seed_all(args.seed)  # here, so that every method starts from the same student
     start, trained = args.init, args.init not in ("imagenet", "shapes", "none")
     if start == "shapes":
@@ -1216,7 +1216,7 @@ def evaluate_file(args, rank, world, device):
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
         write_results(Path(args.out), metrics, results, val, args.eval, *model.trained)
-        print(f"{class_table(metrics)}\n{metrics['line']}")
+        print(class_table(metrics), val.report(), metrics["line"], sep="\n")
 
 
 def predict(args, device):

@@ -1555,7 +1555,7 @@ def evaluate_file(args, rank, world, device):
     metrics, results = evaluate(model.to(device), val, clip, rank, world, device, args, zero_shot=True)
     if rank == 0:
         write_results(Path(args.out), metrics, results, val, args.eval, None, None)
-        print(metrics["line"])
+        print(val.report(), metrics["line"], sep="\n")
 
 
 def predict(args, device):

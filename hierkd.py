@@ -1107,7 +1107,7 @@ def evaluate_file(args, rank, world, device):
     metrics, results = evaluate(model.to(device), val, rank, world, device, args, clip)
     if rank == 0:
         write_results(Path(args.out), metrics, results, val, args.eval, *model.trained)
-        print(metrics["line"])
+        print(val.report(), metrics["line"], sep="\n")
 
 
 def predict(args, device):

@@ -1668,7 +1668,7 @@ def evaluate_file(args, rank, world, device):
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
         write_results(Path(args.out), metrics, results, val, args.eval, *model.trained)
-        print(f"{class_table(metrics)}\n{metrics['line']}")
+        print(class_table(metrics), val.report(), metrics["line"], sep="\n")
 
 
 def predict(args, device):

@@ -1536,7 +1536,8 @@ def evaluate_file(args, rank, world, device):
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
         write_results(args.out, metrics, results, val, args.eval, None, None)
-        print((class_table(metrics) + "\n" if "classes" in metrics else "") + metrics["line"])
+        table = [class_table(metrics)] if "classes" in metrics else []
+        print(*table, val.report(), metrics["line"], sep="\n")
 
 
 def detector_of(args, device="cpu"):

@@ -1100,7 +1100,7 @@ class Benchmark(LocalisationImages):
     def report(self):
         boxes = len(self.truth["annotations"])
         return (f"{self.where}: {boxes:,} boxes, {len(self):,} images, {len(self.classes):,} classes; "
-                "they choose nothing: results are of last.pt")
+                "they choose nothing: a training reports last.pt")
 
 
 class FirstImage(Exception):

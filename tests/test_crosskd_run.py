@@ -364,6 +364,7 @@ module.describe_model = common.run.describe_model
     assert "note: with --eval there is no effect of --init, --log-every" in again.stderr
     evaluated = json.loads((tmp_path / "eval/results.json").read_text())
     assert evaluated["AP"] == pytest.approx(results["AP"], abs=1e-6), again.stdout
+    assert re.search(r".json: [\d,]+ boxes, ", again.stdout)  # what was left out of it is said here, too
     assert (evaluated["checkpoint"], evaluated["epoch"], evaluated["it"]) == (str(out / "best.pt"), 1, 12)
     photo = coco_mini / "val2017/000000000785.jpg"
     photo = photo if photo.exists() else next((coco_mini / "val2017").iterdir())

@@ -481,7 +481,7 @@ def test_split_of_a_benchmark_and_training_without_its_images(small, tmp_path):
     assert r.stdout.count(f"left out {len(split['images'])} of the {len(split['images'])} images of the benchmark") == 2
     results = json.loads((tmp_path / "run/stage2/results.json").read_text())
     assert results["images"] == len(split["images"]) and results["whole"] == 0 and "AP50_federated" in results
-    assert results["checkpoint"] == "last.pt" and "results are of last.pt" in r.stdout  # a benchmark chooses nothing
+    assert results["checkpoint"] == "last.pt" and "a training reports last.pt" in r.stdout  # a benchmark chooses nothing
     found = json.loads((tmp_path / "run/stage2/detections.json").read_text())
     assert all(d["category_id"] in {c["id"] for c in split["categories"]} and d["score"] > 0.05 and d["checkpoint"] == "last.pt" for d in found)
     split["images"] = [i for i in split["images"] if ".tar/" in i["file_name"]]  # a page of samples has nothing to show then
@@ -668,7 +668,7 @@ def test_a_resumed_run_follows_its_data_and_refuses_other_flags(small, stage1, t
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert saved["args"]["train_json"] == str(moved / "annotations/instances_train2017.json") and saved["it"] == 2
     r = run("--resume", *out, "--val-boxes", small.root / "imagenet/val_boxes", "--val-images", small.root / "imagenet/val", "--max-iters", "3")
-    assert "results are of last.pt" in r.stdout and json.loads((tmp_path / "run/results.json").read_text())["checkpoint"] == "last.pt"
+    assert "a training reports last.pt" in r.stdout and json.loads((tmp_path / "run/results.json").read_text())["checkpoint"] == "last.pt"
     assert "which --resume keeps" in run("--resume", *out, "--head", "4conv1fc", fail=True).stderr
     (tmp_path / "list.txt").write_text("n90000001\nn90000011\n")
     torch.save(saved | dict(args=saved["args"] | dict(cls_list=str(tmp_path / "list.txt")), checksum=None) | dict(format=1), tmp_path / "run/last.pt")

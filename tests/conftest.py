@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +31,15 @@ def no_test_hangs(request):
     faulthandler.dump_traceback_later(600, exit=True, file=request.config.stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def no_bar_is_left():
+    """A bar that a test leaves behind is closed by the garbage collector, which may come while tqdm looks
+    through all of them."""
+    yield
+    while tqdm._instances:
+        tqdm._instances.pop().close()
 
 
 def free_port():

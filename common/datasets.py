@@ -1387,6 +1387,13 @@ def class_names(values, flag="--classes"):
     return names
 
 
+def without(names, others):
+    """The names that are none of `others`; of such as are not among `names` in no other spelling either."""
+    exact = set(others)
+    wide = spaced(exact - set(names))
+    return [n for n in names if n not in exact and plain_name(n) not in wide]
+
+
 def split_classes(names, base=None, novel=None, asked=None):
     """Class names of a file -> (base, novel), as the file spells them where it knows them.
 
@@ -1397,11 +1404,11 @@ def split_classes(names, base=None, novel=None, asked=None):
     if base is None and asked:
         base = respell(asked, names)
     elif base is None:
-        base = [n for n in names if plain_name(n) not in spaced(novel or [])]
+        base = without(names, novel or [])
         if names and not base:
             raise UserError("--novel names all classes of the file: none is left to train on")
     if novel is None:
-        novel = [n for n in names if plain_name(n) not in spaced(base)]
+        novel = without(names, base)
     both = sorted(spaced(base) & spaced(novel))
     if both:
         raise UserError(f"--base and --novel both name {', '.join(both[:5])}")

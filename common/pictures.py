@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.ops import box_convert, nms
+from torchvision.ops import box_convert, box_iou, nms
 from tqdm import tqdm
 
 from .run import UserError, write_whole
@@ -272,23 +272,32 @@ def save_samples(dataset, results, path, title="", count=6, size=320):
     write_page(rows, names, path, title)
 
 
+def right(results, dataset, item):
+    """How many objects of the item have one of the results on them, of their class, with an IoU of 0.5."""
+    boxes = torch.tensor([r["bbox"] for r in results], dtype=torch.float32).reshape(-1, 4)
+    overlap = box_iou(box_convert(boxes, "xywh", "xyxy"), torch.as_tensor(item[4], dtype=torch.float32))
+    for k, r in enumerate(results):
+        other = [dataset.category_ids[label] != r["category_id"] for label in item[5]]
+        overlap[k, torch.tensor(other, dtype=torch.bool)] = 0
+    return int((overlap >= 0.5).any(0).sum())
+
+
 def save_comparison(dataset, results, out, wanted=(), count=3, size=300):
-    """Path of a page: `count` images, with two to MOST objects if there are such, a row each; ground truth
-    and what the detectors find. results: {column title: a detections.json}. wanted: class names; images with
-    objects of these and of others come first."""
-    fit, rows = [], []
-    for k in range(len(dataset.items)):
-        item = dataset.items[k]
-        if 2 <= len(item[4]) <= MOST:
-            these = sum(dataset.classes[label] in wanted for label in item[5])
-            fit.append((-min(these, len(item[4]) - these), item[3] < item[2], k))  # landscape first
-    chosen = [k for *_, k in sorted(fit)] or range(len(dataset.items))
-    items = [dataset.items[k] for k in chosen[:count]]
-    columns = [{item[0]: None for item in items}]  # the ground truth
-    for path in results.values():
-        columns.append(surest(json.loads(Path(path).read_text()), dataset, items))
-    for item in items:
-        rows.append([show(dataset, item, size, column[item[0]]) for column in columns])
+    """Path of a page: `count` images, a row each; ground truth and what the detectors find. results: {column
+    title: a detections.json}. Images have two to MOST objects if there are such; of these come first those
+    with objects of `wanted`, class names, and of others, then those where the number of objects that the first
+    and the last detector name rightly differs most, in whichever direction."""
+    items = [item for item in dataset.items if 2 <= len(item[4]) <= MOST] or [*dataset.items]
+    columns = [surest(json.loads(Path(path).read_text()), dataset, items) for path in results.values()]
+    fit = []
+    for k, item in enumerate(items):
+        these = sum(dataset.classes[label] in wanted for label in item[5])
+        ends = [right(column[item[0]], dataset, item) for column in (*columns[:1], *columns[-1:])]
+        differ = ends[-1] - ends[0] if ends else 0
+        fit.append((-min(these, len(item[4]) - these), -abs(differ), item[3] < item[2], k))  # landscape first
+    rows = []
+    for item in [items[k] for *_, k in sorted(fit)[:count]]:
+        rows.append([show(dataset, item, size, column and column[item[0]]) for column in (None, *columns)])
     path = Path(out) / "comparison.jpg"
     write_page(rows, ["ground truth", *results], path)
     return path

@@ -651,6 +651,9 @@ def test_a_split_of_ones_own():
     assert split("own", names, ["cat"], ["sink", "bear"]) == (["cat"], ["sink", "bear"])  # a checkpoint's names need not be in the file
     with pytest.raises(hierkd.UserError, match="--base and --novel both name cat"):
         split("own", names, None, ["cat"], ["cat", "car"])
+    assert split("own", names, None, ["Traffic Light"]) == (["car", "cat", "sink"], ["traffic_light"])
+    with pytest.raises(hierkd.UserError, match="--base and --novel both name crane"):  # a file that has both: none is dropped silently
+        split("own", ["Crane", "crane", "cat"], None, ["crane"])
 
 
 def test_own_split_on_the_command_line_reaches_both_sets_and_a_misspelling_is_told(four_images):

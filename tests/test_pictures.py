@@ -196,6 +196,18 @@ def test_a_comparison_has_a_column_for_the_truth_and_one_for_each_detector(tmp_p
     assert (first("b") != first("")).any() and (first("c") == first("")).all()
 
 
+def test_a_comparison_begins_where_the_detectors_differ_most(tmp_path):
+    data = dataset_of(tmp_path, [(100, 80)] * 5, (7, 3, 4))
+    named = [result(5, 7, bbox=(10, 10, 40, 30)), result(5, 3, bbox=(20, 20, 40, 40))]
+    assert pictures.right(named, data, data.items[4]) == 2 and pictures.right([], data, data.items[4]) == 0
+    assert pictures.right([named[0] | dict(category_id=3), named[1], named[1]], data, data.items[4]) == 1  # another's name; twice
+    for name, rows in (("a", [result(2, 4)]), ("b", [result(2, 4), *named])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    path = pictures.save_comparison(data, {"alone": tmp_path / "a.json", "distilled": tmp_path / "b.json"}, tmp_path, count=1)
+    alone, distilled = (colourful(pixels(path)[26:, x:x + 300]) for x in (312, 618))
+    assert alone == 0 and distilled > 0  # the fifth image, not the second, on which both say the same
+
+
 def test_title_stands_above_the_page_and_in_the_files_comment(tmp_path):
     data = dataset_of(tmp_path, [(100, 80)] * 3)
     save_samples(data, [], tmp_path / "plain.jpg")

@@ -987,7 +987,8 @@ def build(name, outputs, init="none", mmdet=False):
     taps = {f"layer{k}": str(i) for i, k in enumerate(layers)}
     backbone = BackboneWithFPN(net, taps, channels, dim, extra)
     sides = []  # of the anchors of each level; the embedded dataset's images are of 100 pixels
-    for side in (8, 16, 32, 64, 128) if tiny else (32, 64, 128, 256, 512):
+    least = (16 if retina else 8) if tiny else 32
+    for side in (least * 2 ** k for k in range(5)):
         sides.append(tuple(side * 2 ** (k / 3) for k in range(3 if retina else 1)))
     if mmdet:
         anchors = zoo.ExactAnchors(sides, STRIDES["retina" if retina else "faster"])
@@ -996,8 +997,11 @@ def build(name, outputs, init="none", mmdet=False):
         anchors = AnchorGenerator(whole, ((0.5, 1.0, 2.0),) * 5)
     if retina:
         head = None
-        if tiny:  # GroupNorm in the head, as in torchvision's version 2: from noise it needs it to learn
+        if tiny:  # GroupNorm, as in torchvision's version 2, and a start by fan-in: else it hardly learns
             head = RetinaNetHead(dim, 9, outputs, norm_layer=lambda c: nn.GroupNorm(8, c))
+            for m in (*head.classification_head.conv.modules(), *head.regression_head.conv.modules()):
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight)
         return RetinaNet(backbone, outputs, anchor_generator=anchors, head=head, detections_per_img=100)
     fewer = {}
     if tiny:

@@ -237,6 +237,7 @@ class Study:
         self.name, self.run, self.prepare, self.arms, self.report = name, run, prepare, arms, report
         self.path = ROOT / "tests" / f"study_{name}.jsonl"
         self.folder = ROOT / "runs" / f"study_{name}"
+        self.stopped = False  # by a command that failed, or that somebody has stopped
 
     def rows(self):
         if not self.path.exists():
@@ -253,12 +254,16 @@ class Study:
     def one_seed(self, seed, arms):
         have = {r["arm"] for r in self.rows() if r["seed"] == seed}
         missing = [arm for arm in arms if arm not in have]
-        if not missing:
+        if not missing or self.stopped:
             return
         folder = self.folder / f"s{seed}"
-        self.prepare(seed, folder)
-        for arm in missing:
-            self.add(dict(arm=arm, seed=seed, **self.run(arm, seed, folder)))
+        try:
+            self.prepare(seed, folder)
+            for arm in missing:
+                self.add(dict(arm=arm, seed=seed, **self.run(arm, seed, folder)))
+        except Failed:
+            self.stopped = True
+            raise
 
     def main_program(self, doc):
         p = argparse.ArgumentParser(description=doc.split("\n")[0])

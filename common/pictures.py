@@ -283,10 +283,10 @@ def right(results, dataset, item):
 
 
 def save_comparison(dataset, results, out, wanted=(), count=3, size=300):
-    """Path of a page: `count` images, a row each; ground truth and what the detectors find. results: {column
-    title: a detections.json}. Images have two to MOST objects if there are such; of these come first those
-    with objects of `wanted`, class names, and of others, then those where the number of objects that the first
-    and the last detector name rightly differs most, in whichever direction."""
+    """Path of a page: `count` images, a row each; ground truth and what the detectors find. results:
+    {column title: a detections.json}. Images have two to MOST objects if there are such; of these come
+    first those with objects of `wanted`, class names, and of others, then those where the number of
+    objects that the first and the last detector name rightly differs most, in whichever direction."""
     items = [item for item in dataset.items if 2 <= len(item[4]) <= MOST] or [*dataset.items]
     columns = [surest(json.loads(Path(path).read_text()), dataset, items) for path in results.values()]
     fit = []

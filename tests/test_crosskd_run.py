@@ -752,11 +752,8 @@ def test_table_of_shapes_trains_students_of_the_teachers_detector(tmp_path, monk
     assert flags["teacher"] == str(teacher) and flags["batch_size"] == 2 and flags["max_iters"] == 2
     line = fails("--data", "shapes", "--teacher", teacher, "--out", tmp_path / "t")
     assert "holds a run already" in line
-    known = crosskd.load(teacher)[1]
-    for names, flags, words in ((list("abc"), (), "has num_classes 3"), (known, ("--channels", 32), "has channels 64")):
-        wrong = checkpoint(tmp_path / "w.pt", names, "tiny16", "fcos")  # told before the plain student trains
-        assert words in fails("--data", "shapes", "--teacher", wrong, *flags, "--out", tmp_path / "u")
-        shutil.rmtree(tmp_path / "u")
+    wrong = checkpoint(tmp_path / "w.pt", list("abc"), "tiny16", "fcos")  # told before the plain student trains
+    assert "has num_classes 3" in fails("--data", "shapes", "--teacher", wrong, "--out", tmp_path / "u")
 
 
 def test_a_student_leaves_the_house_as_it_predicts_here(photographs, coco_mini, tmp_path):

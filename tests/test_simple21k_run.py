@@ -365,7 +365,7 @@ def test_wrong_input_is_told_in_one_line(small, stage1, tmp_path):
     odd = odd_classes(stage1, tmp_path)
     assert "class n90000001" in line(*data, *QUICK, "--eval", odd, "--val-boxes", root / "imagenet/val_boxes", "--val-images", root / "imagenet/val")
     assert "its accuracy needs --cls-val" in line("--data", tmp_path, "--eval", stage1)
-    assert "needs --val-json and --val-images" in line("--data", tmp_path, "--eval", odd, "--train-json", root / "annotations/lvis_v1_train.json")
+    assert "needs --val-json and --val-images" in line("--data", tmp_path, "--eval", odd, "--train-json", root / "annotations/lvis_v1_train.json", "--train-images", root)
 
 
 @pytest.mark.parametrize("change,text", [

@@ -89,8 +89,9 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou, clip_boxes_to_image,
 from tqdm import tqdm
 
 from common.boxes import constant
-from common.datasets import (CocoDataset, as_pixels, class_names, collate, eval_loader, read_annotations,
-                             read_json, read_objects365, repeat_fractions, require_lvis, start_worker)
+from common.datasets import (CocoDataset, as_pixels, class_names, collate, eval_loader, plain_name,
+                             read_annotations, read_json, read_objects365, repeat_fractions,
+                             require_lvis, start_worker)
 from common.evaluation import (Detections, base_and_novel, class_table, coco_evaluate, encode_mask,
                                import_lvis, localise, localisation_metrics, lvis_evaluate)
 from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, DetectionTransform, ImageIndex,
@@ -283,7 +284,7 @@ class Vocabulary:
 
 def plain(name):
     """A class's name as it is compared: LVIS writes aerosol_can."""
-    return name.lower().replace("_", " ").strip()
+    return plain_name(name).strip()
 
 
 def words(name):

@@ -431,10 +431,9 @@ def as_json(value):
 def with_defaults(args, defaults):
     """The flags, those that were not given from `defaults`, whose rate is for its own optimizer."""
     found = {k: v for k, v in defaults.items() if getattr(args, k) is None}
-    if "lr" in found and "optimizer" in defaults and "optimizer" not in found:
-        if args.optimizer != defaults["optimizer"]:
-            raise UserError(f"--optimizer {args.optimizer}: give its --lr, too; the default, "
-                            f"{found['lr']:g}, is for {defaults['optimizer']}")
+    if "lr" in found and args.optimizer not in (None, defaults["optimizer"]):
+        raise UserError(f"--optimizer {args.optimizer}: give its --lr, too; the default, {found['lr']:g}, "
+                        f"is for {defaults['optimizer']}")
     return argparse.Namespace(**vars(args) | found)
 
 

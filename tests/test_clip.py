@@ -138,8 +138,8 @@ def test_no_boxes_give_no_crops_and_no_embeddings():
     assert random_clip().encode_crops(images, boxes, owner).shape == (0, 64)
 
 
-def test_batched_crops_cost_no_more_than_pil():
-    """64 boxes as COCO has them, to 224 x 224: here they are about as fast, and run where the images are."""
+def test_batched_crops_are_faster_than_pil():
+    """64 boxes as COCO has them, to 224 x 224."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 800, 1056, 3), dtype=np.uint8)
     side = np.exp(rng.normal(4.4, 0.7, (64, 2))).clip(16, 700)
@@ -162,10 +162,10 @@ def test_batched_crops_cost_no_more_than_pil():
         return time.perf_counter() - since
 
     by_us = lambda: crop_and_resize(images, boxes, owner, 224)
-    times = [(seconds(by_us), seconds(by_pil)) for _ in range(4)][1:]
+    times = [(seconds(by_us), seconds(by_pil)) for _ in range(8)][1:]
     ours, pil = (min(t) for t in zip(*times))
     print(f"batched {1e3 * ours / 64:.2f} ms, PIL {1e3 * pil / 64:.2f} ms a crop")
-    assert ours < 1.5 * pil  # a core that is shared has been seen to say 1.04
+    assert ours < pil
 
 
 # ------------------------------------------------------------------ the frozen model

@@ -68,7 +68,7 @@ def report(rows):
     claims(rows, CLAIMS)
 
 
-STUDY = Study("simple21k", run, prepare, dict.fromkeys([*ARMS, *FUSE], range(1, 7)), report)
+STUDY = Study("simple21k", run, prepare, dict.fromkeys([*ARMS, *FUSE], range(1, 5)), report)
 
 if __name__ == "__main__":
     STUDY.main_program(__doc__)

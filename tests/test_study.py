@@ -140,3 +140,16 @@ def test_every_arm_of_crosskd_is_one_run(monkeypatch):
     import crosskd
     for flags in __import__("study_crosskd").ARMS.values():
         assert crosskd.parse_args(["--data", "shapes", *flags]).method is not None
+
+
+@pytest.mark.parametrize("script, without, with_it, key", [
+    ("crosskd", "alone", "CrossKD, i = 3", "AP"), ("hierkd", "none", "both", "zsd_AP50"),
+    ("dkdetr", "none", "both", "novel_AP50"), ("prototype_kd", "continued", "all three", "AP"),
+    ("simple21k", "-stage I", "full", "novel_AP50")])
+def test_readme_s_table_says_what_the_rows_say(script, without, with_it, key):
+    rows = [json.loads(line) for line in (Path(__file__).parent / f"study_{script}.jsonl").read_text().splitlines()]
+    of = {(r["arm"], r["seed"]): r[key] for r in rows if key in r}
+    seeds = [s for a, s in of if a == with_it and (without, s) in of]
+    before, after = (sum(of[arm, s] for s in seeds) / len(seeds) for arm in (without, with_it))
+    line = next(x for x in (study.ROOT / "README.md").read_text().splitlines() if x.startswith(f"| `{script}.py`"))
+    assert f"{before:.1f} → {after:.1f} ({len(seeds)})" in line

@@ -286,20 +286,25 @@ def save_comparison(dataset, results, out, wanted=(), count=3, size=300):
     """Path of a page: `count` images, a row each; ground truth and what the detectors find. results:
     {column title: a detections.json}. Images have two to MOST objects if there are such; of these come
     first those with objects of `wanted`, class names, and of others, then those where the number of
-    objects that the first and the last detector name rightly differs most, in whichever direction."""
+    objects that the first and the last detector name rightly differs most, in whichever direction. The head
+    says on how many of them either is ahead."""
     items = [item for item in dataset.items if 2 <= len(item[4]) <= MOST] or [*dataset.items]
     columns = [surest(json.loads(Path(path).read_text()), dataset, items) for path in results.values()]
-    fit = []
+    fit, gains = [], []
     for k, item in enumerate(items):
         these = sum(dataset.classes[label] in wanted for label in item[5])
         ends = [right(column[item[0]], dataset, item) for column in (*columns[:1], *columns[-1:])]
-        differ = ends[-1] - ends[0] if ends else 0
-        fit.append((-min(these, len(item[4]) - these), -abs(differ), item[3] < item[2], k))  # landscape first
+        gains.append(ends[-1] - ends[0] if ends else 0)
+        fit.append((-min(these, len(item[4]) - these), -abs(gains[k]), item[3] < item[2], k))  # wide first
     rows = []
     for item in [items[k] for *_, k in sorted(fit)[:count]]:
         rows.append([show(dataset, item, size, column and column[item[0]]) for column in (None, *columns)])
-    path = Path(out) / "comparison.jpg"
-    write_page(rows, ["ground truth", *results], path)
+    path, head = Path(out) / "comparison.jpg", ""
+    if len(results) > 1:
+        more, fewer = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+        head = (f"{[*results][-1]} finds more objects than {[*results][0]} on {more} of {len(items)} images, "
+                f"fewer on {fewer}")
+    write_page(rows, ["ground truth", *results], path, head)
     return path
 
 

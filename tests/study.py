@@ -3,14 +3,18 @@
 curves.
 
 Protocol. Each seed draws everything anew: training and validation images, backbone, teacher, tiny CLIP,
-student. The arms of a seed share all of it, and the order of the data. Settings were chosen on seed 0,
-which is in no table. Every finished run is a line of tests/study_NAME.jsonl: arm, seed, metrics, epochs,
-steps, seconds (of one CPU thread, the whole command: start, training, evaluation; null if a run was
-killed in between), commit (two of them where it was stopped in between).
+student. The arms of a seed share all of it, and the order of the data. Settings are those of seed 0, which
+is in no table; where a study's own text says so, seeds from 1 had been run under earlier settings before,
+and what was seen there may have led to today's. Every finished run is a line of tests/study_NAME.jsonl:
+arm, seed, metrics, epochs, steps, seconds (of one CPU thread, the whole command: start, training,
+evaluation; without teacher, burn-in, stage I, tiny CLIP; null if a run was killed in between), commit (two
+of them where it was stopped in between).
 
-Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. The p values of the arms
-of a table (two-sided, paired) are corrected together by Holm. A claim, one per line and chosen before the
-runs, holds where its own interval excludes 0; the p values beside it are the corrected ones.
+Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. A claim, one per line of
+CLAIMS, holds where its interval excludes 0 from above, is REFUTED where it does from below, else not shown,
+which says nothing of how near to 0 the gain is; it is interim until all seeds are run that the end of each
+study plans. The p beside it (two-sided, paired t test) is Holm's, over all claims of the study: where it is
+above 0.05, "holds" is of that claim alone.
 
     python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
     python tests/study_NAME.py --report                                   # tables from the lines that are there
@@ -29,6 +33,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,47 +85,52 @@ def said(gains):
 # ------------------------------------------------------------------ tables
 
 def table(title, rows, arms, keys, against):
-    """Prints a line an arm: means of `keys`, deviation of the first, its gain over `against`, Holm's p."""
-    gains = {arm: paired(rows, arm, against, keys[0]) for arm in arms if arm != against}
-    gains = {arm: found for arm, found in gains.items() if found}
-    adjusted = dict(zip(gains, holm([p_value(g) for g in gains.values()])))
+    """Prints a line an arm: means of `keys`, deviation of the first, its gain over `against` (None: none)."""
     width = max(map(len, [*arms, title]))
     head = " ".join(f"{k:>10s}" for k in keys[1:])
-    print(f"\n{title:{width}s} seeds {keys[0]:>10s}   sd {head}   sec. | {keys[0]} - {against}: mean, 95 % t, "
-          "p (Holm)")
+    if not any(r["arm"] in arms for r in rows):
+        return
+    compared = f' {keys[0]} against "{against}": mean, 95 % t' if against else ""
+    print(f"\n{title:{width}s} seeds {keys[0]:>10s}   sd {head}   sec. |{compared}")
     for arm in arms:
         mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"])
         if not mine:
             continue
         values = {k: [r[k] for r in mine if r.get(k) is not None] for k in (*keys, "seconds")}
-        first = values[keys[0]]
-        line = f"{arm:{width}s} {len(mine):5d} {statistics.fmean(first):10.2f} "
-        line += f"{statistics.stdev(first) if len(first) > 1 else 0:4.1f} "
         mean_of = lambda k: statistics.fmean(values[k]) if values[k] else float("nan")
+        first = values[keys[0]]
+        deviation = f"{statistics.stdev(first):4.1f}" if len(first) > 1 else "   -"
+        line = f"{arm:{width}s} {len(first):5d} {mean_of(keys[0]):10.2f} {deviation} "
         line += " ".join(f"{mean_of(k):10.2f}" for k in keys[1:]) + f" {mean_of('seconds'):6.0f} |"
-        if gains.get(arm):
-            line += f" {said(gains[arm]):>6s}"
-            line += f", p {adjusted[arm]:.3f}" if len(gains[arm]) > 1 else ""
+        gains = paired(rows, arm, against, keys[0])
+        if gains and arm != against:
+            line += f" {said(gains):>6s}" + (f" ({len(gains)} seeds)" if len(gains) < len(first) else "")
         print(line)
 
 
-def claims(rows, listed):
-    """Prints what each claim of (sentence, arm, against, metric) comes to; sentence: expects a gain."""
+def claims(rows, listed, planned):
+    """Prints what each claim of (sentence, arm, against, metric) comes to; sentence: expects a gain. planned:
+    {arm: its seeds}; there is no verdict before all of them are run."""
+    gains = [paired(rows, *compared) for _, *compared in listed]
+    tested = [k for k, g in enumerate(gains) if len(g) > 1]
+    adjusted = dict(zip(tested, holm([p_value(gains[k]) for k in tested])))
     print()
-    for sentence, arm, against, key in listed:
-        gains = paired(rows, arm, against, key)
-        if not gains:
+    for k, (sentence, arm, against, key) in enumerate(listed):
+        if not gains[k]:
             print(f"not run    {sentence}")
             continue
-        mean, half = interval(gains)
+        mean, half = interval(gains[k])
         verdict = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
-        up = sum(g > 0 for g in gains)
-        print(f"{verdict:10s} {sentence}: {key} {said(gains)}, up on {up} of {len(gains)} seeds")
+        verdict = verdict if len(gains[k]) >= min(len(planned[arm]), len(planned[against])) else "interim"
+        up = sum(g > 0 for g in gains[k])
+        p = f", p {adjusted[k]:.3f}" if k in adjusted else ""
+        print(f"{verdict:10s} {sentence}: {key} {said(gains[k])}{p}, up on {up} of {len(gains[k])} seeds")
 
 
 def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread"):
     """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
-    the mean of the seeds that have every arm, its bar the 95 % t interval."""
+    the mean of the seeds that have every arm, its bar the 95 % t interval. Prints the gain of the last line over
+    the first at equal seconds, too: there, each seed's first line is interpolated over log seconds."""
     of = {(r["arm"], r["seed"]): r for r in rows}
     seeds = [s for s in sorted({s for _, s in of}) if all((a, s) in of for arms in lines.values() for a in arms)]
     if not seeds:
@@ -131,6 +141,7 @@ def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run,
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
     print()
+    took = {}
     for label, arms in lines.items():
         points = []
         for arm in arms:
@@ -138,9 +149,17 @@ def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run,
             mean, half = interval([r[key] for r in mine])
             seconds = statistics.fmean([r["seconds"] for r in mine if r["seconds"]] or [math.nan])
             points.append((seconds, mean, 0 if half != half else half))
-        print(f"{label:20s}", "; ".join(f"{x:.0f} s {y:.1f} +- {e:.1f}" for x, y, e in points))
+            took[arm] = seconds
+        print(f"{label:20s}", "; ".join(f"{x:.0f} s {y:.1f}" + (f" +- {e:.1f}" if e else "") for x, y, e in points))
         x, y, bars = zip(*points)
         axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, label=label)
+    plain, other = [*lines.values()][0], [*lines.values()][-1]
+    for arm in other:
+        if took[plain[0]] <= took[arm] <= took[plain[-1]]:
+            at = lambda s: np.interp(math.log(took[arm]), [math.log(took[a]) for a in plain],
+                                     [of[a, s][key] for a in plain])
+            gains = [of[arm, s][key] - float(at(s)) for s in seeds]
+            print(f"at equal seconds, {took[arm]:.0f}: {key} {said(gains)}")
     axes.set_xscale("log")
     axes.set_xlabel(axis)
     axes.set_ylabel(key.replace("_", " "))
@@ -268,15 +287,16 @@ class Study:
     def main_program(self, doc):
         p = argparse.ArgumentParser(description=doc.split("\n")[0])
         p.add_argument("--seeds", type=int, nargs="+", help="default: those of each arm")
-        p.add_argument("--arms", nargs="+", default=[*self.arms], choices=[*self.arms])
+        p.add_argument("--arms", nargs="+", choices=[*self.arms], help="default: those of each seed")
         p.add_argument("--jobs", type=int, default=2, help="seeds at once, one thread each")
         p.add_argument("--report", action="store_true", help="print the tables of what is done")
         a = p.parse_args()
         if a.seeds and min(a.seeds) < 1:
             p.error("--seeds: on seed 0 the settings were chosen; give seeds from 1")
         if not a.report:
-            seeds = a.seeds or sorted({seed for arm in a.arms for seed in self.arms[arm]})
-            chosen = lambda seed: [arm for arm in a.arms if a.seeds or seed in self.arms[arm]]
+            arms = a.arms or [*self.arms]
+            seeds = a.seeds or sorted({seed for arm in arms for seed in self.arms[arm]})
+            chosen = lambda seed: [arm for arm in arms if a.arms or seed in self.arms[arm]]
             # a seed at a time: a study that is cut off has whole seeds
             with ThreadPoolExecutor(a.jobs) as pool:
                 list(pool.map(lambda seed: self.one_seed(seed, chosen(seed)), seeds))

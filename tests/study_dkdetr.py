@@ -3,12 +3,16 @@
 
 Protocol and statistics: study.py. Does distillation by auxiliary queries lift the AP50 of classes that were
 never labelled, and spare the base classes? All arms of a seed start from the weights of one burn-in (24
-epochs at the whole rate), so that they differ by the distillation alone; `seconds` are those after it. Arms as in the paper:
-Tables 5 (SKD, RKD, auxiliary queries) and 6 (L1), and the control: crops of other images. Equal compute
-beside equal epochs by three lengths.
+epochs at the whole rate), so that they differ by the distillation alone; `seconds` are those after it. Arms
+as in the paper: Tables 5 (SKD, RKD, auxiliary queries) and 6 (L1), and the control: crops of other images.
+Equal compute beside equal epochs by three lengths.
 
-Diagnosis, on 192 training images: how often a target is a novel object, how many of the novel objects are among
-the targets, %; and from the end of training the cosine of a feature with its own crop and with the others'.
+Before --init shapes was (commit 5469075; seeds 1 to 3), both gained 7.2 over none (p 0.11). The rule then
+asked also that base AP50 falls by at most 1.
+
+Diagnosis, on 192 training images: how often a target is a novel object, how many of the novel objects are
+among the targets, %; and from the end of training the cosine of a feature with its own crop and with the
+others'.
 """
 import json
 
@@ -110,12 +114,14 @@ def run(arm, seed, folder):
 
 def report(rows):
     table(f"{EPOCHS} epochs after the burn-in", rows, MAIN, METRICS, "none")
-    table("diagnosis", rows, MAIN, DIAGNOSES, "none")
-    claims(rows, CLAIMS)
+    table("diagnosis", rows, MAIN, DIAGNOSES, None)
+    claims(rows, CLAIMS, SEEDS)
     curve(rows, CURVES, "novel_AP50", "tests/study_dkdetr.png",
           f"shapes, {', '.join(map(str, LENGTHS))} epochs after the common burn-in",
           "CPU seconds after the burn-in, one thread")
 
 
+SEEDS = dict.fromkeys(ARMS, range(1, 5))
+
 if __name__ == "__main__":
-    Study("dkdetr", run, prepare, dict.fromkeys(ARMS, range(1, 5)), report).main_program(__doc__)
+    Study("dkdetr", run, prepare, SEEDS, report).main_program(__doc__)

@@ -3,15 +3,21 @@
 
 Protocol and statistics: study.py. Does each distillation lift the AP50 of classes that were never labelled?
 Arms as in the paper: Table 4 (none, IKD, GKD, both), Table 5 (negatives), Table 3 (pooling), and two
-controls: each positive gets another's crop, each image another's caption. And what GKD costs beside IKD: its
-weight, its levels (P4 has 4 % of the positives), its attention at temperature 0.1 instead of 1: those arms,
-and average pooling, on 4 seeds, the others on 6.
+controls: each positive gets another's crop, each image another's caption. And what GKD costs beside IKD:
+its weight, its levels (P4 has 4 % of the positives), its attention at temperature 0.1 instead of 1: those
+arms, and average pooling, on 4 seeds, the others on 6. GKD on P3 alone became the default of shapes after
+seeds 1 (ten arms) and 2 (both, on two levels) had been seen, so what the study says of it is no test.
 
-AP50 mixes two things: which novel name an object gets, and whether it stands out from all else. The second is
-what unlabelled objects suffer from. So each run is asked for either alone. `named`: the share of novel
+AP50 mixes two things: which novel name an object gets, and whether it stands out from all else. The second
+is what unlabelled objects suffer from. So each run is asked for either alone. `named`: the share of novel
 objects whose anchors are nearest to their own name among the 8 novel ones (chance 12.5 %), detected or not;
-`coloured` and `shaped` where the colour (chance 25 %) and the shape (50 %) of that name are right. And ZSD's
-AP50 again, of the detections that overlap an object (IoU 0.5), and of those that overlap a novel one.
+`coloured` and `shaped` where the colour (chance 25 %) and the shape (50 %) of that name are right. And
+ZSD's AP50 of those detections, among the best 1,000 of an image, that overlap an object (IoU 0.5), and of
+those that overlap a novel one.
+
+Before --init shapes was (commit 6338962^; seeds 1 to 3), GKD gave nothing: 3.4, with shuffled captions 3.5,
+IKD 26.4, both 19.3, none 2.0. The rule then asked also that base AP50 stays within 8 points and both are no
+worse than the better one: not met then, nor now.
 """
 import json
 
@@ -110,11 +116,12 @@ def run(arm, seed, folder):
 
 def report(rows):
     table("ZSD novel, base, GZSD", rows, ARMS, METRICS, "none")
-    table("naming, %", rows, ARMS, NAMING, "none")
-    table("ZSD AP50, cleaned", [r for r in rows if "on_novel" in r], ARMS, CLEANED, "none")
-    claims(rows, CLAIMS)
+    table("naming, %", rows, ARMS, NAMING, None)
+    table("ZSD AP50, cleaned", [r for r in rows if "on_novel" in r], ARMS, CLEANED, None)
+    claims(rows, CLAIMS, SEEDS)
 
+
+SEEDS = {arm: range(1, 5 if arm in FEWER else 7) for arm in ARMS}
 
 if __name__ == "__main__":
-    seeds = {arm: range(1, 5 if arm in FEWER else 7) for arm in ARMS}
-    Study("hierkd", run, prepare, seeds, report).main_program(__doc__)
+    Study("hierkd", run, prepare, SEEDS, report).main_program(__doc__)

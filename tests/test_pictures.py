@@ -187,8 +187,8 @@ def test_a_comparison_has_a_column_for_the_truth_and_one_for_each_detector(tmp_p
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     path = pictures.save_comparison(data, {"alone": tmp_path / "a.json", "distilled": tmp_path / "b.json"}, tmp_path)
     page = pixels(path)
-    assert page.shape == (26 + 3 * 246, 3 * 306 + 6, 3)
-    columns = [page[26:, x:x + 300] for x in (6, 312, 618)]
+    assert page.shape == (46 + 3 * 246, 3 * 306 + 6, 3)
+    columns = [page[46:, x:x + 300] for x in (6, 312, 618)]
     assert [colourful(c) > 0 for c in columns] == [True, False, True] and colourful(columns[2][500:]) == 0
     for k in (0, 1, 3, 4):
         data.items[k] = (*data.items[k][:5], data.items[k][5] * 0)  # of one class only
@@ -204,8 +204,11 @@ def test_a_comparison_begins_where_the_detectors_differ_most(tmp_path):
     for name, rows in (("a", [result(2, 4)]), ("b", [result(2, 4), *named])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     path = pictures.save_comparison(data, {"alone": tmp_path / "a.json", "distilled": tmp_path / "b.json"}, tmp_path, count=1)
-    alone, distilled = (colourful(pixels(path)[26:, x:x + 300]) for x in (312, 618))
+    alone, distilled = (colourful(pixels(path)[46:, x:x + 300]) for x in (312, 618))
     assert alone == 0 and distilled > 0  # the fifth image, not the second, on which both say the same
+    with Image.open(path) as image:
+        said = image.info["comment"].decode()
+    assert said == "distilled finds more objects than alone on 1 of 5 images, fewer on 0"
 
 
 def test_title_stands_above_the_page_and_in_the_files_comment(tmp_path):

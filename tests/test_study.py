@@ -40,14 +40,24 @@ def test_gains_are_paired_by_seed():
 
 
 def test_claims_and_tables(capsys):
-    rows = rows_of(alone=[10.0, 20, 30], up=[11.0, 21.1, 31], down=[9.0, 19.2, 29], noise=[12.0, 18, 31])
+    rows = rows_of(alone=[10.0, 20, 30, 10], up=[11.0, 21.1, 31, 11], down=[9.0, 19.2, 29, 9],
+                   noise=[12.0, 18, 31, 9], young=[11.0, 21.1])
     study.claims(rows, [("a", "up", "alone", "AP"), ("b", "down", "alone", "AP"), ("c", "noise", "alone", "AP"),
-                        ("d", "never", "alone", "AP")])
-    words = [line.split("  ")[0].strip() for line in capsys.readouterr().out.strip().splitlines()]
-    assert words == ["holds", "REFUTED", "not shown", "not run"]
-    study.table("title", rows, ["alone", "up"], ("AP",), "alone")
-    head, alone, up = capsys.readouterr().out.strip().splitlines()
-    assert "+1.03 +- 0.14, p 0.001" in up and "20.00" in alone and "Holm" in head
+                        ("d", "young", "alone", "AP"), ("e", "never", "alone", "AP")],
+                 dict.fromkeys(["alone", "up", "down", "noise", "young", "never"], range(1, 5)))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [x.split("  ")[0].strip() for x in lines] == ["holds", "REFUTED", "not shown", "interim", "not run"]
+    alone = study.p_value([1.0, 1.1, 1, 1])  # of the four that were run, the smallest p counts four times
+    assert f"a: AP +1.03 +- 0.08, p {4 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
+    study.table("title", rows, ["alone", "up", "young"], ("AP",), "alone")
+    head, alone, up, young = capsys.readouterr().out.strip().splitlines()
+    assert 'against "alone"' in head and "17.50" in alone and up.endswith("+1.03 +- 0.08")
+    assert young.endswith("+1.05 +- 0.64")
+    study.table("title", rows_of(one=[1.0], two=[2.0, 3, 4]), ["one", "two"], ("AP",), "one")
+    head, one, two = capsys.readouterr().out.strip().splitlines()
+    assert "1.00    - " in one and two.endswith("+1.00 (1 seeds)")
+    study.table("title", rows, ["never"], ("AP",), "alone")
+    assert not capsys.readouterr().out
 
 
 def test_curve_draws_the_seeds_that_have_all(tmp_path, capsys):
@@ -58,6 +68,14 @@ def test_curve_draws_the_seeds_that_have_all(tmp_path, capsys):
     assert "1.5 +-" in said and "3.0 +-" in said and "2 seeds" in said
     study.curve(rows, {"one": ["a", "never"]}, "AP", tmp_path / "none.png", "t")
     assert "no curve" in capsys.readouterr().out
+
+
+def test_curve_compares_at_equal_seconds(tmp_path, capsys):
+    row = lambda arm, seed, ap, seconds: dict(arm=arm, seed=seed, AP=ap, seconds=seconds)
+    rows = [row("short", 1, 10.0, 100), row("long", 1, 30.0, 400), row("kd", 1, 23.0, 200), row("kd long", 1, 40.0, 800)]
+    study.curve(rows, {"alone": ["short", "long"], "kd": ["kd", "kd long"]}, "AP", tmp_path / "c.png", "t")
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("at equal seconds")]
+    assert said == ["at equal seconds, 200: AP +3.00"]  # 200 s: halfway from 100 to 400 in log; 800 s: nothing there
 
 
 def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):
@@ -75,6 +93,9 @@ def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):
     one.main_program("doc")
     assert ran == [("a", 1), ("b", 1), ("a", 2)]
     monkeypatch.setattr(sys, "argv", ["study_x.py", "--jobs", "1", "--seeds", "2"])
+    one.main_program("doc")  # "b" has one seed
+    assert not ran[3:]
+    monkeypatch.setattr(sys, "argv", ["study_x.py", "--jobs", "1", "--seeds", "2", "--arms", "b"])
     one.main_program("doc")
     assert ran[3:] == [("b", 2)]
     rows = [json.loads(line) for line in one.path.read_text().splitlines()]
@@ -131,7 +152,7 @@ def test_every_claim_compares_arms_that_exist(name):
     module = __import__(f"study_{name}")
     for _, arm, against, key in module.CLAIMS:
         known = {*module.ARMS, *getattr(module, "FUSE", ())}
-        assert arm in known and against in known
+        assert arm in known and against in known and {arm, against} <= {*module.SEEDS}
         assert key in (*module.METRICS, *getattr(module, "NAMING", ()))
 
 

@@ -3,15 +3,17 @@ import faulthandler
 import importlib
 import io
 import os
-import socket
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from forks import Forks, free_port
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,16 +44,28 @@ def no_bar_is_left():
         tqdm._instances.pop().close()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+SERVERS = {}  # script: Forks
 
 
-def launch(script, flags, procs=1, fail=False):
-    """The script's command line on the CPU, one thread each: CompletedProcess. One process runs in this one, which saves the ten seconds of the imports."""
+@pytest.fixture(scope="session", autouse=True)
+def servers_end():
+    yield
+    for server in SERVERS.values():
+        server.close()
+        shutil.rmtree(server.folder)
+
+
+def launch(script, flags, procs=1, fail=False, torchrun=False):
+    """The script's command line on the CPU, one thread each: CompletedProcess. One process runs in this one, several are forked from one that has
+    imported the script, unless torchrun is to start them: a run saves ten seconds of imports."""
     flags = [str(f) for f in flags]
-    if procs > 1:
+    if procs > 1 and not torchrun:
+        if script not in SERVERS:
+            SERVERS[script] = Forks(script, tempfile.mkdtemp())
+        jobs = SERVERS[script].start(*flags, procs=procs)
+        codes = [job.wait(300) for job in jobs]
+        r = subprocess.CompletedProcess(flags, next(filter(None, codes), 0), *("".join(getattr(job, k) for job in jobs) for k in ("out", "err")))
+    elif procs > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(procs), "--master_port", str(free_port())]
         r = subprocess.run([*torchrun, f"{script}.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                            capture_output=True, text=True, timeout=300)

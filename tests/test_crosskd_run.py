@@ -12,7 +12,6 @@ boxes, is that of one to 7e-6 of its largest value (the RPN's losses, whose anch
 """
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -28,7 +27,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, launch
+from conftest import launch
+from forks import Forks, free_port
 from PIL import Image
 
 import common.pictures
@@ -45,53 +45,6 @@ TINY = ["--image-size", "128", "--workers", "0", "--init", "none", "--log-every"
 
 # ------------------------------------------------------------------ how runs are started
 
-SERVER = r"""
-import atexit, importlib, json, os, sys, time, traceback
-root, script, *more = sys.argv[1:]
-sys.path.insert(0, root)
-module = importlib.import_module(script)
-for name in more:
-    importlib.import_module(name)
-QUICK
-for line in sys.stdin:
-    request = json.loads(line)
-    if "wait" in request:
-        code, end = None, time.time() + request["seconds"]
-        while code is None and time.time() < end:
-            pid, status = os.waitpid(request["wait"], os.WNOHANG)
-            if pid:
-                code = os.waitstatus_to_exitcode(status)
-            else:
-                time.sleep(0.01)
-        print(json.dumps(code), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        break
-    print(pid, flush=True)
-else:
-    sys.exit()
-os.setsid()
-for fd, name in enumerate((os.devnull, request["out"], request["err"])):
-    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
-os.environ.update(request["env"])
-sys.argv = [f"{script}.py", *request["flags"]]
-code, whole_exit = 0, False
-exec(request["before"])
-try:
-    module.main()
-except SystemExit as e:
-    code = e.code or 0
-except BaseException:
-    traceback.print_exc()
-    code = 1
-if whole_exit:
-    sys.exit(code)
-atexit._run_exitfuncs()  # all of an exit but the second that Python takes to free what it has imported
-sys.stdout.flush()
-os._exit(code)
-"""
-
 # FLOPs and curves have tests of their own, and one run here that has both; in twenty others they would take a
 # third of the time.
 QUICK = """
@@ -101,73 +54,10 @@ common.pictures.plot_curves = lambda *a: None
 """
 
 
-class Forks:
-    """Processes that run a script: forked from one that has imported everything, so that a test of real
-    signals and exit codes takes no imports."""
-
-    def __init__(self, script, folder, *more):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER.replace("QUICK", QUICK), str(ROOT),
-                                        script, *more], cwd=ROOT, env=env, text=True,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.folder, self.number, self.living = folder, itertools.count(), set()
-
-    def ask(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def start(self, *flags, procs=1, before="", env={}):
-        """A Job for each of `procs` processes. before: Python code that each of them executes first;
-        "whole_exit = True" is part of it where what Python does at last matters."""
-        port, jobs = str(free_port()), []
-        for rank in range(procs):
-            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(procs),
-                         LOCAL_WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            jobs.append(Job(self, [str(f) for f in flags], before, {**(group if procs > 1 else {}), **env}))
-        return jobs
-
-    def run(self, *flags, code=0, **options):
-        """The same, waited for; all must end with `code`. Returns the first."""
-        jobs = self.start(*flags, **options)
-        codes = [job.wait() for job in jobs]
-        assert codes == [code] * len(jobs), (codes, *(job.out[-1500:] + job.err[-3000:] for job in jobs))
-        return jobs[0]
-
-    def close(self):
-        for pid in list(self.living):
-            os.killpg(pid, signal.SIGKILL)
-        self.server.stdin.close()
-        self.server.wait()
-
-
-class Job:
-    def __init__(self, forks, flags, before, env):
-        self.forks, name = forks, forks.folder / str(next(forks.number))
-        self.files = [name.with_suffix(s) for s in (".out", ".err")]
-        self.pid = forks.ask(flags=flags, out=str(self.files[0]), err=str(self.files[1]), before=before,
-                             env=env)
-        forks.living.add(self.pid)
-
-    def wait(self, seconds=120):
-        """Its exit code; minus the number of the signal that ended it."""
-        code = self.forks.ask(wait=self.pid, seconds=seconds)
-        assert code is not None, f"still running after {seconds} s: " + self.err[-3000:]
-        self.forks.living.discard(self.pid)
-        return code
-
-    def kill(self, number):
-        os.kill(self.pid, number)
-
-    out, err = (property(lambda self, k=k: self.files[k].read_text() if self.files[k].exists() else "")
-                for k in (0, 1))
-
-
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    server = Forks("crosskd", tmp_path_factory.mktemp("jobs"), "common.tiny", "common.pictures",
-                   "common.shapes", "matplotlib", "PIL.ImageFont",
-                   "pycocotools.cocoeval", "torch.distributed.nn.functional")
+    server = Forks("crosskd", tmp_path_factory.mktemp("jobs"), "import common.tiny, common.shapes, matplotlib, "
+                   "PIL.ImageFont, pycocotools.cocoeval, torch.distributed.nn.functional", QUICK)
     yield server
     server.close()
 

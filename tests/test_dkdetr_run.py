@@ -78,7 +78,7 @@ def losses(out):
 def test_two_processes_train_across_the_burn_in_evaluate_and_predict(small, coco_mini, tmp_path):
     out = tmp_path / "run"
     data = ["--dataset", "ovcoco", "--data", coco_mini]
-    r = run(*data, *small, "--epochs", 2, "--burn-in", 1, "--out", out, procs=2)
+    r = run(*data, *small, "--epochs", 2, "--burn-in", 1, "--out", out, procs=2, torchrun=True)
     said = " ".join(r.stdout.split())  # lines are folded
     assert "48 base and 17 novel classes" in said and "novel_AP50" in said and "batch 4 x 2 x 1 = 8" in said
     assert re.search(r"student DK-DETR tiny8: [\d,]+ parameters, [\d,]+ trained, [\d.]+ GFLOPs at 128 x 128", said) and "teacher CLIP tiny-" in said

@@ -61,7 +61,7 @@ def losses(out):
 
 def test_two_processes_train_on_real_photographs_evaluate_and_predict_any_names(small, coco_mini, tmp_path):
     out = tmp_path / "run"
-    r = run(*small, "--max-iters", 4, "--out", out, procs=2)
+    r = run(*small, "--max-iters", 4, "--out", out, procs=2, torchrun=True)
     words = " ".join(r.stdout.split())  # lines are folded
     assert "48 base and 17 novel classes" in words and "batch 4 x 2 x 1 = 8" in words and "GZSD base" in words
     assert words.count("student OpenATSS_tiny8: ") == 1 and "GFLOPs at 128 x" in words and "ikd: Eq. 2: embeddings" in words

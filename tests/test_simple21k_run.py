@@ -199,7 +199,7 @@ def test_a_killed_run_continues_bit_by_bit(small, stage1, tmp_path):
 
 def test_two_processes_of_stage_one_equal_one(small, tmp_path):
     flags = [*small.first, "--stage", "1", "--max-iters", "3"]
-    run(*flags, "--stage1-batch", "4", "--out", tmp_path / "two", procs=2)
+    run(*flags, "--stage1-batch", "4", "--out", tmp_path / "two", procs=2, torchrun=True)
     run(*flags, "--stage1-batch", "8", "--out", tmp_path / "one")
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
     assert all(one[k]["cls"] == pytest.approx(two[k]["cls"], rel=1e-4) and one[k]["top1"] == pytest.approx(two[k]["top1"]) for k in one)

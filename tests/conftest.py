@@ -22,6 +22,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "whole: the fixture quick leaves nothing out")
     config.stderr = os.fdopen(os.dup(2), "w")  # the real one, before pytest captures it
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # one of -n 2 processes: the other core is taken
@@ -86,6 +87,17 @@ def launch(script, flags, procs=1, fail=False, torchrun=False):
         r = subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
     assert (r.returncode != 0) == fail, r.stdout[-2000:] + r.stderr[-3000:]
     return r
+
+
+@pytest.fixture
+def quick(request, monkeypatch):
+    """FLOPs and curves have tests of their own, and a run or two of each script that have both (by torchrun, or marked as whole); in all others they
+    would take a third of the time."""
+    if "whole" not in request.keywords:
+        monkeypatch.setattr("common.pictures.plot_curves", lambda *a: None)
+        for name in ("crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"):
+            if name in sys.modules:
+                monkeypatch.setattr(f"{name}.describe_model", lambda name, *a, **k: print(f"{name}:"))
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ from conftest import launch
 from forks import Forks, free_port
 from PIL import Image
 
-import common.pictures
 import common.shapes
 import crosskd
 from common import zoo
@@ -41,12 +40,11 @@ from common.run import UserError, checksum, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--image-size", "128", "--workers", "0", "--init", "none", "--log-every", "5"]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ------------------------------------------------------------------ how runs are started
 
-# FLOPs and curves have tests of their own, and one run here that has both; in twenty others they would take a
-# third of the time.
 QUICK = """
 import common.pictures
 module.describe_model = lambda name, *a, **k: print(f"{name}:")
@@ -60,12 +58,6 @@ def forks(tmp_path_factory):
                    "PIL.ImageFont, pycocotools.cocoeval, torch.distributed.nn.functional", QUICK)
     yield server
     server.close()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(crosskd, "describe_model", lambda name, *a, **k: print(f"{name}:"))
-    monkeypatch.setattr(common.pictures, "plot_curves", lambda *a: None)
 
 
 def run(*flags):

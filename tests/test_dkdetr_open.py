@@ -22,6 +22,7 @@ from test_fuzz import SECTIONS
 SMALL = ["--templates", "one", "--backbone", "tiny8", "--init", "none", "--image-size", "128", "--jitter", "0.8", "1.25", "--dim", "32", "--hidden", "32", "--levels", "3",
          "--encoder", "1", "--decoder", "2", "--queries", "30", "--workers", "0", "--batch-size", "8", "--kd-min-size", "4", "--epochs", "2", "--burn-in", "1"]
 run = lambda *flags, **how: launch("dkdetr", flags, **how)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

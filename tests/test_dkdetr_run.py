@@ -21,6 +21,7 @@ from common.tiny import tiny_clip
 from conftest import ROOT, launch
 
 run = lambda *flags, **how: launch("dkdetr", flags, **how)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from common.tiny import tiny_clip
 from conftest import ROOT, launch
 
 run = lambda *flags, **how: launch("hierkd", flags, **how)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ def run(*flags, **how):
 
 
 TINY = ["--image-size", "96", "--workers", "0", "--log-every", "2"]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def losses(out):

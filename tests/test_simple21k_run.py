@@ -21,6 +21,7 @@ from common.shapes import ALL_CLASSES, CLASSES, IMAGE_ONLY, WNID, make_shapes
 from conftest import ROOT, SHARED, launch
 
 run = lambda *flags, **how: launch("simple21k", flags, **how)
+pytestmark = pytest.mark.usefixtures("quick")
 QUICK = ["--backbone", "tiny8", "--workers", "0", "--log-every", "1"]
 FIRST, SECOND = ["--stage1-size", "32", "--stage1-batch", "8"], ["--image-size", "64", "--batch-size", "2", "--jitter", "0.5,1.2"]
 Small = namedtuple("Small", "root flags first second data")  # flags: of both stages, of the first, of the second, of the data alone
@@ -62,6 +63,7 @@ def same(a, b):
 
 # ------------------------------------------------------------------ the whole path
 
+@pytest.mark.whole
 def test_both_stages_then_eval_and_predict(small, tmp_path):
     root, flags = small[:2]
     out = tmp_path / "run"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -51,9 +52,27 @@ SERVERS = {}  # script: Forks
 @pytest.fixture(scope="session", autouse=True)
 def servers_end():
     yield
-    for server in SERVERS.values():
-        server.close()
-        shutil.rmtree(server.folder)
+    for each in SERVERS.values():
+        each.close()
+        shutil.rmtree(each.folder)
+
+
+def server(script):
+    if script not in SERVERS:
+        SERVERS[script] = Forks(script, tempfile.mkdtemp())
+    return SERVERS[script]
+
+
+def killed(script, flags, out, number, when):
+    """A run of one process that gets a signal as soon as its log has `when` lines, or this text: (exit code, stderr)."""
+    job, log, until = server(script).start(*flags, "--out", out)[0], Path(out) / "log.jsonl", time.time() + 120
+    text = ""
+    while when not in text if isinstance(when, str) else text.count("\n") < when:
+        assert time.time() < until, job.err
+        time.sleep(0.02)
+        text = log.read_text() if log.exists() else ""
+    os.killpg(job.pid, number)
+    return job.wait(), job.err
 
 
 def launch(script, flags, procs=1, fail=False, torchrun=False):
@@ -61,9 +80,7 @@ def launch(script, flags, procs=1, fail=False, torchrun=False):
     imported the script, unless torchrun is to start them: a run saves ten seconds of imports."""
     flags = [str(f) for f in flags]
     if procs > 1 and not torchrun:
-        if script not in SERVERS:
-            SERVERS[script] = Forks(script, tempfile.mkdtemp())
-        jobs = SERVERS[script].start(*flags, procs=procs)
+        jobs = server(script).start(*flags, procs=procs)
         codes = [job.wait(300) for job in jobs]
         r = subprocess.CompletedProcess(flags, next(filter(None, codes), 0), *("".join(getattr(job, k) for job in jobs) for k in ("out", "err")))
     elif procs > 1:

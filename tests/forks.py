@@ -36,7 +36,7 @@ for line in sys.stdin:
         break
     print(pid, flush=True)
 else:
-    sys.exit()
+    os._exit(0)
 os.setsid()
 for fd, name in enumerate((os.devnull, request["out"], request["err"])):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)

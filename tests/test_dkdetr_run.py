@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from common.datasets import NOVEL_17
 from common.run import save_checkpoint
 from common.shapes import make_shapes
 from common.tiny import tiny_clip
-from conftest import ROOT, launch
+from conftest import ROOT, killed, launch
 
 run = lambda *flags, **how: launch("dkdetr", flags, **how)
 pytestmark = pytest.mark.usefixtures("quick")
@@ -117,15 +116,7 @@ def test_two_processes_train_across_the_burn_in_evaluate_and_predict(small, coco
 def test_lvis_with_masks_trains_is_killed_resumed_and_evaluated(small, lvis, tmp_path):
     flags = [*lvis, *small, "--masks", "--rfs", "0.1", "--epochs", 1, "--max-iters", 16, "--burn-in", 0, "--save-every", 4]
     run(*flags, "--out", tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, "dkdetr.py", *map(str, flags), "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "killed/log.jsonl"
-    for _ in range(1200):
-        if log.exists() and len(log.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed("dkdetr", flags, tmp_path / "killed", signal.SIGKILL, 3)
     assert (tmp_path / "killed/last.pt").exists() and not (tmp_path / "killed/results.json").exists()
     run("--resume", "--out", tmp_path / "killed")
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
@@ -343,17 +334,9 @@ def test_two_processes_train_on_one_and_two_levels(small, few, tmp_path, levels)
 def test_a_run_stopped_by_sigterm_resumes_bit_exactly(small, few, tmp_path):
     flags = ["--dataset", "ovcoco", "--data", few, *small, "--batch-size", 8, "--epochs", 2, "--burn-in", 1, "--dropout", "0.1"]
     run(*flags, "--out", tmp_path / "whole")
-    command = [sys.executable, "dkdetr.py", *map(str, flags), "--out", str(tmp_path / "cut")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "cut/log.jsonl"
-    for _ in range(1200):
-        if log.exists() and len(log.read_text().splitlines()) >= 2:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    line = process.communicate(timeout=120)[1].strip().splitlines()[-1]
-    assert process.returncode == 143 and line.startswith("dkdetr.py: stopped by SIGTERM at step") and "--resume" in line
+    code, error = killed("dkdetr", flags, tmp_path / "cut", signal.SIGTERM, 2)
+    line = error.strip().splitlines()[-1]
+    assert code == 143 and line.startswith("dkdetr.py: stopped by SIGTERM at step") and "--resume" in line
     a = torch.load(tmp_path / "whole/last.pt", weights_only=True)
     assert 4 <= torch.load(tmp_path / "cut/last.pt", weights_only=True)["it"] < a["it"]
     run("--resume", "--out", tmp_path / "cut")

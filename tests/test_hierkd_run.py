@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from common.datasets import NOVEL_17
 from common.shapes import make_shapes
 from common.tiny import tiny_clip
-from conftest import ROOT, launch
+from conftest import ROOT, killed, launch
 
 run = lambda *flags, **how: launch("hierkd", flags, **how)
 pytestmark = pytest.mark.usefixtures("quick")
@@ -97,17 +96,9 @@ def whole(photos, clip, tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_run_resumes_bit_exactly(whole, tmp_path, number):
     out, flags = whole
-    process = subprocess.Popen([sys.executable, "hierkd.py", *map(str, flags), "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "killed/log.jsonl"
-    for _ in range(600):
-        if log.exists() and len(log.read_text().splitlines()) >= 5:
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, number)
-    error = process.communicate()[1]
+    code, error = killed("hierkd", flags, tmp_path / "killed", number, 5)
     if number == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in error
+        assert code == 128 + signal.SIGTERM and "Traceback" not in error
         assert "stopped by SIGTERM at step" in error and error.strip().endswith("--resume")
     assert 4 <= torch.load(tmp_path / "killed/last.pt", weights_only=True)["it"] < 16
     run("--out", tmp_path / "killed", "--resume")

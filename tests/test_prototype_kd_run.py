@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
 """prototype_kd.py from its command line: real photographs and VOC's XML, two processes, kill and resume, the table, bad input."""
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from common.datasets import CocoDataset, VOC_CLASSES, find_coco
 from common.evaluation import voc_evaluate
 from common.run import UserError
 from common.shapes import make_shapes
-from conftest import ROOT, SHARED, launch
+from conftest import SHARED, killed, launch
 
 
 def run(*flags, **how):
@@ -126,18 +123,12 @@ def test_killed_run_resumes_bit_exactly_with_its_prototypes(made, coco_few, tmp_
     run(*flags, "--out", tmp_path / "whole")
     for number in (signal.SIGKILL, signal.SIGTERM):  # SIGTERM: the step that is under way is finished and saved
         out = tmp_path / number.name
-        process = subprocess.Popen([sys.executable, "prototype_kd.py", *flags, "--out", str(out)], cwd=ROOT, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        until = time.time() + 100
-        while time.time() < until and not ((out / "log.jsonl").exists() and '"it": 8' in (out / "log.jsonl").read_text()):
-            time.sleep(0.05)
-        os.killpg(process.pid, number)
-        error = process.communicate()[1]
+        code, error = killed("prototype_kd", flags, out, number, '"it": 8')
         at = torch.load(out / "last.pt", weights_only=True)["it"]
         if number == signal.SIGKILL:
             assert 0 < at < 14
         else:
-            assert process.returncode == 143 and 8 <= at < 14 and "Traceback" not in error
+            assert code == 143 and 8 <= at < 14 and "Traceback" not in error
             assert f"stopped by SIGTERM at step {at}, {out / 'last.pt'} is written; continue: python prototype_kd.py" in error.splitlines()[-1]
         run("--resume", "--out", out)
         assert losses(out) == losses(tmp_path / "whole")

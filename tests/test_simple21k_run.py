@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import simple21k
 from common import tiny
 from common.run import save_checkpoint
 from common.shapes import ALL_CLASSES, CLASSES, IMAGE_ONLY, WNID, make_shapes
-from conftest import ROOT, SHARED, launch
+from conftest import ROOT, SHARED, killed, launch
 
 run = lambda *flags, **how: launch("simple21k", flags, **how)
 pytestmark = pytest.mark.usefixtures("quick")
@@ -183,14 +182,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small, stage1, stage, tmp_pat
 
 def test_a_killed_run_continues_bit_by_bit(small, stage1, tmp_path):
     flags = [str(f) for f in (*small.second, "--stage", "2", "--init", stage1, "--save-every", "3")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "simple21k.py", *flags, "--max-iters", "4000", "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, since = tmp_path / "killed" / "log.jsonl", time.time()
-    while time.time() - since < 120 and not (log.exists() and len(log.read_text().splitlines()) >= 5):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed("simple21k", [*flags, "--max-iters", 4000], tmp_path / "killed", signal.SIGKILL, 5)
     done = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["it"]
     assert done >= 3
     run("--resume", "--out", tmp_path / "killed", "--max-iters", done + 2)

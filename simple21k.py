@@ -988,8 +988,7 @@ def make_val(args, arch, quiet=False):
     else:
         what = "boxes to evaluate on"
         if args.setup == "s3":
-            what = ("the benchmark was never published; --make-split draws one, in the format that README.md "
-                    "tells")
+            what = "in COCO's format; the benchmark was never published, --make-split draws images for one"
         need(args.val_json, "--val-json", what)
         need(args.val_images, "--val-images", "images to evaluate on")
         if not is_localisation(args.val_json):

@@ -173,4 +173,4 @@ def test_readme_s_table_says_what_the_rows_say(script, without, with_it, key):
     seeds = [s for a, s in of if a == with_it and (without, s) in of]
     before, after = (sum(of[arm, s] for s in seeds) / len(seeds) for arm in (without, with_it))
     line = next(x for x in (study.ROOT / "README.md").read_text().splitlines() if x.startswith(f"| `{script}.py`"))
-    assert f"{before:.1f} → {after:.1f} ({len(seeds)})" in line
+    assert f"{before:.1f} → {after:.1f}, n = {len(seeds)} |" in line

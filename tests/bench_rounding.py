@@ -4,7 +4,7 @@
 The two students of crosskd.py's quick start, seed 0, with AVX-512 or AVX2 kernels, on one or two threads: the
 same equations, images and order, other sums. Twenty minutes on 2 cores; continued where it was stopped.
 
-Measured (Xeon with AVX-512, torch 2.14): AP of AVX-512 on 1 and 2 threads, AVX2 on 1 and 2.
+Measured (AMD EPYC with AVX-512, torch 2.14): AP of AVX-512 on 1 and 2 threads, AVX2 on 1 and 2.
     alone    11.5  11.3  12.3  11.7
     CrossKD  16.3  16.9  16.9  17.3
 """

@@ -123,7 +123,8 @@ def claims(rows, listed, planned):
         verdict = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
         verdict = verdict if len(gains[k]) >= min(len(planned[arm]), len(planned[against])) else "interim"
         up = sum(g > 0 for g in gains[k])
-        p = f", p {adjusted[k]:.3f}" if k in adjusted else ""
+        p = adjusted.get(k)
+        p = "" if p is None else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001"
         print(f"{verdict:10s} {sentence}: {key} {said(gains[k])}{p}, up on {up} of {len(gains[k])} seeds")
 
 

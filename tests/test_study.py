@@ -40,18 +40,18 @@ def test_gains_are_paired_by_seed():
 
 
 def test_claims_and_tables(capsys):
-    rows = rows_of(alone=[10.0, 20, 30, 10], up=[11.0, 21.1, 31, 11], down=[9.0, 19.2, 29, 9],
+    rows = rows_of(alone=[10.0, 20, 30, 10], up=[11.0, 22, 31, 11], down=[9.0, 19.2, 29, 9],
                    noise=[12.0, 18, 31, 9], young=[11.0, 21.1])
     study.claims(rows, [("a", "up", "alone", "AP"), ("b", "down", "alone", "AP"), ("c", "noise", "alone", "AP"),
                         ("d", "young", "alone", "AP"), ("e", "never", "alone", "AP")],
                  dict.fromkeys(["alone", "up", "down", "noise", "young", "never"], range(1, 5)))
     lines = capsys.readouterr().out.strip().splitlines()
     assert [x.split("  ")[0].strip() for x in lines] == ["holds", "REFUTED", "not shown", "interim", "not run"]
-    alone = study.p_value([1.0, 1.1, 1, 1])  # of the four that were run, the smallest p counts four times
-    assert f"a: AP +1.03 +- 0.08, p {4 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
+    alone = study.p_value([1.0, 2, 1, 1])  # of the four that were run, the smallest p counts four times
+    assert f"a: AP +1.25 +- 0.80, p {4 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
     study.table("title", rows, ["alone", "up", "young"], ("AP",), "alone")
     head, alone, up, young = capsys.readouterr().out.strip().splitlines()
-    assert 'against "alone"' in head and "17.50" in alone and up.endswith("+1.03 +- 0.08")
+    assert 'against "alone"' in head and "17.50" in alone and up.endswith("+1.25 +- 0.80")
     assert young.endswith("+1.05 +- 0.64")
     study.table("title", rows_of(one=[1.0], two=[2.0, 3, 4]), ["one", "two"], ("AP",), "one")
     head, one, two = capsys.readouterr().out.strip().splitlines()

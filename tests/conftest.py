@@ -66,11 +66,10 @@ def server(script):
 def killed(script, flags, out, number, when):
     """A run of one process that gets a signal as soon as its log has `when` lines, or this text: (exit code, stderr)."""
     job, log, until = server(script).start(*flags, "--out", out)[0], Path(out) / "log.jsonl", time.time() + 120
-    text = ""
-    while when not in text if isinstance(when, str) else text.count("\n") < when:
+    mark, count = (when, 1) if isinstance(when, str) else ("\n", when)
+    while not log.exists() or log.read_text().count(mark) < count:
         assert time.time() < until, job.err
         time.sleep(0.02)
-        text = log.read_text() if log.exists() else ""
     os.killpg(job.pid, number)
     return job.wait(), job.err
 

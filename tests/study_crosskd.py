@@ -50,11 +50,10 @@ CLAIMS = (
 
 
 def prepare(seed, folder):
-    """Images, backbones, and the teacher."""
+    """Images and backbones."""
     python("import sys; from common.shapes import make_shapes; from common.tiny import shapes_backbone; "
            "seed = int(sys.argv[1]); make_shapes(seed=seed); shapes_backbone('tiny16', seed); "
            "shapes_backbone('tiny32', seed)", seed)
-    teacher(seed, folder, 8)
 
 
 def teacher(seed, folder, epochs):

@@ -14,9 +14,8 @@ Deformable DETR, for which no tuned code was published; they are not here.
     Eq. 1  imitation of features          fitnet_loss, pkd_loss
     Eq. 2  imitation of predictions       kd_losses on the student's own ("mimic"), ld_losses (LD)
     Eq. 3  CrossKD                        cross_head (with align), kd_losses
-    Eq. 4  weighted sum of all losses     Distiller.forward, summed in train. Weights of distillation, classes
-                                          and boxes: GFL 1, 4; ATSS 1, 1, centerness 1; FCOS 0.4, 0.75;
-                                          RetinaNet 1, 1; they stand in kd_cls_weight and kd_box
+    Eq. 4  weighted sum of all losses     Distiller.forward, summed in train; weights of distillation: each
+                                          detector's kd_weights, --kd-weights
     Eq. 5  distance of boxes, 1 - GIoU    kd_box of ATSS and RetinaNet; of FCOS: -ln IoU
     Eq. 6  distance of binned edges, KL   region_kl, kd_box of GFL
     Eq. 7  distance of class scores, QFL  quality_focal; quality_focal_kd is the same in less memory
@@ -48,15 +47,15 @@ Not published, our choice:
      authors call it possible).
 
 Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes
-(padded), K classes, R = 17 bins of a box edge; C_1 .. C_5 the layers of a head, C3 .. C5 stages of the
-backbone, P3 .. P7 the pyramid; prefix t_ teacher, s_ student, cross_ cross-head.
+(padded), K classes, R = 17 bins of a box edge; C_1 .. C_5 the layers of a head (C_5 predicts), C3 .. C5
+stages of the backbone, P3 .. P7 the pyramid; prefix t_ teacher, s_ student, cross_ cross-head.
 S the region weight of Eq. 3. Boxes are xyxy pixels of the network's input.
 
     torchrun --nproc_per_node 8 crosskd.py --teacher gfl_r101    # GFL R101 -> R50, 12 epochs, data/coco
     torchrun --nproc_per_node 8 crosskd.py --row t1-i3           # a row of a table; --rows lists them
     python crosskd.py --data shapes         # everything in minutes on a CPU, into runs/crosskd/{none,crosskd}
     python crosskd.py --eval gfl_r101
-    python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
+    python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt     # of shapes: runs/crosskd/crosskd
     python crosskd.py --export student.pt2 --weights runs/crosskd/best.pt
 Own data: train a teacher (--method none --student gfl_r101 --out runs/teacher --train-json a.json
 --train-images a/ ...), then give it as --teacher runs/teacher/best.pt; see README.md.
@@ -104,7 +103,7 @@ class Outputs(NamedTuple):
     """What a detector's forward pass gives."""
     maps: dict   # {"cls", "reg", "ctr"} -> L raw maps (B, outputs, H_l, W_l)
     feats: list  # FPN: L maps (B, C, H_l, W_l)
-    held: dict   # {(tower, i): L maps f_i} of the i asked for: block i's output after its ReLU, f_0 = FPN
+    held: dict   # {(tower, i): L maps f_i} of the i asked for: block i's output, see Head; f_0 = FPN
 
 
 class Targets(NamedTuple):
@@ -116,7 +115,7 @@ class Targets(NamedTuple):
     onehot: torch.Tensor    # (B, A, K) 1 at the class of a positive
     boxes: torch.Tensor     # (B, A, 4) the assigned box (arbitrary where not positive)
     centerness: torch.Tensor  # (B, A) target in [0, 1], 0 where not positive
-    count: torch.Tensor     # () positives, mean over processes: the normaliser of most losses
+    count: torch.Tensor     # () normaliser of most losses, see Detector.normaliser
 
 
 def fp32(x):
@@ -139,7 +138,7 @@ def quality_focal(cross_logits, t_logits, beta=1.0):
 
 class QualityFocal(torch.autograd.Function):
     """quality_focal with its derivative by hand: of a RetinaNet's 16 million scores an image, autograd
-    would keep eight maps, this keeps one.
+    would keep seven maps, this keeps one.
 
     With q = sigmoid(x), d = |q - t|:
     dL/dx = d^beta (q - t) + beta d^(beta - 1) sign(q - t) q (1 - q) BCE(q, t).
@@ -243,7 +242,7 @@ def kd_losses(cross, teacher, targets, box_loss, cls_weight, *, branches="both",
 
     cross, teacher: flattened head outputs {"cls": (B, A, K), "reg": (B, A, ...)}, one sigmoid logit a class;
     teacher without gradient. targets: Targets (weight, positive are read). Classes: S by region, D = QFL,
-    Eq. 7, or BCE, times cls_weight, a scalar: weight / the batch's positives. Boxes: box_loss(cross, teacher,
+    Eq. 7, or BCE, times cls_weight, a scalar: weight / normaliser. Boxes: box_loss(cross, teacher,
     targets, S, T) -> {name: scalar}, Eq. 5 or 6 with its normaliser, as RetinaNet.kd_box; S = the teacher's
     top class score ("soft") or the foreground ("fg"). class_logits: the teacher's, where `teacher` is
     something else (strategies c, d).
@@ -270,8 +269,8 @@ class Distiller(nn.Module):
     teacher: None, or the frozen detector. It is kept outside the module tree: move it to the device yourself.
     layer: i of Eq. 3, None for the detector's own. align: "post" or "pre" the ReLU of f_i, or "none". adapt:
     f_i^s passes a 1x1 convolution a tower to the teacher's width. kd: keyword arguments of kd_losses.
-    Of a detector it uses normalise, forward, head, assign, flatten, losses, kd_box, kd_cls_weight: see
-    class Detector.
+    Of a detector it uses normalise, forward, head, assign, flatten, losses, kd_box, kd_cls_weight, kd_layer
+    and arch["channels"]: see class Detector.
     """
 
     def __init__(self, student, teacher=None, layer=None, align="post", sync_stats=False, amp=False,
@@ -315,15 +314,18 @@ class Distiller(nn.Module):
         losses = student.losses(student.flatten(student_out.maps), targets)
         if not self.teacher:
             return losses
-        teacher, = self.teacher
         with torch.no_grad():  # not inference_mode: its tensors cannot be saved for align's backward
-            teacher_out = self.outputs_of(teacher, batch)
-        with self.autocast(batch["images"]):
+            teacher_out = self.outputs_of(*self.teacher, batch)
+        return losses | self.distil(student_out, teacher_out, targets)
+
+    def distil(self, student_out, teacher_out, targets):
+        """CrossKD's terms: {name: loss}."""
+        student, (teacher,) = self.student, self.teacher
+        with self.autocast(targets.boxes):
             cross_maps = cross_head(teacher.head, self.adapted(student_out.held), teacher_out.held,
                                     self.layer, self.align != "none", self.sync_stats)
-        losses |= kd_losses(student.flatten(cross_maps), student.flatten(teacher_out.maps), targets,
-                            student.kd_box, student.kd_cls_weight(targets), **self.kd)
-        return losses
+        return kd_losses(student.flatten(cross_maps), student.flatten(teacher_out.maps), targets,
+                         student.kd_box, student.kd_cls_weight(targets), **self.kd)
 
 
 # ================================================================== what its tables compare with
@@ -408,18 +410,12 @@ class Comparison(Distiller):
             return [out.feats]
         return [[x.relu() for x in out.held[tower, self.pkd_layer]] for tower in self.pkd_at.split("+")]
 
-    def forward(self, batch):
+    def distil(self, student_out, teacher_out, targets):
         student, (teacher,) = self.student, self.teacher
-        student_out = self.outputs_of(student, batch)
-        targets = self.assign(student_out, batch)
-        student_pred = student.flatten(student_out.maps)
-        losses = student.losses(student_pred, targets)
-        with torch.no_grad():
-            teacher_out = self.outputs_of(teacher, batch)
-        teacher_pred = student.flatten(teacher_out.maps)
-        kd_terms = student.kd_box, student.kd_cls_weight(targets)
+        student_pred, teacher_pred = student.flatten(student_out.maps), student.flatten(teacher_out.maps)
+        kd_terms, losses = (student.kd_box, student.kd_cls_weight(targets)), {}
         if "crosskd" in self.methods:
-            with self.autocast(batch["images"]):
+            with self.autocast(targets.boxes):
                 adapted = student_out._replace(held=self.adapted(student_out.held))
                 pair = strategy_maps(self.strategy, student, teacher, adapted, teacher_out, self.layer,
                                      self.align != "none", self.sync_stats)
@@ -477,7 +473,7 @@ BACKBONES = {  # name: torchvision's name, where C3, C4, C5 are tapped, their ch
 
 def make_body(name, caffe=False, init="none"):
     """(Body, its three channel counts) of a name in BACKBONES, or tinyN. init "imagenet": downloaded; "none";
-    or a file of common/tiny.py's."""
+    or, of tinyN, a file of common/tiny.py's."""
     if name.startswith("tiny"):
         from common.tiny import tiny_resnet
         width = int(name[4:])
@@ -485,6 +481,8 @@ def make_body(name, caffe=False, init="none"):
     else:
         full_name, taps, channels = BACKBONES[name]
         net = getattr(torchvision.models, full_name)(weights=None)
+    if init not in ("imagenet", "none") and not name.startswith("tiny"):
+        raise UserError(f"{name}: starts from imagenet or none, not from {init}")
     if init == "imagenet":
         from common.zoo import load_imagenet
         load_imagenet(net, full_name, caffe)
@@ -611,6 +609,7 @@ class Detector(nn.Module):
     p6_relu = False    # between P6 and P7
     nms_iou = 0.6
     kd_layer = 3       # i of Eq. 3
+    kd_weights = 1.0, 1.0  # of Eq. 3 in Eq. 4: classes, boxes
     pkd_weight = 2.0
 
     def __init__(self, backbone="r50", num_classes=80, channels=256, p6="on_output", init="none"):
@@ -702,23 +701,24 @@ class Detector(nn.Module):
         labels = gt_labels.gather(1, index).clamp(min=0)
         onehot = torch.zeros(*labels.shape, self.num_classes, device=device)
         onehot.scatter_(2, labels[..., None], positive[..., None].float())
-        count = self.positives(positive.sum(1).float())
+        count = self.normaliser(positive.sum(1).float())
         points = priors if priors.shape[1] == 2 else centers(priors)
         centerness = centerness_target(boxes, points) * positive
         return Targets(priors, self.strides(counts, device), positive, (owner > -2).float(), onehot, boxes,
                        centerness, count)
 
-    def positives(self, per_image):
-        """Normaliser: positives of the batch. An image without any counts as one."""
-        return reduce_mean(per_image.clamp(min=1).sum())
+    def normaliser(self, positives):
+        """Positives (B,) of the batch's images in all, mean over processes. An image without any counts as
+        one."""
+        return reduce_mean(positives.clamp(min=1).sum())
 
     def cls_loss(self, out, targets):
         """Sigmoid focal loss over all classes and priors, per positive."""
         return (focal_loss(out["cls"], targets.onehot).sum(-1) * targets.weight).sum() / targets.count
 
     def kd_cls_weight(self, targets):
-        """Weight / normaliser of Eq. 3's class term."""
-        return 1.0 / targets.count
+        """Weight of Eq. 4 / normaliser of Eq. 3's class term."""
+        return self.kd_weights[0] / targets.count
 
     def decoded(self, out, targets):
         """Boxes (B, A, 4) of flattened outputs."""
@@ -771,7 +771,7 @@ def centerness_loss(out, target, targets):
 class GFL(Detector):
     """Generalized Focal Loss: class score = IoU quality; a box edge is a distribution over R = 17 bins."""
     kind, reg_out = "gfl", 4 * BINS
-    pkd_weight = 6.0
+    kd_weights, pkd_weight = (1.0, 4.0), 6.0
 
     def decode(self, reg, priors, strides):
         """(..., 68) logits, l, t, r, b x 17 -> boxes: the expected bin, in strides from the centre."""
@@ -795,9 +795,10 @@ class GFL(Detector):
                     dfl=0.25 * (dfl.sum(-1) / 4 * weight).sum() / total)
 
     def kd_box(self, cross, teacher, targets, S, T):
-        """Eq. 6 on the four edges: KL of the bin distributions; weight 4, over the sum of S."""
+        """Eq. 6 on the four edges: KL of the bin distributions, over the sum of S."""
         kl = region_kl(cross["reg"].unflatten(-1, (4, BINS)), teacher["reg"].unflatten(-1, (4, BINS)), T)
-        return dict(kd_box=4.0 * (kl.sum(-1) / 4 * S).sum() / reduce_mean(S.sum(), 1e-6))  # Eq. 6
+        loss = (kl.sum(-1) / 4 * S).sum() / reduce_mean(S.sum(), 1e-6)  # Eq. 6
+        return dict(kd_box=self.kd_weights[1] * loss)
 
 
 class ATSS(Detector):
@@ -819,7 +820,7 @@ class ATSS(Detector):
     def kd_box(self, cross, teacher, targets, S, T):
         """Eq. 5 (GIoU of the decoded boxes) and, in the released code only, centerness at the positives."""
         giou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[1]
-        return dict(kd_box=((1 - giou) * S).sum() / targets.count,  # Eq. 5
+        return dict(kd_box=self.kd_weights[1] * ((1 - giou) * S).sum() / targets.count,  # Eq. 5
                     kd_ctr=centerness_loss(cross, teacher["ctr"].sigmoid(), targets))
 
 
@@ -827,7 +828,7 @@ class FCOS(Detector):
     """One point per cell regresses the four distances; centerness from the class tower."""
     kind, ctr, nms_iou = "fcos", "cls", 0.5
     p6_relu = True
-    kd_layer = 2
+    kd_layer, kd_weights = 2, (0.4, 0.75)
     ranges = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
 
     def priors(self, level_sizes, device):
@@ -838,8 +839,8 @@ class FCOS(Detector):
         ranges = torch.cat([ranges[level].expand(n, 2) for level, n in enumerate(counts)])
         return assign_fcos(priors, ranges, gt_boxes, valid)
 
-    def positives(self, per_image):
-        return reduce_mean(per_image.sum(), 1.0)
+    def normaliser(self, positives):
+        return reduce_mean(positives.sum(), 1.0)
 
     def decode(self, reg, priors, strides):
         return decode_distances(reg.clamp(max=20).exp(), priors)  # finite, where no loss acts, too
@@ -853,13 +854,13 @@ class FCOS(Detector):
 
     def kd_cls_weight(self, targets):
         # The code divides by max(sum of centerness, 1e-6): one step without boxes would multiply KD by 10^6
-        return 0.4 / reduce_mean(targets.centerness.sum(), 1.0)
+        return self.kd_weights[0] / reduce_mean(targets.centerness.sum(), 1.0)
 
     def kd_box(self, cross, teacher, targets, S, T):
-        """-ln IoU of the decoded boxes, weight 0.75; the released code's choice (the paper says GIoU)."""
+        """-ln IoU of the decoded boxes, the released code's choice (the paper says GIoU)."""
         iou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[0]
         total = reduce_mean(targets.centerness.sum(), 1.0)
-        return dict(kd_box=0.75 * (-iou.clamp(min=1e-6).log() * S).sum() / total)
+        return dict(kd_box=self.kd_weights[1] * (-iou.clamp(min=1e-6).log() * S).sum() / total)
 
 
 class RetinaNet(Detector):
@@ -886,7 +887,7 @@ class RetinaNet(Detector):
     def kd_box(self, cross, teacher, targets, S, T):
         """Eq. 5: GIoU of the decoded boxes."""
         giou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[1]
-        return dict(kd_box=((1 - giou) * S).sum() / targets.count)  # Eq. 5
+        return dict(kd_box=self.kd_weights[1] * ((1 - giou) * S).sum() / targets.count)  # Eq. 5
 
 
 DETECTORS = {c.kind: c for c in (GFL, ATSS, FCOS, RetinaNet)}
@@ -921,7 +922,7 @@ def default_size(args, kind):
 
 LEGEND = dict(  # of the log's terms
     cls="classification loss of the detector", box="box loss of the detector", ctr="centerness loss",
-    dfl="GFL's loss of the binned box edges", kd_cls="Eq. 3 for classes, distance Eq. 7",
+    dfl="GFL's loss of the binned box edges", kd_cls="Eq. 3 for classes, distance Eq. 7 or BCE",
     kd_box="Eq. 3 for boxes, distance Eq. 5 or 6 (FCOS: -ln IoU)",
     kd_ctr="Eq. 3 for centerness (their code)", mimic_cls="Eq. 2 for classes", mimic_box="Eq. 2 for boxes",
     mimic_ctr="Eq. 2 for centerness",
@@ -978,7 +979,7 @@ def make_pair(args, data, rank, world, device):
     teacher = None
     if args.method != "none":
         path = args.teacher or shapes_teacher(args, rank, world, device)
-        teacher = load_teacher(path, args, data.classes).to(device).requires_grad_(False)
+        teacher = load_teacher(path, args, data.classes).to(device)
     seed_all(args.seed)  # here, so that every method starts from the same student
     start, trained = args.init, args.init not in ("imagenet", "shapes", "none")
     if start == "shapes":
@@ -1007,6 +1008,7 @@ def kd_options(args):
 
 def make_distiller(student, teacher, args):
     """The module that is trained: Distiller, or Comparison where a table's baseline is asked for."""
+    student.kd_weights = args.kd_weights or student.kd_weights
     options = dict(layer=args.kd_layer, align=args.align, sync_stats=args.sync_stats, amp=args.amp == "bf16",
                    adapt=args.adapt and teacher is not None, kd=kd_options(args))
     if teacher is None or (args.method == "crosskd" and args.kd_strategy == "a"):
@@ -1271,7 +1273,7 @@ python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
 """
 SHAPES = dict(epochs=3, batch_size=8, lr=0.003, optimizer="adamw", init="shapes")  # --data shapes
 GUESS = "  # which losses made this row is not published"
-ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark; t1 .. t10 are our numbers
+ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark; the tables counted by us
     t1-none         35.8  --student gfl_r18 --method none
     t1-i0           38.2  SMALL --kd-layer 0  # the position of f_i
     t1-i1           38.3  SMALL --kd-layer 1
@@ -1311,8 +1313,8 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark;
     t7-fcos         41.3  --teacher fcos_r101  # authors' README: 41.1
     t7-fcos+pkd     41.3  --teacher fcos_r101 --method crosskd+pkd  # authors' README
     t7-fcos-none    38.5  --student fcos_r50 --method none
-    t7-atss         41.8  --teacher atss_r101 --batch-size 8  # on 2 GPUs: phi sees 8 images
-    t7-atss+pkd     41.8  --teacher atss_r101 --batch-size 8 --method crosskd+pkd  # 2 GPUs; authors' README
+    t7-atss         41.8  --teacher atss_r101 --batch-size 8  # --nproc_per_node 2: phi sees 8 images
+    t7-atss+pkd     41.8  --teacher atss_r101 --batch-size 8 --method crosskd+pkd  # likewise; authors' README
     t7-atss-none    39.4  --student atss_r50 --method none
     t8-swint        38.0  --teacher retinanet_swint
     t8-swint-pkd    37.2  --teacher retinanet_swint --method pkd  # weight not published
@@ -1338,13 +1340,13 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark;
 # flags, the flag that gives them an effect, its values (None: it is not given)
 BELONGS = (
     ("kd_layer kd_strategy align adapt", "method", ("crosskd", None)),
-    ("kd_cls_loss kd_region kd_reg_mask kd_T kd_beta", "method", ("crosskd", "mimic", None)),
+    ("kd_weights kd_cls_loss kd_region kd_reg_mask kd_T kd_beta", "method", ("crosskd", "mimic", None)),
     ("kd_branches", "method", ("crosskd", "mimic", "ld", None)),
     ("kd_cls_loss kd_region kd_beta", "kd_branches", ("cls", "both")),
     ("kd_reg_mask kd_T", "kd_branches", ("reg", "both")),
     ("kd_beta", "kd_cls_loss", ("qfl",)),
     ("adapt", "kd_strategy", ("a",)),
-    ("adapt", "kd_branches", ("both",)),
+    ("adapt", "kd_branches", ("both",)),  # one of its convolutions would not be trained
     ("sync_stats", "method", ("crosskd", "pkd", None)),
     ("data_seed", "data", ("shapes",)),
     ("pkd_at pkd_weight", "method", ("pkd",)),
@@ -1376,8 +1378,8 @@ def parse_args(argv=None):
     g.add_argument("--p6", choices=("on_output", "on_input"), default="on_output",
                    help="student's P6 from P5, or from C5 (zoo RetinaNets)")
     g.add_argument("--init", help="student start: imagenet or a detector of the same kind and classes "
-                   "(running statistics, stem and first stage stay fixed), shapes (of drawn base objects, "
-                   "tiny8 ... only), or none (default imagenet; shapes shapes)")
+                   "(running statistics stay fixed; a ResNet's stem and first stage, too), shapes (of drawn "
+                   "base objects, tiny8 ... only), or none (default imagenet; shapes shapes)")
     g.add_argument("--no-teacher-check", action="store_true", help="go on with a teacher of AP below 1")
     g = p.add_argument_group("method")
     g.add_argument("--method", help=f"one of {', '.join(METHODS)}, or joined: crosskd+pkd, crosskd+ld "
@@ -1386,6 +1388,8 @@ def parse_args(argv=None):
                    help="i: the student's feature f_i enters the teacher's head, 0..4 (default 3; FCOS 2)")
     g.add_argument("--kd-strategy", choices="abcd", default="a",
                    help="which predictions are compared; a is CrossKD, Eq. 3")
+    g.add_argument("--kd-weights", type=number(), nargs=2, metavar=("CLS", "BOX"), help="of Eq. 3 in Eq. 4, "
+                   "classes and boxes (default GFL 1 4, FCOS 0.4 0.75, ATSS and RetinaNet 1 1)")
     g.add_argument("--kd-branches", choices=("cls", "reg", "both"), default="both",
                    help="branches that are distilled")
     g.add_argument("--kd-cls-loss", choices=("qfl", "bce"), default="qfl", help="D of Eq. 3, classification")
@@ -1416,7 +1420,7 @@ def parse_args(argv=None):
                  saved=lambda args: saved_run(args, "crosskd.py", "kd_layer"))
     parts = set((args.method or "crosskd").split("+"))
     if parts - set(METHODS) or ("none" in parts and len(parts) > 1):
-        p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +")
+        p.error(f"--method {args.method}: choose among {', '.join(METHODS)}; join with +, but for none")
     if args.image_size:
         parse_image_size(args.image_size)
     if args.method == "none" and args.teacher and args.student and int(os.environ.get("RANK", 0)) == 0:
@@ -1463,7 +1467,8 @@ def shapes_teacher(args, rank, world, device):
         raise UserError(f"--student {args.student}: the teacher for shapes has 64 channels, so have the "
                         "tiny8 ... tiny64 students only")
     flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--method", "none", "--student",
-             f"{kind}_tiny32", "--epochs", str(TEACHER_EPOCHS), "--workers", str(args.workers), "--resume"]
+             f"{kind}_tiny32", "--epochs", str(TEACHER_EPOCHS), "--workers", str(args.workers), "--resume",
+             "--batch-size", str(max(1, SHAPES["batch_size"] // world))]  # of all processes: 8
     return trained_before(f"crosskd-{kind}_tiny32-e{TEACHER_EPOCHS}", args.data_seed, rank,
                           lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))
 

@@ -24,7 +24,8 @@ the default is the first value (--crop-fit on shapes: pad). Fixed, most without 
     refined box, while the crop stays that of the encoder's proposal.
   - The last layer's matching says which queries are matched, objectness which of the others come first;
     near-duplicates among the k targets of an image stay, and are each other's negatives in Eq. 4.
-  - One crop a box, cut to the image, out of the network's own input; its sides are at least --kd-min-size.
+  - One crop a box, cut to the image, out of the network's own input (--crop-fit pad: whole pixels, so that
+    a row of padding may be in it); its sides are at least --kd-min-size.
   - F^kd is the last layer's, through the classifier's projection. Gradients reach the object queries that KD
     queries look at. KD queries have no weight decay.
   - Image and batch RKD are added; the batch is that of one process, and its map holds pairs of the same
@@ -33,7 +34,7 @@ the default is the first value (--crop-fit on shapes: pad). Fixed, most without 
   - CLIP is ViT-B/32 ("CLIP" is all that the paper says); COCO runs on LVIS's schedule; no repeat factors.
 
 Differs from the paper or the release:
-  1. "886 base classes" are 866; Eq. 5's sign and swapped R, Sec. 3.3's swapped Q are taken as meant.
+  1. "886 base classes" are 866; Eq. 5's sign, direction and swapped R, Sec. 3.3's swapped Q: as meant.
   2. The release's objectness is 1203 wide, of which channel 0 is used: here one channel, prior 0.01.
   3. Names are fed without underscores and brackets; the release feeds raw ones (kept for its weights).
   4. A training crop without objects is drawn again from the same image. Mask targets are means of 2 x 2
@@ -80,7 +81,7 @@ from common.clip import clip_of, get_clip, tell_cut
 from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, as_pixels, class_names, collate,
                              eval_loader, find_coco, find_lvis, own_files, read_annotations,
                              read_objects365, read_voc, refuse_strange, repeat_factors, require_lvis, respell,
-                             split_classes, train_loader)
+                             same_names, split_classes, train_loader)
 from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis,
                                lvis_evaluate, voc_evaluate)
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
@@ -404,7 +405,7 @@ class Distiller(nn.Module):
         center = out.boxes[layer, image, query, :2].detach()
         arguments = out.hidden[layer, image, query], center, image, obj
         total = 0
-        for chunk in zip(*(t.split(64) for t in arguments)):  # 8 MB an instance at 1024 px: a chunk at a time
+        for chunk in zip(*(t.split(64) for t in arguments)):  # in chunks: at 1024 px an instance takes 12 MB
             total = total + checkpoint(part, *chunk, use_reentrant=False)
         dice, mask = total / object_count(truth.counts, out.boxes.shape[2], out.boxes)
         return dict(dice=dice, mask=mask)
@@ -485,7 +486,7 @@ def make_distiller(model, text, clip, settings=Settings(), amp=False):
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BACKBONES = ("r50", "r101", *(f"tiny{width}" for width in (8, 16, 24, 32, 48, 64)))
-LARGE = 4096  # tokens from which an encoder layer computes its samples twice rather than keep 400 MB of them
+LARGE = 4096  # above so many tokens an encoder layer computes its samples twice (1024 px: 400 MB an image)
 
 
 def device_type(x):
@@ -831,7 +832,7 @@ class DKDETR(nn.Module):
         # Two-stage: the best N coarse boxes start the decoder, whose queries know nothing but these boxes.
         objectness, coarse, usable = self.propose(memory, anchors, padded)
         count = self.queries
-        if not torch.compiler.is_exporting():  # which takes the least for a size of its own
+        if not torch.compiler.is_exporting():  # min() would give the exported program a size that varies
             count = min(count, objectness.shape[1])
         best = objectness.topk(count, 1).indices  # sorted: rank is identity
         proposals = take(coarse.detach(), best).sigmoid()
@@ -1091,13 +1092,11 @@ LEGEND = dict(
     dice="dice loss of masks", mask="cross-entropy of masks",
     skd="Eq. 4, semantic distillation (--skd l1: Eq. 3)", rkd="Eq. 5, relational distillation",
     norm="norm of the gradient, before it is cut to 0.1",
-    own="mean cosine of a feature and the crop of its own box",
-    other="the same with the other crops of its image")
+    own="mean cosine of a feature and its crop", other="the same with the other crops of its image")
 
 
 def plain_of(model, base, novel=()):
-    """What a checkpoint holds beside weights; no tensor of CLIP. The names are what --eval and --predict
-    look for."""
+    """What a checkpoint holds beside weights; no tensor of CLIP. The names are what --eval looks for."""
     return dict(script="dkdetr.py", arch=model.arch, classes=[*base, *novel], novel=list(novel))
 
 
@@ -1765,16 +1764,16 @@ def parse_args(argv=None):
     g.add_argument("--from", "--start-from", dest="start_from", metavar="LAST.PT", help="begin as a copy of "
                    "the run of this last.pt, in all but its flags, which are given anew; of a best.pt: with "
                    "its weights alone, at step 0")
-    flag(g, "table", "train a burn-in (shapes: one is ready), go on from it with and without distillation, "
-         "and print both (default: on shapes, without --max-iters)", action=both)
+    flag(g, "table", "train a burn-in (shapes: one of the default schedule is ready), go on from it with and "
+         "without distillation, and print both (default: on shapes, without --max-iters)", action=both)
     flag(g, "classes", "--predict, --export: any names; --eval: some of the dataset's; given as --base is "
          "(default: those of training)", action="append", metavar="NAMES|FILE")
     run_flags(p, "dkdetr", rows=ROWS, export=True)
-    modes = dict(eval=f"{NAMING} base novel data data_seed workers val_json val_images",
-                 predict=f"{NAMING} data data_seed weights score", export="weights clip classes")
+    modes = dict(eval=f"{NAMING} base novel data workers val_json val_images",
+                 predict=f"{NAMING} data weights score", export="weights clip classes")
     args = parse(p, argv, "dkdetr", modes, only="weights score classes", belongs=BELONGS,
                  apart=("resume start_from", "data train_json"), rows=ROWS,
-                 saved=lambda args: saved_run(args, "dkdetr.py", "kd_topk"))
+                 saved=lambda args: same_names(args, saved_run(args, "dkdetr.py", "kd_topk")))
     if args.jitter is not None and args.jitter[0] > args.jitter[1]:
         p.error(f"--jitter {args.jitter[0]} {args.jitter[1]}: expected LOW <= HIGH")
     if args.dim is not None and args.dim % 32:
@@ -1828,9 +1827,9 @@ def resolve(args):
     if args.init == "imagenet" and args.backbone.startswith("tiny"):
         raise UserError(f"--backbone {args.backbone}: has no ImageNet weights; use --init shapes on shapes, "
                         "else none")
-    if training and args.bn == "frozen" and args.init == "none":
-        raise UserError("--bn frozen: random weights cannot learn with the statistics of a BatchNorm that "
-                        "has seen nothing; --init none needs --bn sync")
+    if training and args.bn == "frozen" and (args.init == "none" or args.backbone.startswith("tiny")):
+        raise UserError("--bn frozen: needs a BatchNorm that has been trained, which neither --init none nor "
+                        "a tiny backbone has; give --bn sync")
     if training and distils(args) and args.kd_boxes != "gt" and args.kd_topk > args.queries:
         raise UserError(f"--kd-topk {args.kd_topk}: there are {args.queries} --queries to choose from")
     if args.masks and args.image_size % 32:
@@ -1850,9 +1849,11 @@ BURN_IN, READY = "burn-in", 24  # folder of the table's first run; epochs of the
 def shapes_start(args, rank, world, device):
     """Path of what the table of shapes begins from, see trained_before: a burn-in at the whole rate."""
     from common.tiny import trained_before
-    _, plan = train_loader(make_data(args, "train"), SHAPES["batch_size"], rank, world, 0, 0)
-    flags = (f"--data shapes --data-seed {args.data_seed} --no-table --skd none --rkd none --resume --epochs "
-             f"{2 * READY} --max-iters {READY * len(plan)} --workers {args.workers} --out").split()
+    batch = max(1, SHAPES["batch_size"] // world)
+    _, plan = train_loader(make_data(args, "train"), batch, rank, world, 0, 0)
+    flags = (f"--data shapes --data-seed {args.data_seed} --no-table --skd none --rkd none --resume "
+             f"--epochs {2 * READY} --max-iters {READY * len(plan)} --batch-size {batch} --workers "
+             f"{args.workers} --out").split()
     return trained_before(f"dkdetr-e{READY}", args.data_seed, rank,
                           lambda out: train(resolve(parse_args([*flags, out])), rank, world, device))
 
@@ -1871,9 +1872,8 @@ def quick_start(args, rank, world, device):
         start = shapes_start(args, rank, world, device)
     for name, flags in runs:
         since, out = time.time(), root / name.lower().replace(" ", "-")
-        resume = args.resume and (out / "last.pt").exists()
-        more = dict(flags, out=str(out), resume=resume, table=False)
-        more["start_from"] = None if name == "burn-in" else start
+        more = dict(flags, out=str(out), resume=args.resume and (out / "last.pt").exists(), table=False,
+                    start_from=None if name == "burn-in" else start)
         metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
         if rank == 0:
             groups = " ".join(f"{metrics.get(k, -1):5.1f}" for k in ("novel_AP50", "base_AP50", "AP50"))

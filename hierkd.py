@@ -5,8 +5,8 @@ Idea. ATSS, with CLIP's text embeddings of the class names as its classifier: an
 detected. Trained on base classes alone it does not know what a novel name looks like, so CLIP teaches the
 embedding f of each anchor.
   (1) classify: f is compared with the names of the base classes and a learnt background, softmax focal loss,
-      on all positives and 10 % of the negatives (more negatives teach it that unlabelled novel objects are
-      background);
+      on all positives and 10 % of the negatives (more of them, the paper says, teach it that unlabelled
+      novel objects are background);
   (2) IKD: at the positives, f must equal CLIP's image embedding of the predicted box;
   (3) GKD: positives are base objects only, but an image's caption names novel ones, too. It attends to
       max-pooled patches of f of all levels, and image and caption must find each other in the batch.
@@ -20,8 +20,8 @@ or base and novel together (GZSD).
     Eq. 5  GKD                            caption_loss
     Eq. 6  sum of all losses              Distiller.forward (weights), train (sum)
 
-Differs from the paper. Where its text and the released code disagree, the default is the text, in 4 and 6 the
-code; --row released is the code in 1 to 5:
+Differs from the paper. Where its text and the released code disagree, the default is the text, in 4, 6, 7, 9
+the code; --row released is the code in 1 to 5:
   1. IKD: text L1, weight 1, mean over positives; code L2, weight 0.05, mean per level, then over levels.
      --ikd-norm, --ikd-weight, --ikd-details.
   2. Classification weight: text a constant; code exp(-s) with + |s| and s learnt. --cls-weight learn.
@@ -37,18 +37,18 @@ code; --row released is the code in 1 to 5:
      parallel. --embed-bias focal|zero.
   7. As in the code, not in the text: N_pos counts an image without positives as 1; of a level without
      positives all negatives are dropped.
-  8. Differs from text and code: the normalisers of IKD and GKD, too, are means over all processes (not with
-     --ikd-details released); a lower bound of 1 applies to the sum over processes, not to each.
+  8. Differs from text and code: the normalisers of IKD and GKD, too, are means over all processes (IKD's not
+     with --ikd-details released); a lower bound of 1 applies to the sum over processes, not to each.
   9. A flipped image keeps its caption's "left" and "right", as in the code. --flip-words swaps them (default
      on shapes, whose captions say where).
  10. Differs from text and code, at other widths than 256 channels (tiny*): the towers have one convolution
      instead of four, which would see the whole small picture, and a norm over the channels of each place
      instead of GroupNorm(32), which would be nearly an instance norm: through the statistics of the image
-     GKD reads the caption off the background. On shapes GKD reads P3 only, which has 96 % of the positives:
-     P4's background took on novel names (seed 0; AP50 +1.7 +- 4.4 by it on 4 others).
+     GKD reads the caption off the background. On shapes GKD reads P3 only, with 96 % of the positives or
+     more: P4's background took on novel names (seed 0; on 4 others P3 alone has +1.7 +- 4.4 AP50).
  11. The text's jitter of 480-800 for 3x; code 640-800, --image-size 640-800. Not here: its NMS at 0.6 (2x,
      65/15, some runs of IKD) or 0.3 (the main run of IKD); all NMS is at 0.4. The box loss has the code's
-     weight of 2 and is weighed by u, see box_losses.
+     weight of 2 and is weighted by u, see box_losses.
 best.pt is chosen by the AP50 of base classes: novel labels are what is tested, so they must not choose.
 
 Letters: B images, C captions, D embedding, A anchors of all L = 5 levels, P patches, M boxes (padded), K
@@ -88,10 +88,10 @@ from common.boxes import (IGNORED, assign_atss, cells_inside, centerness_target,
 from common.clip import TEMPLATES, clip_of, get_clip, tell_cut
 from common.datasets import (BASE_48, NOVEL_15, NOVEL_17, CocoDataset, as_pixels, class_names, collate,
                              eval_loader, find_coco, own_files, parse_image_size, plain_name,
-                             read_annotations, refuse_strange, resize, respell, spaced, split_classes,
-                             train_loader)
+                             read_annotations, refuse_strange, resize, respell, same_names, spaced,
+                             split_classes, train_loader)
 from common.evaluation import Detections, class_mean, coco_evaluate, judged
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, dash, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
                         open_run, open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags,
                         saved_run, seed_all, started, tell, to_device, warmup_multistep, with_defaults,
@@ -222,7 +222,7 @@ def caption_loss(score, tau, valid):
 
     score: (N, N) <I, C> of Eq. 4, rows are captions, one an image in the images' order, the diagonal are the
     pairs; tau: tau_m, a factor (learnt, from 10), not a divisor; valid: (N,) bool, the image has a caption.
-    Returns a scalar, 0 with a gradient without a valid pair; also 0 for N = 1.
+    Returns a scalar, 0 with a gradient with less than two valid pairs.
     """
     weight = valid.float()
     count = reduce_mean(weight.sum(), 1.0)
@@ -238,7 +238,7 @@ class Distiller(nn.Module):
 
     clip: FrozenCLIP, which is no nn.Module, so that parameters(), DDP and checkpoints never see it. classes:
     the base names. ikd, gkd: which distillations. The weights are those of Eq. 6. crop_scale: crops are
-    enlarged by it. most_crops: at most so many a step, drawn at random. patches, levels: N of Sec. 3.3 and
+    enlarged by it. most_crops: at most so many a forward pass, at random. patches, levels: N of Sec. 3.3 and
     how many levels are cut, from P3.
     """
     least_iou = 0.5  # positives whose predicted box overlaps its object less take no part in IKD (their code)
@@ -468,8 +468,8 @@ class Body(nn.Module):
 def check_backbone(name, init):
     if name not in ("r50", "r101") and not re.fullmatch("tiny(8|16|24|32|48|64)", name):
         raise UserError(f"--backbone {name}: choose among r50, r101, tiny8 ... tiny64")
-    if name.startswith("tiny") and init == "imagenet":
-        raise UserError(f"--backbone {name}: has no ImageNet weights; use --init shapes or none")
+    if init == ("imagenet" if name.startswith("tiny") else "shapes"):
+        raise UserError(f"--backbone {name}: has no weights of --init {init}; tiny ones have those of shapes")
 
 
 def make_body(name, init):
@@ -770,16 +770,14 @@ def truth_of(val, names):
 
 LEGEND = dict(  # of the log's terms, each with its weight
     cls="classification loss, Eq. 1: focal loss of the softmax over names and background",
-    box="box loss: GIoU",
-    quality="loss of the quality branch: IoU or centerness of a box",
+    box="box loss: GIoU", quality="loss of the quality branch: IoU or centerness of a box",
     ikd="Eq. 2: embeddings of positives against CLIP's of their crops", gkd="Eqs. 3-5: captions and images",
     norm="norm of the gradient, clipped at 10", tau_c="temperature of Eq. 1, learnt",
     tau_m="temperature of Eq. 5, learnt", s="of the learnt weight exp(-s) of cls")
 
 
 def plain_of(model):
-    """What a checkpoint holds beside weights: enough to rebuild the detector without any flag. No tensor of
-    CLIP, but its name, the prompt templates and the names of training (base) and evaluation (novel)."""
+    """What a checkpoint holds beside weights: enough to rebuild the detector without flags; CLIP by name."""
     return dict(script="hierkd.py", arch=model.arch)
 
 
@@ -1076,6 +1074,8 @@ def follow(args, arch):
         raise UserError("--data shapes: the checkpoint was trained on other classes, not on those of shapes")
     if shapes and args.data not in (None, "shapes"):
         raise UserError(f"--data {args.data}: the checkpoint was trained on shapes and knows nothing else")
+    if arch["data"] == OWN and not (args.data or args.val_json):
+        raise UserError(f"--eval {args.eval}: was trained on own files; give --val-json and --val-images")
     return argparse.Namespace(**vars(args) | dict(
         data="shapes" if shapes else args.data or "data/coco", split="own", data_seed=arch["data_seed"],
         image_size=args.image_size or arch["image_size"]))
@@ -1160,6 +1160,7 @@ torchrun --nproc_per_node 4 hierkd.py                            # HierKD R50 1x
 python hierkd.py --data shapes                                   # everything in minutes on a CPU
 python hierkd.py --predict photo.jpg --weights runs/hierkd/best.pt --classes "red panda,umbrella"
 """
+OWN = "own files"  # --data's name of --train-json
 SHAPES = dict(  # --data shapes
     backbone="tiny16", init="shapes", tau_c=30.0, embed_bias="zero", ikd_weight=0.4, ikd_max=64,
     gkd_weight=0.5, gkd_levels=1, epochs=8, batch_size=16, optimizer="adamw", lr=0.004,
@@ -1276,8 +1277,8 @@ def parse_args(argv=None):
     g.add_argument("--ikd-details", choices=("paper", "released"), default="paper", help="released: mean per "
                    "level, then over levels; crops with ImageNet's normalisation and without antialias")
     g.add_argument("--ikd-box", choices=("pred", "gt"), default="pred", help="boxes that are cropped")
-    g.add_argument("--ikd-max", type=COUNT, help="at most so many crops per process and step, drawn at "
-                   "random (default all; shapes 64)")
+    g.add_argument("--ikd-max", type=COUNT, help="at most so many crops per process and micro-batch, drawn "
+                   "at random (default all; shapes 64)")
     g.add_argument("--crop-scale", type=POSITIVE,
                    help="crops are enlarged by this (default 1; training on shapes 1.2)")
     g.add_argument("--gkd", **switch, help="global (caption) distillation, Eqs. 3-5 (default, where there "
@@ -1294,9 +1295,9 @@ def parse_args(argv=None):
     g.add_argument("--cls-weight", type=number_or("learn", POSITIVE), default=1.0,
                    help="lambda_cls of Eq. 6: a number, or learn: exp(-s), with + |s|")
     g.add_argument("--shuffle-captions", action="store_true", help="control: an image gets another's caption")
-    g.add_argument("--shuffle-crops", action="store_true", help="control: a positive gets another's crop")
+    g.add_argument("--shuffle-crops", action="store_true", help="control: a positive gets another one's crop")
     g.add_argument("--clip-direct", **switch, default=False, help="with --eval: Algorithm 1, Table 6: CLIP "
-                   "classifies crops of the detector's boxes")
+                   "classifies crops of the boxes; with this command's --ikd-details, --crop-scale")
     g.add_argument("--direct-quality", **switch, default=False,
                    help="the quality still multiplies CLIP's score there")
     g = p.add_argument_group("schedule")
@@ -1320,7 +1321,8 @@ def parse_args(argv=None):
     crops = " ikd_details crop_scale" if direct else ""
     args = parse(p, argv, "hierkd", MODES | dict(eval=MODES["eval"] + crops),
                  only="weights score classes clip_direct direct_quality", belongs=BELONGS,
-                 rows=ROWS | ANALYSES, saved=lambda args: saved_run(args, "hierkd.py", "ikd_details"))
+                 rows=ROWS | ANALYSES,
+                 saved=lambda args: same_names(args, saved_run(args, "hierkd.py", "ikd_details")))
     if "direct_quality" in given and not args.clip_direct:
         p.error("--direct-quality: belongs to --clip-direct")
     wrong = "" if any(getattr(args, m) for m in MODES) else contradiction(args, given)
@@ -1346,6 +1348,9 @@ def contradiction(args, given):
         return "--table: trains without and with both distillations; leave out --no-ikd and --no-gkd"
     if args.row == "own" and not own and not shapes:
         return "--row own: is for your own data, --train-json and --train-images"
+    idle = [f for f in OF_GKD.split() if f in given]
+    if idle and own and args.gkd is None and not args.train_captions:
+        return f"{dash(idle[0])}: belongs to GKD, which needs --train-captions"
     if args.table and own and not args.val_json:
         return "--table: needs a validation set, --val-json"
     return ""
@@ -1366,7 +1371,8 @@ def resolve(args):
         gkd_levels=5, epochs={"1x": 12, "2x": 24, "3x": 36}[args.schedule], batch_size=8, optimizer="sgd",
         lr=0.005 if args.gkd else 0.01, backbone_lr=0.1 if shapes and args.init != "none" else 1.0,
         image_size="480-800" if args.schedule == "3x" else "800", clip="ViT-B-32-quickgelu/openai",
-        data="data/coco", split="own" if named else "48_17", flip_words=False, crop_scale=1.0, table=False)
+        data=OWN if own else "data/coco", split="own" if named else "48_17", flip_words=False,
+        crop_scale=1.0, table=False)
     if shapes:
         every_part = args.ikd and args.gkd and args.max_iters is None
         defaults |= SHAPES | dict(split="own" if named else "shapes", table=every_part and not named)
@@ -1391,8 +1397,8 @@ def quick_start(args, rank, world, device):
     lines, found = [], {}
     for name, distil in (("baseline", False), ("HierKD" if args.gkd else "IKD", True)):
         since, out = time.time(), Path(args.out) / name.lower()
-        resume = args.resume and (out / "last.pt").exists()
-        more = dict(ikd=distil, gkd=distil and args.gkd, out=str(out), resume=resume, table=False)
+        more = dict(ikd=distil, gkd=distil and args.gkd, out=str(out), table=False,
+                    resume=args.resume and (out / "last.pt").exists())
         metrics = train(argparse.Namespace(**vars(args) | more), rank, world, device)
         if rank == 0:
             groups = "zsd base gzsd_base gzsd_novel gzsd_all".split()
@@ -1401,8 +1407,8 @@ def quick_start(args, rank, world, device):
             found[name] = out / "detections.json"
     if rank == 0:
         from common.pictures import save_comparison
-        val, names = make_data(args, "val"), given_names(args)
-        page = save_comparison(val, found, args.out, class_split(args.split, val.classes, *names)[1])
+        novel = load_checkpoint(out / "last.pt")["arch"]["novel"]
+        page = save_comparison(make_data(args, "val"), found, args.out, novel)
         head = f"{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds"
         print(f"\n{head}", *lines, f"ground truth, and what each finds: {page}", sep="\n")
 

@@ -58,7 +58,7 @@ batch), K prototypes, C classes, m positive proposals or anchors; t teacher, s s
     python prototype_kd.py --export student.pt2 --weights runs/retina/best.pt        # RetinaNet only
 Own data (--train-json a.json --train-images a/ --val-json b.json --val-images b/): a teacher (--teacher none
 --student faster_r101 --out r/t), a student (--teacher none --student faster_r50 --out r/s), then both
-(--teacher r/t/best.pt --init r/s/best.pt). VOC: rows t2 to t8 pass on last.pt: best.pt saw the test set.
+(--teacher r/t/best.pt --init r/s/best.pt). VOC's rows pass on last.pt: best.pt saw the test set.
 
 Expected (paper, COCO val2017 AP, 8 GPUs x 2 images, 24 epochs): Faster R-CNN R50 38.4 -> 40.6 (teacher 39.8),
 RetinaNet R50 37.4 -> 39.8 (teacher 38.9). Measured here: COCO and VOC at full size not run; shapes:
@@ -323,7 +323,8 @@ class Bank:
     def refresh(self, student, teacher, device, rank, world):
         """Alg. 2, lines 4 and 5; the teacher's features are extracted the first time only. Returns what there
         is to log."""
-        since, before, count = time.time(), self.tensors(), len(self.classes)
+        since, count = time.time(), len(self.classes)
+        before = members(self.ids) if hasattr(self, "ids") else None
         if self.teacher_features is None:
             found = extract(teacher, self.instances, device, self.amp)
             self.teacher_features = by_class(found, count, rank, world)
@@ -390,18 +391,18 @@ class Bank:
 
     def changes(self, before, counts):
         """kept: share of the prototypes that were there before; -1 the first time."""
-        now, kept = members(self.ids), -1.0
-        if before:
-            kept = len(now & members(before["ids"])) / len(now)
+        now = members(self.ids)
+        kept = len(now & before) / len(now) if before else -1.0
         counts = counts.tolist()
         without = [name for name, n in zip(self.classes, counts) if n == 0]
-        few = [name for name, n in zip(self.classes, counts) if 0 < n < self.k]
+        fewest = self.valid.sum(-1).amin(1).tolist()          # of a level
+        few = [name for name, n, k in zip(self.classes, counts, fewest) if n and k < self.k]
         return dict(prototypes=int(self.valid.sum()), instances=sum(counts), kept=kept, without=without,
                     few=few)
 
     def is_due(self, it, span):
         """Whether prototypes are picked anew after `it` steps: every `span`, not always a whole number."""
-        return it == 0 or not hasattr(self, "ids") or it // span > (it - 1) // span
+        return not hasattr(self, "ids") or it // span > (it - 1) // span
 
     def load(self, tensors, device):
         for name in self.NAMES:
@@ -446,8 +447,8 @@ def global_gap(l_t, l_s, valid):
 
 def global_loss(l_t, l_s, valid, sigma, own, levels):
     """Eq. 6, mean over levels. l_t, l_s, valid (n, L, K) of project; sigma (n, L); own (n, L) bool: the
-    levels that an object counts on, levels: how many that are. An object without prototypes adds nothing but
-    counts in N."""
+    levels that an object counts on, `levels` each. An object without prototypes adds nothing but counts in
+    N. Divided by the prototypes that there are where a class has fewer than K."""
     N = reduce_mean(torch.full((), float(len(l_s)), device=l_s.device), 1.0)
     return (sigma * global_gap(l_t, l_s, valid) * own).sum() / (2 * N * levels)  # Eq. 6
 
@@ -677,7 +678,7 @@ def choose_otherwise(f_t, f_s, ids, area, method, space, density, k, lam, seed):
     """Places of k prototypes by Table 6's other ways, and by the released code's filter.
 
     f (D, N) unit columns, ids (N,), area (N,) pixels. method: pgm; ambiguous, the smallest; random, which the
-    paper lacks; kmeans, dbscan, of one space. space: whose features. density: see dense.
+    paper lacks; kmeans, dbscan, of one space. space: whose features. density: see dense; for pgm only.
     """
     first, second = f_t, f_s
     if space == "student":
@@ -799,8 +800,8 @@ def rkd_loss(f_t, f_s):
 
 
 def inside_box(boxes, size, stride):
-    """(n, h, w) bool, DeFeat (Guo et al. 2021): cells whose centre a box (n, 4) covers; for one that covers
-    none, the cell that its own centre is in."""
+    """(n, h, w) bool, DeFeat (Guo et al. 2021): cells whose centre a box (n, 4) covers; on an axis where
+    it covers none, the one that its own centre is in."""
     h, w = size
     cells = []
     for low, high, count in ((boxes[:, 1], boxes[:, 3], h), (boxes[:, 0], boxes[:, 2], w)):
@@ -1055,8 +1056,8 @@ def new_detector(name, classes, init):
 
 def freeze(model, norms="frozen"):
     """As the paper's baselines train a backbone that is trained already: stem and first stage fixed, the
-    statistics of all BatchNorm; with norms "frozen" their factors, too, with "affine" those of stages 2 to 4
-    are trained."""
+    statistics of all BatchNorm; with norms "frozen" their factors, too, with "affine" all but those of stem
+    and first stage are trained."""
     body = model.backbone.body
     if norms == "affine":
         for stage in (body.layer2, body.layer3, body.layer4):
@@ -1086,9 +1087,9 @@ def images_of(batch):
     last bit."""
     x = batch["images"]
     mean, std = (constant(v, x.device, torch.float32).view(3, 1, 1) for v in (MEAN, STD))
-    rows = torch.arange(x.shape[2], device=x.device) < batch["sizes"][:, :1]
-    cols = torch.arange(x.shape[3], device=x.device) < batch["sizes"][:, 1:]
-    pixels = (x / 255 - mean) / std * (rows[:, None, :, None] & cols[:, None, None, :])
+    high = torch.arange(x.shape[2], device=x.device) < batch["sizes"][:, :1]
+    wide = torch.arange(x.shape[3], device=x.device) < batch["sizes"][:, 1:]
+    pixels = (x / 255 - mean) / std * (high[:, None, :, None] & wide[:, None, None, :])
     return ImageList(pixels, batch["image_sizes"])
 
 
@@ -1285,7 +1286,7 @@ def make_pair(args, data, rank, world, device):
             kind = kind_of_name(args.student or arch_of(start, "--init")["name"])
             spec = shapes_detector(f"{kind}_{TEACHER}", args, rank, world, device, teacher=True)
         teacher, classes = load(spec, "--teacher")
-        teacher.requires_grad_(False).to(device)
+        teacher.to(device)
         check_classes(classes, len(teacher.arch["columns"]), data.classes, f"--teacher {spec}")
     start = start or shapes_detector(args.student, args, rank, world, device)
     seed_all(args.seed)
@@ -1424,8 +1425,8 @@ def keep_beside(run, bank, device):
 
 
 def refresh(run, distiller, device):
-    """Alg. 2, lines 3 to 6: prototypes of the student as it is now, where they are due; the released code's
-    decay of the global and feature losses, epoch by epoch, to 0 after the last."""
+    """Alg. 2, lines 3 to 6: prototypes of the student as it is now, where they are due; and the released
+    code's decay of the global and feature losses, epoch by epoch, to 0 after the last."""
     args, done = run.args, run.it // run.steps
     if args.kd_decay == "linear":
         distiller.decay = 1 - done / args.epochs
@@ -1739,8 +1740,8 @@ PRESETS = dict(
                   sigma_clamp=False, feat_norm="sigma", resp_norm="mean", kd_decay="linear",
                   density_filter=0.4))
 DEFAULTS = dict(first_images=0, refresh=1.0, epochs=24, batch_size=2, optimizer="sgd")
-SHAPES = dict(first_images=300, refresh=4.0, epochs=16, batch_size=16, optimizer="adamw", lr=0.002,
-              photometric=False)  # --data shapes
+SHAPES = dict(first_images=300, refresh=4.0, epochs=16, batch_size=16, optimizer="adamw", lr=0.002)
+TEACHER = "tiny32"  # of --data shapes
 PLAIN = "--dataset voc --teacher none"
 V1X = "--dataset voc --epochs 12 --init runs/voc_student/last.pt"
 V2X = "--dataset voc --teacher runs/voc2x_KIND_teacher/last.pt --init runs/voc2x_KIND_student/last.pt"
@@ -1861,7 +1862,7 @@ def parse_args(argv=None):
                    "many images only, 0 for all (default 0; shapes 300, its teacher all)")
     g.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
                    "(default 800; shapes 72-120; --eval, --predict: as trained)")
-    preset(g, "photometric", "training images in other brightness, contrast, saturation, hue; shapes: off",
+    preset(g, "photometric", "training images in other brightness, contrast, saturation, hue",
            action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("models")
     g.add_argument("--teacher", help="name in common/zoo.py (faster_r101 ...), mmdetection .pth or our .pt; "
@@ -1941,8 +1942,9 @@ def check_method(p, args, given, method):
     if args.proto_method in ("kmeans", "dbscan") and args.proto_space == "both":
         p.error(f"--proto-method {args.proto_method}: clusters one space; add --proto-space student or "
                 "teacher")
-    if "lam" in given and args.proto_method != "pgm" and args.proj == "cosine":
-        p.error(f"--lam: belongs to --proto-method pgm, or to a --proj; here {args.proto_method}, cosine")
+    if "lam" in given and args.proj == "cosine" and (args.proto_method, args.proto_space) != ("pgm", "both"):
+        alone = f"{args.proto_method}, cosine" if args.proto_method != "pgm" else "one --proto-space, cosine"
+        p.error(f"--lam: belongs to --proto-method pgm, or to a --proj; here {alone}")
     if args.proj == "joint" and not args.lam:
         p.error("--proj joint: needs --lam above 0; two prototypes may be almost alike")
     if args.all_class_prototypes and args.proj != "cosine":
@@ -1999,7 +2001,10 @@ def resolve(args):
     student = None  # --init says it
     if "--init" not in names:
         student = args.student or f"{kind}_{'tiny8' if shapes else 'r50'}"
-        kind = split_name(student)[0]
+        kind, body = split_name(student)
+        if shapes and not args.init and not body.startswith("tiny"):
+            raise UserError(f"--student {student}: with --data shapes faster_tiny8 ... retina_tiny64 are "
+                            "trained on demand; others need --init and --teacher")
     elif names["--init"].startswith(("cascade", "maskrcnn")):
         raise UserError(f"--init {args.init}: can be a teacher only; a student is Faster R-CNN or RetinaNet")
     values = vars(args) | from_preset(args)
@@ -2035,21 +2040,16 @@ def resolve(args):
 
 # ================================================================== main
 
-TEACHER = "tiny32"  # of shapes
-
-
 def shapes_detector(name, args, rank, world, device, teacher=False):
     """Path of a plainly trained detector for shapes, see trained_before: a teacher has seen all images, a
     student the first 300 of them, or --first-images."""
     from common.tiny import trained_before
-    if "_tiny" not in name:
-        raise UserError(f"--student {name}: with --data shapes faster_tiny8 ... retina_tiny64 are trained on "
-                        "demand; others need --init and --teacher")
     epochs, usual = (8, 0) if teacher else (20, SHAPES["first_images"])
     images = usual if teacher or args.first_images is None else args.first_images
     flags = ["--data", "shapes", "--data-seed", str(args.data_seed), "--teacher", "none", "--init", "shapes"]
     flags += ["--student", name, "--epochs", str(epochs), "--first-images", str(images)]
     flags += ["--workers", str(args.workers), "--resume"]
+    flags += ["--batch-size", str(max(1, SHAPES["batch_size"] // world))]  # of all processes: the same
     name += f"-e{epochs}" + (f"-n{images}" if images != usual else "")
     return trained_before(f"prototype_kd-{name}", args.data_seed, rank,
                           lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))

@@ -38,7 +38,7 @@ No code, weights or benchmark of this paper were published. Where it is silent w
   8. Table 5's detector keeps class-agnostic boxes and the product score, not Faster R-CNN's one softmax.
   9. The jitter of scales redraws a detection image's window without a box, so large scales are rarer where
      objects lie at the border. The rest is in SETUPS, default_schedule, recipe_of and rate_factor.
-What setups 1 to 3 and lvis report is last.pt: best.pt was chosen on the very set that is reported.
+Setups s1, lvis and localisation sets report last.pt: best.pt was chosen on the very set that is reported.
 
 Letters: B images, R RoIs, D features of a RoI, C detection classes, K (the paper's C^) classification
 classes, V classes that are scored. Boxes are xyxy pixels of the network's input.
@@ -48,8 +48,8 @@ classes, V classes that are scored. Boxes are xyxy pixels of the network's input
     torchrun --nproc_per_node 8 simple21k.py --row t5                        # fine-tuning on LVIS, after t4
     python simple21k.py --data shapes                                        # everything in minutes on a CPU
     python simple21k.py --eval runs/s2/stage2/last.pt --setup s2
-    python simple21k.py --predict photo.jpg --weights runs/s2/stage2/best.pt --names words.txt
-    python simple21k.py --export detector.pt2 --weights runs/s2/stage2/best.pt
+    python simple21k.py --predict photo.jpg --weights runs/s2/stage2/last.pt --names words.txt
+    python simple21k.py --export detector.pt2 --weights runs/s2/stage2/last.pt
 Own data: --train-json a.json --train-images a/ --cls-dir folders/ --val-json b.json --val-images b/
 trains both stages; see README.md.
 
@@ -314,7 +314,7 @@ def log_scores(model, h, vocabulary, fuse=2 / 3):
 
 
 def class_scores(model, h, vocabulary, fuse=2 / 3, chunk=256):
-    """log_scores a chunk of RoIs at a time: yields (first RoI, (r, V)). Never more than chunk x V floats."""
+    """log_scores a chunk of RoIs at a time: yields (first RoI, (r, V)). Memory of a few chunk x V floats."""
     for start in range(0, len(h), chunk):
         yield start, log_scores(model, h[start:start + chunk], vocabulary, fuse)
 
@@ -496,7 +496,7 @@ class Detector(nn.Module):
         super().__init__()
         self.arch, self.watch = arch, {}
         tiny = arch["name"].startswith("tiny")
-        dim, hidden, scale = (32, 256, 4) if tiny else (256, 1024, 1)  # shapes: images of 100 pixels
+        dim, hidden, scale = (32, 256, 4) if tiny else (256, 1024, 1)  # tiny: a canvas of 256 for 1,024
         self.canonical = 224 / scale
         self.body = Body(arch["name"], drop_path)
         self.fpn = FeaturePyramidNetwork(self.body.channels, dim)
@@ -595,8 +595,10 @@ class Detector(nn.Module):
         if self.arch["stage"] == 1:
             return self.whole_image(images, sizes)
         tops = self.top_down(images)
-        maps = self.smooth(tops)
-        pooled = self.whole_rois(tops, sizes).repeat_interleave(self.rpn.post_nms_top_n(), 0)
+        maps, level = self.smooth(tops), self.whole_levels(sizes)[0]
+        rois = [(i, 0.0, 0.0, float(images.shape[3]), float(images.shape[2])) for i in range(len(images))]
+        pooled = pool({level: maps[level]}, constant(rois, images.device, torch.float32), self.canonical)
+        pooled = pooled.repeat_interleave(self.rpn.post_nms_top_n(), 0)
         h = self.head(pooled)
         levels = [*maps.values(), F.max_pool2d(maps[3], 1, 2)]
         out = [*self.rpn.head(levels), self.fg(h), self.det(h), self.box(h)]
@@ -892,7 +894,7 @@ def make_vocabulary(args, quiet=False, before=None):
     if lost and not quiet:
         print(f"--overlap {args.overlap}: {are(lost)} not among the {len(cls):,} classes with images",
               flush=True)
-    if name_of:
+    if name_of or args.overlap:
         column = {n: k for k, n in enumerate(det)}
         pair = [column.get(name_of.get(w), -1) for w in cls]
     elif setup.pair == "name":
@@ -914,14 +916,15 @@ def base_classes(args, records, cls, names):
 
 def pair_by_name(det, names):
     """For each classification class its detection class or -1: by its whole name, if no other has it (cranes
-    are birds and machines), then by a part of it."""
+    are birds and machines), then by a part of it, likewise."""
     free, count = {plain(n): k for k, n in enumerate(det)}, Counter(map(plain, names))
     pair = [free.get(plain(n), -1) if count[plain(n)] == 1 else -1 for n in names]
     free = {n: k for n, k in free.items() if k not in set(pair)}
+    times = Counter(part for n in names for part in {plain(n), *map(plain, n.split(","))})
     for k, n in enumerate(names):
-        parts = [part for part in map(plain, n.split(",")) if part in free]
-        if pair[k] < 0 and parts and count[plain(n)] == 1:
-            pair[k] = free.pop(parts[0])
+        found = [part for part in map(plain, n.split(",")) if part in free and times[part] == 1]
+        if pair[k] < 0 and found:
+            pair[k] = free[found[0]]
     return pair
 
 
@@ -944,7 +947,7 @@ def make_data(args, quiet=False, before=None):
         transform = ClassificationTransform(args.stage1_size, args.augment, True, least)
         return arch, None, ClassImages(index, transform, args.stage1_size)
     both = sum(p >= 0 for p in arch["pair"])
-    if args.setup == "own" and arch["cls"] and not both and not quiet:
+    if args.setup == "own" and arch["cls"] and not both and not args.overlap and not quiet:
         print("warning: no class is in both vocabularies, by name; Eq. 5 never applies. --overlap maps them",
               flush=True)
     elif args.setup == "own" and both and not args.overlap and not quiet:
@@ -1659,7 +1662,7 @@ def export(args):
 EXAMPLES = """
 torchrun --nproc_per_node 8 simple21k.py --setup s2 --out runs/s2      # COCO + ImageNet-1K, both stages
 python simple21k.py --data shapes                                      # everything in minutes on a CPU
-python simple21k.py --predict photo.jpg --weights runs/s2/stage2/best.pt
+python simple21k.py --predict photo.jpg --weights runs/s2/stage2/last.pt
 """
 # Table 2: mask AP / base / novel. 3: localisation top-1 / top-5 / GT-known. 4: AP50 / top-1 / top-5, which
 # may be our top5_boxes. 5: box AP / r / c / f. None of them was run here.
@@ -1703,7 +1706,7 @@ BELONGS = (
     ("data_seed table", "data", ("shapes",)))
 SEEN = "masks fuse score_thresh max_dets"
 MODES = dict(eval=f"data data_seed workers setup cls_val val_json val_images val_boxes {SEEN}",
-             predict=f"weights score names classes {SEEN}", export="weights names classes fuse",
+             predict="weights score names classes masks fuse max_dets", export="weights names classes fuse",
              make_split="data data_seed cls_dir cls_list setup seed")
 
 
@@ -1810,7 +1813,7 @@ def parse_args(argv=None):
     g.add_argument("--checkpoint", action="store_true", help="gradient checkpointing: the backbone's stages "
                    "are computed twice and not kept")
     g.add_argument("--table", action=argparse.BooleanOptionalAction, help="shapes: stage II on boxes only, "
-                   "and on both, in one table (default without --stage, --init, --max-iters)")
+                   "and on both, in one table (default, but for other data, stages, losses, and --max-iters)")
     run_flags(p, "simple21k", aliases={"train-json": "det-json", "train-images": "det-images"}, rows=ROWS,
               export=True)
     p.set_defaults(score=0.1)  # of thousands of classes none scores high
@@ -1853,8 +1856,15 @@ def refuse(p, args, given):
     setup = args.setup or ("own" if args.data == "shapes" or args.train_json else "s2")
     if "fuse" in given and SETUPS[setup].pair == "none" and not args.overlap:
         p.error(f"--fuse: in setup {setup} no class is known to be in both vocabularies; --overlap tells")
-    if args.table and (args.stage or args.init):
-        p.error("--table: belongs to --data shapes and runs both stages")
+    if args.table and not fits_table(args):
+        p.error("--table: trains both stages on shapes as they are, stage II on boxes and on both kinds of "
+                "images; leave out --stage, --init, --reinit-cls, --cls-ratio 0 and data of your own")
+
+
+def fits_table(args):
+    """Whether the two detectors of the table differ as it says, and are scored on the drawn images."""
+    own = args.train_json or args.val_json or args.val_boxes or args.cls_dir or args.cls_val
+    return not (args.stage or args.init or args.reinit_cls or args.cls_ratio == 0 or own)
 
 
 def flags_of_run(args):
@@ -2022,6 +2032,7 @@ def shapes_stage1(args, rank, world, device):
     named = f"backbone head bn max_iters cls_dir cls_list {STAGE1}".split()
     if any(getattr(mine, k) != getattr(plain, k) for k in named):
         return f"{mine.out}/last.pt", train_stage(mine, rank, world, device)
+    flags.stage1_batch = max(1, plain.stage1_batch // world)
     path = trained_before(f"simple21k-{plain.backbone}-e{plain.stage1_epochs}", args.data_seed, rank,
                           lambda out: train_stage(stage(flags, out), rank, world, device), **SHAPES)
     model, _ = load(path)
@@ -2059,6 +2070,7 @@ def quick_start(args, rank, world, device):
 
 def make_split(args):
     """--make-split, Sec. 4.1: a localisation set of --cls-dir in COCO's format, without boxes."""
+    need(args.cls_dir, "--cls-dir", "the folders to draw from")
     if not Path(args.make_split).parent.is_dir():
         raise UserError(f"--make-split {args.make_split}: its folder does not exist")
     split = draw_split(ImageIndex(args.cls_dir, read_class_list(args.cls_list)), args.seed)
@@ -2077,7 +2089,7 @@ def main():
             raise UserError(f"{alone[0]}: runs in one process; start it with python")
         table = args.table
         if table is None:
-            table = args.data == "shapes" and not (args.stage or args.init or args.max_iters)
+            table = args.data == "shapes" and fits_table(args) and not args.max_iters
         if args.make_split:
             make_split(resolve(args))
         elif args.eval:

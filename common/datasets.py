@@ -1387,6 +1387,17 @@ def class_names(values, flag="--classes"):
     return names
 
 
+def same_names(args, saved, flags=("base", "novel")):
+    """The flags `saved` of a run that --resume continues; where they hold the very names that are given now,
+    perhaps as a file, they are as given."""
+    saved = dict(saved)
+    for flag in flags:
+        given = getattr(args, flag)
+        if given and saved.get(flag) == [class_names(given, f"--{flag}")]:
+            saved[flag] = given
+    return saved
+
+
 def without(names, others):
     """The names that are none of `others`; of such as are not among `names` in no other spelling either."""
     exact = set(others)

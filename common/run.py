@@ -724,7 +724,7 @@ def open_table(args, rank):
             raise UserError(f"--out {args.out}: holds a run already; choose another folder, --resume it, or "
                             "delete it")
         make_folder(args.out)
-        header = dict(command=shlex.join(sys.argv), args=vars(args))
+        header = dict(command=shlex.join(sys.argv), table=True, args=vars(args))
         write_whole(first, json.dumps(header, indent=1, default=str))
 
 
@@ -876,6 +876,14 @@ def holds_run(out):
         raise UserError(f"--out {shorten(str(out))}: cannot be used ({e.strerror})") from None
 
 
+def holds_table(out):
+    """Whether OUT is of a table, whose runs have folders of their own: see open_table."""
+    try:
+        return "table" in json.loads((Path(out) / "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def git_commit():
     try:
         folder = Path(sys.argv[0]).resolve().parent
@@ -891,7 +899,7 @@ def open_run(args, rank, resume=False):
     out = Path(args.out)
     if rank != 0:
         return out
-    if holds_run(out) and not resume:
+    if holds_table(out) or holds_run(out) and not resume:
         raise UserError(f"--out {out}: holds a run already; choose another folder, --resume it, or "
                         "delete it")
     make_folder(out)

@@ -748,6 +748,7 @@ def test_bad_flags_give_one_line(flags, words, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--voc-val", "2007_val"], "--voc-val: belongs to --dataset voc"), (["--data-seed", "3"], "--data-seed: belongs to --data shapes"),
     (["--proto-method", "ambiguous", "--lam", "1"], "--lam: belongs to --proto-method pgm, or to a --proj; here ambiguous"),
+    (["--proto-space", "student", "--lam", "1"], "or to a --proj; here one --proto-space"),
     (["--sigma", "maxcos", "--proj", "joint"], "--proj joint: --sigma maxcos compares cosines"), (["--sigma", "none", "--alpha-global", "0", "--k", "5"], "--k: belongs to losses"),
     (["--alpha-feat", "0", "--adapt", "conv1x1"], "--adapt: belongs to --alpha-feat above 0"), (["--preset", "released", "--kd-relation", "rkd"], "above 0, here it is 0"),
     (["--alpha-global", "0", "--alpha-feat", "0", "--alpha-resp", "0"], "nothing is distilled"),
@@ -823,7 +824,8 @@ def test_defaults_that_depend_on_other_flags(tmp_path):
     assert (args.init, args.student, args.control) == ("imagenet", "retina_r50", "none")  # nothing to compare on
     assert resolve(parse_args([*own, "--val-json", "a", "--val-images", "b"])).control == "run"
     for flags, words in ((own[:4], "needs a --teacher"), (["--student", "faster_r50", "--teacher", str(tmp_path / "d.pt")], "they must be of one kind"),
-                         (["--init", "cascade_x101"], "can be a teacher only"), (["--student", "yolo_r50"], "expected faster_ or retina_")):
+                         (["--init", "cascade_x101"], "can be a teacher only"), (["--student", "yolo_r50"], "expected faster_ or retina_"),
+                         (["--data", "shapes", "--student", "faster_r50"], "others need --init and --teacher")):
         with pytest.raises(UserError, match=words):
             resolve(parse_args(flags))
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common import run
 from common.run import (COUNT, POSITIVE, SEED, Log, UserError, checksum, explain, first_not_finite, fold, gather, init_ddp, load_checkpoint,
-                        load_strict, number, open_run, parse, parser, read_log, reduce_mean, rng_state, run_flags, save_checkpoint,
+                        load_strict, number, open_run, open_table, parse, parser, read_log, reduce_mean, rng_state, run_flags, save_checkpoint,
                         saved_flags, script_of, seed_all, set_rng_state, split_line, unlock, warmup_multistep, write_whole)
 from conftest import ROOT, free_port
 
@@ -468,6 +468,63 @@ def test_no_flag_is_the_beginning_of_one_of_torchruns(script, capsys):
         importlib.import_module(script).parse_args(["--help"])
     ours = set(re.findall(r"(?m)^  (--[a-z][\w-]*)", capsys.readouterr().out))
     assert len(ours) > 20 and not [(a, b) for a in ours for b in theirs if b.startswith(a) and a != b]
+
+
+@pytest.mark.parametrize("script", ["crosskd", "hierkd", "prototype_kd", "dkdetr"])
+def test_shapes_says_what_it_does(script):
+    """Every default of --data shapes is one: no table of other defaults comes before it."""
+    module = importlib.import_module(script)
+    args = vars(module.resolve(module.parse_args(["--data", "shapes", "--max-iters", "1"])))
+    assert {k: args[k] for k in module.SHAPES} == module.SHAPES
+
+
+@pytest.mark.parametrize("script", ["hierkd", "dkdetr"])
+def test_a_run_with_names_is_continued_by_its_own_command(tmp_path, script, capsys):
+    """A stopped run prints its command with --resume: --novel as it was given, or the same names in a file, and no others."""
+    module, out = importlib.import_module(script), str(tmp_path / "r")
+    own = ["--train-json", "a", "--train-images", "b", "--out", out, "--novel"]
+    first = module.resolve(module.parse_args([*own, "cup,hair drier"]))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/args.json").write_text(json.dumps(dict(args=vars(first))))
+    (tmp_path / "names.txt").write_text("cup\nhair drier\n")
+    for again in (["cup,hair drier"], [str(tmp_path / "names.txt")], ["cup", "--novel", "hair drier"]):
+        assert vars(module.resolve(module.parse_args([*own, *again, "--resume"])))["novel"] == first.novel == [["cup", "hair drier"]]
+    with pytest.raises(SystemExit):
+        module.parse_args([*own, "cup", "--resume"])
+    assert "which --resume keeps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script,make", [("crosskd", "shapes_teacher"), ("prototype_kd", "shapes_detector"), ("dkdetr", "shapes_start"), ("simple21k", "shapes_stage1")])
+def test_what_shapes_prepares_does_not_depend_on_the_number_of_processes(script, make, monkeypatch):
+    """It is cached: four processes must make what one would have, with a quarter of the batch each."""
+    from common import tiny
+    module, seen = importlib.import_module(script), []
+
+    def trained_before(name, seed, rank, train, **numbers):
+        train("out")
+        raise InterruptedError
+
+    monkeypatch.setattr(tiny, "trained_before", trained_before)
+    for name in ("train", "train_stage"):
+        monkeypatch.setattr(module, name, lambda args, *rest: seen.append(args), raising=False)
+    args = module.parse_args(["--data", "shapes"])
+    args = args if script == "simple21k" else module.resolve(args)
+    for world in (1, 4):
+        with pytest.raises(InterruptedError):
+            (lambda *x: getattr(module, make)(*(("faster_tiny8",) * (script == "prototype_kd")), *x))(args, 0, world, torch.device("cpu"))
+    key = "stage1_batch" if script == "simple21k" else "batch_size"
+    one, four = map(vars, seen)
+    assert one[key] == 4 * four[key] and {k for k in one if one[k] != four[k]} == {key}
+
+
+def test_a_run_does_not_take_the_folder_of_a_table(tmp_path):
+    args = argparse.Namespace(out=str(tmp_path / "t"), resume=False)
+    open_table(args, 0)
+    assert "holds a run already" in error_of(lambda: open_run(args, 0))
+    assert "holds a run already" in error_of(lambda: open_run(args, 0, resume=True))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/args.json").write_text('{"args": {"table"')  # of a run that was killed while it began
+    open_run(argparse.Namespace(out=str(tmp_path / "cut")), 0)
 
 
 GATHER = """

@@ -797,9 +797,9 @@ def test_wanted_classes_by_commas_flags_or_lines(tmp_path):
 
 
 def test_own_classes_meet_by_name(tmp_path):
-    """The whole name first, then its parts; a detection class has one partner by its parts."""
+    """The whole name first, then its parts; what two classes are called by is nobody's."""
     boxes = write_boxes(tmp_path / "det.json", [dict(id=k, name=n) for k, n in enumerate(("cat", "tench", "red panda"))])
-    names = ["scan, cat", "Cat", "tench, Tinca tinca", "lesser panda, red_panda", "panda, red panda"]
+    names = ["scan, cat", "Cat", "tench, Tinca tinca", "lesser panda, red_panda", "panda, giant panda"]
     for k, n in enumerate(names):
         (tmp_path / "in" / f"n{k}").mkdir(parents=True)
         (tmp_path / "in" / f"n{k}" / "a.jpg").touch()
@@ -807,6 +807,9 @@ def test_own_classes_meet_by_name(tmp_path):
     args = flags("--setup", "own", *boxes, "--cls-dir", tmp_path / "in", "--names", tmp_path / "names.txt")
     assert simple21k.make_vocabulary(args)[0]["pair"] == [-1, 0, 1, 2, -1]
     assert simple21k.pair_by_name(["crane", "cat"], ["crane", "crane", "cat"]) == [-1, -1, 1]  # a bird, a machine: which?
+    assert simple21k.pair_by_name(["crane", "cat"], ["crane, bird", "crane, machine", "cat, feline"]) == [-1, -1, 1]
+    assert simple21k.pair_by_name(["crane"], ["crane, bird", "crane"]) == [-1, 0]  # a whole name goes first
+    assert simple21k.pair_by_name(["red panda"], ["lesser panda, red_panda", "panda, red panda"]) == [-1, -1]
     (tmp_path / "names.txt").write_text("n0\ta\x07b\n")
     with pytest.raises(UserError, match="the name of n0 is empty, no text, or holds control characters"):
         simple21k.make_vocabulary(args)
@@ -880,6 +883,8 @@ def test_benchmark_split(tmp_path):
         for k in range(n):
             Image.new("RGB", (8 + k, 6)).save(tmp_path / "in" / wnid / f"{k:03d}.jpg")
     args = argparse.Namespace(cls_dir=str(tmp_path / "in"), cls_list=None, seed=0, make_split=str(tmp_path / "split.json"))
+    with pytest.raises(UserError, match="--cls-dir: is missing; the folders to draw from"):
+        make_split(argparse.Namespace(**vars(args) | dict(cls_dir=None)))  # as setup lvis has it
     make_split(args)
     split = json.loads((tmp_path / "split.json").read_text())
     names = {c["id"]: c["name"] for c in split["categories"]}
@@ -896,7 +901,9 @@ def test_benchmark_split(tmp_path):
     (["--reinit-cls", "--cls-ratio", "0"], "would never learn"),
     (["--setup", "lvis", "--stage", "1", "--init", "none"], "stage I belongs to the other setups"),
     (["--make-split", __file__], "somebody's work"), (["--data", "shapes", "--setup", "s1"], "has its own"),
-    (["--table"], "belongs to --data shapes"), (["--val-json", "a", "--val-boxes", "b"], "one of them"),
+    (["--table"], "belongs to --data shapes"), (["--data", "shapes", "--table", "--cls-ratio", "0"], "leave out --stage"),
+    (["--data", "shapes", "--table", "--reinit-cls"], "leave out --stage"), (["--data", "shapes", "--table", "--cls-val", "none"], "leave out --stage"),
+    (["--val-json", "a", "--val-boxes", "b"], "one of them"),
     (["--fuse", "1.5"], "at least 0 and at most 1"), (["--image-size", "100"], "multiple of 32"),
     (["--jitter", "2,1"], "--jitter: 2,1: expected two scales"), (["--jitter", "1.2.3,2"], "expected two scales"),
     (["--cls-jitter", "x"], "--cls-jitter: x: expected two scales"), (["--lr", "0"], "must be positive"),

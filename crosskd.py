@@ -670,7 +670,7 @@ class Detector(nn.Module):
     def flatten(self, maps):
         """Maps of L levels -> {"cls": (B, A, K), "reg": (B, A, 4 or 4 R), "ctr": (B, A)}, raw, fp32."""
         def flat(levels, width):
-            rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in levels], 1)  # the only copy
+            rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in levels], 1)  # one copy
             return fp32(rows.reshape(rows.shape[0], -1, width))  # (B, A, width)
         out = dict(cls=flat(maps["cls"], self.num_classes), reg=flat(maps["reg"], self.reg_out))
         if self.ctr:
@@ -843,7 +843,7 @@ class FCOS(Detector):
         return reduce_mean(positives.sum(), 1.0)
 
     def decode(self, reg, priors, strides):
-        return decode_distances(reg.clamp(max=20).exp(), priors)  # finite, where no loss acts, too
+        return decode_distances(reg.clamp(max=20).exp(), priors)  # exp stays finite where no loss acts
 
     def losses(self, out, targets):
         """Focal + IoU loss weighted by the centerness target + centerness BCE."""

@@ -230,7 +230,7 @@ def focal_cost(logits, alpha=0.25, gamma=2.0):
 
 @torch.no_grad()
 def match_cost(logits, boxes, gt_boxes, scale):
-    """(..., N, M) cost of query n for object m, weighed as the losses are.
+    """(..., N, M) cost of query n for object m, weighted as the losses are.
 
     logits (..., N, M): of the class of each object. boxes (..., N, 4), gt_boxes (..., M, 4) in 0..1; scale
     (..., 1, 4): w, h, w, h in pixels.
@@ -360,7 +360,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def embeddings(self, batch, crops, there):
         """V of Eqs. 3 to 5: (B, k, T), CLIP's embedding of each crop that is there, else 0; and there."""
-        image, slot = there.nonzero(as_tuple=True)  # the step waits: CLIP must know how many
+        image, slot = there.nonzero(as_tuple=True)  # waits for the device: CLIP must know how many
         v = self.crop_embeddings(batch, crops[image, slot], image)
         return v.new_zeros(*there.shape, v.shape[1]).index_put((image, slot), v), there
 
@@ -382,7 +382,7 @@ class Distiller(nn.Module):
             return self.model.kd_pass(out, self.settings.kd_attn == "obj+kd", self.settings.kd_ref == "own")
 
     def kd_losses(self, f, v, there):
-        """SKD and RKD of Eq. 6, weighed."""
+        """SKD and RKD of Eq. 6, weighted."""
         s = self.settings
         skd = s.w_skd * semantic_loss(f, v, there, s.tau_s)                        # Eq. 4
         image_rkd = s.w_rkd * relational_loss(f, v, there, s.tau_r, s.rkd_dir)     # Eq. 5 within an image
@@ -509,7 +509,7 @@ def msda_grid(value, level_sizes, at, weight):
         points = grid[:, :, :, level].permute(0, 2, 3, 1, 4).flatten(0, 1)    # (B H, P, Q, 2)
         share = weight[:, :, :, level].permute(0, 2, 3, 1).flatten(0, 1)      # (B H, P, Q)
         samples = F.grid_sample(image, points, align_corners=False)           # (B H, d, P, Q)
-        # P is not the last dimension: the backward would crawl through rows of four
+        # P is not the last dimension: rows of four numbers would make the backward slow
         out = out + (samples * share[:, None]).sum(2)
     return out.view(b, heads * d, at.shape[1]).transpose(1, 2)
 

@@ -768,7 +768,7 @@ def truth_of(val, names):
 
 # ================================================================== train
 
-LEGEND = dict(  # of the log's terms, each with its weight
+LEGEND = dict(  # of the log; losses are times their weights
     cls="classification loss, Eq. 1: focal loss of the softmax over names and background",
     box="box loss: GIoU", quality="loss of the quality branch: IoU or centerness of a box",
     ikd="Eq. 2: embeddings of positives against CLIP's of their crops", gkd="Eqs. 3-5: captions and images",
@@ -831,7 +831,7 @@ def prepare(args, data, val, student, teacher, rank, world, device):
     novel = class_split(args.split, data.records.classes, base, asked_novel, asked_base)[1]
     if val:
         novel = [n for n in val.classes if n not in base]
-    teacher.class_embeddings(base + novel)  # a name that the evaluation could not use is told now
+    teacher.class_embeddings(base + novel)  # what is wrong with a name is told before training
     tell_cut(teacher, base + novel)
     student.arch |= dict(base=base, novel=novel)
     if rank == 0:

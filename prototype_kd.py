@@ -31,14 +31,14 @@ Differs from the paper:
      0.5 on shapes in the first 20 steps, and 0 for 1 to 34 % of the objects on a level.
   2. Eq. 7 is a mean over channels (1/D of the printed norm), cells and levels, not a sum. Its regions, those
      of FGFI, are the cells with an anchor whose IoU with a box is above half of the best that the box has on
-     that level. H ends in a ReLU, as printed: what is negative in the teacher's map stays (--adapt conv1x1).
+     that level. H ends in a ReLU, as printed: it matches no negative value (--adapt conv1x1 does).
   3. Levels are averaged. The response has none: its sigma is that of the level on which the student's head
      sees the proposal. Positive proposals, tau 1, a sum over classes, a mean over proposals; of a cascade
      the heads' logits are averaged.
   4. RetinaNet's class scores are compared as independent probabilities (KL of each sigmoid).
   5. Prototypes come from --proto-max-images images of a class (800, from their code). Features are unit
      vectors; a picked instance cannot be picked again. sigma is kept within 0 and 1 (not in their code).
-  6. The student's BatchNorm is fixed, statistics and factors. Not settled by paper or code (their config's
+  6. The student's BatchNorm is fixed, statistics and factors. Paper and code do not settle it (their config's
      "in eval mode" fixes the statistics only); --bn affine trains the factors. On shapes there is none.
 --preset released follows the configuration of their code, all of which stands in PRESETS (no Eq. 6, sigma
 from the largest cosines, objects = positive proposals on the level of their size, DeFeat's regions and
@@ -511,7 +511,7 @@ def kl_bernoulli(z_t, z_s, tau):
 
 
 def response_loss(student, teacher, step, t_maps, images, sigma, tau=1.0, over_classes="sum"):
-    """KL of the class scores of positive proposals (anchors), weighed by the sigma (m,) of their objects,
+    """KL of the class scores of positive proposals (anchors), weighted by the sigma (m,) of their objects,
     over their number; the teacher answers the student's proposals. over_classes "mean": divided by the
     classes."""
     s_columns = constant(student.arch["columns"], sigma.device, torch.long)
@@ -548,7 +548,7 @@ def adapter(name, d_s, d_t):
 
 
 class Distiller(nn.Module):
-    """The student and its losses: forward(batch) -> {name: weighed loss}, whose sum is Eq. 9.
+    """The student and its losses: forward(batch) -> {name: weighted loss}, whose sum is Eq. 9.
 
     teacher: None (then this is torchvision's own training step, bit by bit), or the frozen detector, kept
     outside the module tree; bank: its Bank, refreshed by the caller. alpha_global, alpha_feat, alpha_resp:
@@ -1415,7 +1415,7 @@ def reported(args, distiller):
 
 
 def keep_beside(run, bank, device):
-    """last.pt also says whether the run is finished, and holds the prototypes: an earlier student's, which a
+    """last.pt also says whether the run is finished, and holds the prototypes, of an earlier step, which a
     run that was cut off goes on with."""
     run.beside["finished"] = lambda: run.finished and not run.due
     if bank:

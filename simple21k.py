@@ -2,7 +2,7 @@
 """Simple-21K: first learn to classify, then to detect 21,000 categories (Lin et al., ECCV 2022).
 
 Title: A Simple Approach and Benchmark for 21,000-Category Object Detection.
-Idea. Boxes are dear and exist for hundreds of classes; image labels are cheap and exist for 21,841. Earlier
+Idea. Boxes are costly and exist for hundreds of classes; image labels are cheap and exist for 21,841. Earlier
 work carries a detector's boxes over to images with labels. Here it goes the other way round. Stage I trains a
 classifier that is built as a detector: the whole image is one RoI, RoIAlign instead of average pooling, the
 detector's own RoI head instead of one linear layer. Stage II trains detector and classifier together:
@@ -167,7 +167,7 @@ class StageOne(nn.Module):
 
 
 class StageTwo(nn.Module):
-    """Stage II: forward(dict(det=batch, cls=batch)) -> {name: weighed loss}. Both kinds of images go through
+    """Stage II: forward(dict(det=batch, cls=batch)) -> {name: weighted loss}. Both kinds of images go through
     one forward, so each parameter has a gradient in every step of every process, and DDP never waits for one
     that took no part.
 
@@ -580,7 +580,7 @@ class Detector(nn.Module):
 
     def freeze_idle(self, side):
         """Stage I at `side` pixels: what the whole image's level does not reach gets no gradient, and must
-        not decay (or stop DDP): it does not learn."""
+        not decay; and DDP would wait for its gradient."""
         used = set(self.whole_levels([(side, side)]))
         for i in range(4):
             self.fpn.inner_blocks[i].requires_grad_(i >= min(used))
@@ -1694,7 +1694,7 @@ STAGE2 = """image_size keep_empty masks bn reinit_cls cls_ratio cls_weight cls_s
     fg_grad_on_cls fuse score_thresh max_dets epochs batch_size lr weight_decay rfs"""
 IMAGES2 = "cls_weight cls_size cls_jitter fg_grad_on_cls"  # of classification images in stage II
 LABELLED = (*(k for k, setup in SETUPS.items() if setup.cls != "none"), None)
-COMPLETE = ("s2", "s3", "own", None)  # setups whose images without boxes are negatives: LVIS's need not be
+COMPLETE = ("s2", "s3", "own", None)  # setups whose images without boxes are negatives, as LVIS's are not
 # flags, the flag that gives them an effect, its values
 BELONGS = (
     (STAGE1, "stage", (1, None)),
@@ -1895,7 +1895,7 @@ SHAPES = dict(val=600, labelled=400)  # images of --data shapes: of validation, 
 
 
 def default_paths(args, setup):
-    """{flag: where the setup's file lies}, but for what somebody's own data take the place of."""
+    """{flag: where the setup's file lies}, without what own data replace."""
     root, val = Path(args.data), "val"
     if args.data == "shapes":
         from common.shapes import make_shapes
@@ -1993,8 +1993,8 @@ def of_stage(args, stage, out, **more):
 
 
 def train_stage(args, rank, world, device):
-    """train. On a CPU the loaders of stage I, of many images a step, need cores, or a step takes a quarter
-    longer."""
+    """train. On a CPU stage I leaves cores to its loaders, which read many images a step: a step is a quarter
+    faster."""
     threads = torch.get_num_threads()
     if args.stage == 1 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads - args.workers))

@@ -353,6 +353,25 @@ def test_gfl_box_kd_does_not_change_when_all_region_weights_are_multiplied_but_t
         assert two == pytest.approx(one if kind == "gfl" else 2 * one, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_kd_weights_multiply_their_own_terms(kind):
+    """--kd-weights, of Eq. 4: given as they are, nothing changes; twice and three times as large, the terms are, too."""
+    batch, losses = make_batch(), []
+    usual = dict(gfl=(1, 4), fcos=(0.4, 0.75)).get(kind, (1, 1))
+    for weights in ((), usual, (2 * usual[0], 3 * usual[1])):
+        student, teacher = small(kind), small(kind, 1)
+        losses.append(make_distiller(student, teacher, make_args(kind, *(["--kd-weights", *map(str, weights)] if weights else [])))(batch))
+    assert all(torch.equal(losses[0][k], losses[1][k]) for k in losses[0])
+    factors = dict(kd_cls=2, kd_box=3)
+    for k in losses[0]:
+        torch.testing.assert_close(losses[2][k], factors.get(k, 1) * losses[0][k])
+
+
+def test_a_detector_of_an_unknown_start_is_refused():
+    with pytest.raises(crosskd.UserError, match="r18: starts from imagenet or none, not from best.pt"):
+        GFL("r18", 3, 64, init="best.pt")
+
+
 FLAG_CHANGES = [  # flags, the terms that they change
     (["--kd-layer", "1"], {"kd_cls", "kd_box"}), (["--kd-cls-loss", "bce"], {"kd_cls"}), (["--kd-region", "P"], {"kd_cls"}),
     (["--kd-region", "N"], {"kd_cls"}), (["--kd-reg-mask", "fg"], {"kd_box"}), (["--kd-T", "3"], {"kd_box"}), (["--kd-beta", "2"], {"kd_cls"}),

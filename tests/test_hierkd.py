@@ -411,11 +411,25 @@ def test_data_builder_keeps_base_boxes_in_training_and_images_by_protocol(four_i
                                    ["--table", "--no-ikd"], ["--direct-quality", "--eval", "x"], ["--heat-map"], ["--clip-direct"], ["--rpn-recall", "--eval", "x"],
                                    ["--split", "65_15", "--novel", "cat"], ["--row", "t9"], ["--row", "t4"], ["--export", "x.pt2"], ["--flip-words", "--no-gkd"],
                                    ["--data-seed", "3"], ["--train-captions", "x"], ["--train-json", "x"], ["--eval", "x", "--resume"],
-                                   ["--drop-novel-images", "--train-json", "x", "--train-images", "y"]])
+                                   ["--drop-novel-images", "--train-json", "x", "--train-images", "y"],
+                                   ["--gkd-weight", "2", "--train-json", "x", "--train-images", "y"]])
 def test_wrong_flags_end_with_a_word_about_the_flag(words, capsys):
     with pytest.raises(SystemExit):
         parse_args(words)
     assert words[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_own_files_are_not_called_coco():
+    """Nor is their detector evaluated on COCO unasked; a backbone starts from weights that there are."""
+    own = ["--train-json", "a", "--train-images", "b"]
+    assert (resolve(parse_args(own)).data, resolve(parse_args([])).data) == (hierkd.OWN, "data/coco")
+    arch = dict(data=hierkd.OWN, data_seed=0, image_size="800")
+    with pytest.raises(hierkd.UserError, match="--eval x: was trained on own files; give --val-json"):
+        hierkd.follow(resolve(parse_args(["--eval", "x"])), arch)
+    assert hierkd.follow(resolve(parse_args(["--eval", "x", "--data", "d"])), arch).data == "d"
+    for flags, words in ((["--backbone", "tiny16"], "no weights of --init imagenet"), (["--data", "shapes", "--backbone", "r50"], "no weights of --init shapes")):
+        with pytest.raises(hierkd.UserError, match=words):
+            resolve(parse_args(flags))
 
 
 def test_row_released_sets_its_choices_and_a_flag_still_wins():

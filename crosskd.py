@@ -979,7 +979,7 @@ def make_pair(args, data, rank, world, device):
     teacher = None
     if args.method != "none":
         path = args.teacher or shapes_teacher(args, rank, world, device)
-        teacher = load_teacher(path, args, data.classes).to(device)
+        teacher = load_teacher(path, args, data.classes).to(device).requires_grad_(False)
     seed_all(args.seed)  # here, so that every method starts from the same student
     start, trained = args.init, args.init not in ("imagenet", "shapes", "none")
     if start == "shapes":

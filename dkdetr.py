@@ -1828,8 +1828,8 @@ def resolve(args):
         raise UserError(f"--backbone {args.backbone}: has no ImageNet weights; use --init shapes on shapes, "
                         "else none")
     if training and args.bn == "frozen" and (args.init == "none" or args.backbone.startswith("tiny")):
-        raise UserError("--bn frozen: needs a BatchNorm that has been trained, which neither --init none nor "
-                        "a tiny backbone has; give --bn sync")
+        raise UserError("--bn frozen: needs a BatchNorm that has been trained; tiny backbones have none, and "
+                        "--init none needs --bn sync")
     if training and distils(args) and args.kd_boxes != "gt" and args.kd_topk > args.queries:
         raise UserError(f"--kd-topk {args.kd_topk}: there are {args.queries} --queries to choose from")
     if args.masks and args.image_size % 32:

@@ -872,8 +872,7 @@ def count_draws(run, distiller):
 
 
 def reported(args, distiller):
-    """What of a Run depends on the method: how often it evaluates, what chooses best.pt (base classes; novel
-    labels must not choose), whose numbers are reported."""
+    """What of a Run depends on the method. Base classes choose best.pt: novel labels must not."""
     return dict(every=args.epochs if args.data == "shapes" else None, metric="base AP50", report="last")
 
 
@@ -1407,8 +1406,9 @@ def quick_start(args, rank, world, device):
             found[name] = out / "detections.json"
     if rank == 0:
         from common.pictures import save_comparison
-        novel = load_checkpoint(out / "last.pt")["arch"]["novel"]
-        page = save_comparison(make_data(args, "val"), found, args.out, novel)
+        base = make_data(args, "train").classes
+        val = make_data(args, "val", base)
+        page = save_comparison(val, found, args.out, [n for n in val.classes if n not in base])
         head = f"{args.data + ', AP50':18s}  ZSD novel   base | GZSD base  novel    all   seconds"
         print(f"\n{head}", *lines, f"ground truth, and what each finds: {page}", sep="\n")
 

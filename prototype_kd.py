@@ -1286,7 +1286,7 @@ def make_pair(args, data, rank, world, device):
             kind = kind_of_name(args.student or arch_of(start, "--init")["name"])
             spec = shapes_detector(f"{kind}_{TEACHER}", args, rank, world, device, teacher=True)
         teacher, classes = load(spec, "--teacher")
-        teacher.to(device)
+        teacher.requires_grad_(False).to(device)
         check_classes(classes, len(teacher.arch["columns"]), data.classes, f"--teacher {spec}")
     start = start or shapes_detector(args.student, args, rank, world, device)
     seed_all(args.seed)

@@ -8,7 +8,8 @@ is in no table; where a study's own text says so, seeds from 1 had been run unde
 and what was seen there may have led to today's. Every finished run is a line of tests/study_NAME.jsonl:
 arm, seed, metrics, epochs, steps, seconds (of one CPU thread, the whole command: start, training,
 evaluation; without teacher, burn-in, stage I, tiny CLIP; null if a run was killed in between), commit (two
-of them where it was stopped in between).
+of them where it was stopped in between). Seeds ran on machines of unlike speed, so tables and curves show
+the seconds of one seed, the first that has them.
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. A claim, one per line of
 CLAIMS, holds where its interval excludes 0 from above, is REFUTED where it does from below, else not shown,
@@ -96,12 +97,13 @@ def table(title, rows, arms, keys, against):
         mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"])
         if not mine:
             continue
-        values = {k: [r[k] for r in mine if r.get(k) is not None] for k in (*keys, "seconds")}
+        values = {k: [r[k] for r in mine if r.get(k) is not None] for k in keys}
+        seconds = next((r["seconds"] for r in mine if r.get("seconds")), math.nan)
         mean_of = lambda k: statistics.fmean(values[k]) if values[k] else float("nan")
         first = values[keys[0]]
         deviation = f"{statistics.stdev(first):4.1f}" if len(first) > 1 else "   -"
         line = f"{arm:{width}s} {len(first):5d} {mean_of(keys[0]):10.2f} {deviation} "
-        line += " ".join(f"{mean_of(k):10.2f}" for k in keys[1:]) + f" {mean_of('seconds'):6.0f} |"
+        line += " ".join(f"{mean_of(k):10.2f}" for k in keys[1:]) + f" {seconds:6.0f} |"
         gains = paired(rows, arm, against, keys[0])
         if gains and arm != against:
             line += f" {said(gains):>6s}" + (f" ({len(gains)} seeds)" if len(gains) < len(first) else "")
@@ -130,8 +132,9 @@ def claims(rows, listed, planned):
 
 def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread"):
     """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
-    the mean of the seeds that have every arm, its bar the 95 % t interval. Prints the gain of the last line over
-    the first at equal seconds, too: there, each seed's first line is interpolated over log seconds."""
+    the mean of the seeds that have every arm, its bar the 95 % t interval; the seconds are those of the first of
+    these seeds. Prints the gain of the last line over the first at equal seconds, too: there, each seed's first
+    line is interpolated over log seconds."""
     of = {(r["arm"], r["seed"]): r for r in rows}
     seeds = [s for s in sorted({s for _, s in of}) if all((a, s) in of for arms in lines.values() for a in arms)]
     if not seeds:
@@ -148,9 +151,8 @@ def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run,
         for arm in arms:
             mine = [of[arm, s] for s in seeds]
             mean, half = interval([r[key] for r in mine])
-            seconds = statistics.fmean([r["seconds"] for r in mine if r["seconds"]] or [math.nan])
-            points.append((seconds, mean, 0 if half != half else half))
-            took[arm] = seconds
+            took[arm] = mine[0]["seconds"] or math.nan
+            points.append((took[arm], mean, 0 if half != half else half))
         print(f"{label:20s}", "; ".join(f"{x:.0f} s {y:.1f}" + (f" +- {e:.1f}" if e else "") for x, y, e in points))
         x, y, bars = zip(*points)
         axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, label=label)

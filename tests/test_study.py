@@ -76,6 +76,9 @@ def test_curve_compares_at_equal_seconds(tmp_path, capsys):
     study.curve(rows, {"alone": ["short", "long"], "kd": ["kd", "kd long"]}, "AP", tmp_path / "c.png", "t")
     said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("at equal seconds")]
     assert said == ["at equal seconds, 200: AP +3.00"]  # 200 s: halfway from 100 to 400 in log; 800 s: nothing there
+    slower = [row(r["arm"], 2, r["AP"], 3 * r["seconds"] if r["arm"] != "long" else None) for r in rows]  # the clock is seed 1's
+    study.curve(rows + slower, {"alone": ["short", "long"], "kd": ["kd", "kd long"]}, "AP", tmp_path / "c.png", "t")
+    assert "at equal seconds, 200: AP +3.00 +- 0.00" in capsys.readouterr().out
 
 
 def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):

@@ -311,15 +311,16 @@ class Distiller(nn.Module):
         student = self.student
         student_out = self.outputs_of(student, batch)
         targets = self.assign(student_out, batch)
-        losses = student.losses(student.flatten(student_out.maps), targets)
+        student_pred = student.flatten(student_out.maps)
+        losses = student.losses(student_pred, targets)
         if not self.teacher:
             return losses
         with torch.no_grad():  # not inference_mode: its tensors cannot be saved for align's backward
             teacher_out = self.outputs_of(*self.teacher, batch)
-        return losses | self.distil(student_out, teacher_out, targets)
+        return losses | self.distil(student_out, student_pred, teacher_out, targets)
 
-    def distil(self, student_out, teacher_out, targets):
-        """CrossKD's terms: {name: loss}."""
+    def distil(self, student_out, student_pred, teacher_out, targets):
+        """CrossKD's terms: {name: loss}. student_pred, the student's own predictions, take no part."""
         student, (teacher,) = self.student, self.teacher
         with self.autocast(targets.boxes):
             cross_maps = cross_head(teacher.head, self.adapted(student_out.held), teacher_out.held,
@@ -410,9 +411,9 @@ class Comparison(Distiller):
             return [out.feats]
         return [[x.relu() for x in out.held[tower, self.pkd_layer]] for tower in self.pkd_at.split("+")]
 
-    def distil(self, student_out, teacher_out, targets):
+    def distil(self, student_out, student_pred, teacher_out, targets):
         student, (teacher,) = self.student, self.teacher
-        student_pred, teacher_pred = student.flatten(student_out.maps), student.flatten(teacher_out.maps)
+        teacher_pred = student.flatten(teacher_out.maps)
         kd_terms, losses = (student.kd_box, student.kd_cls_weight(targets)), {}
         if "crosskd" in self.methods:
             with self.autocast(targets.boxes):

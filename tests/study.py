@@ -7,9 +7,9 @@ student. The arms of a seed share all of it, and the order of the data. Settings
 is in no table; where a study's own text says so, seeds from 1 had been run under earlier settings before,
 and what was seen there may have led to today's. Every finished run is a line of tests/study_NAME.jsonl:
 arm, seed, metrics, epochs, steps, seconds (of one CPU thread, the whole command: start, training,
-evaluation; without teacher, burn-in, stage I, tiny CLIP; null if a run was killed in between), commit (two
-of them where it was stopped in between). Seeds ran on machines of unlike speed, so tables and curves show
-the seconds of one seed, the first that has them.
+evaluation; without teacher, burn-in, stage I, tiny CLIP; null if a run was killed in between, or on a GPU,
+which `gpu` then names), commit (two of them where it was stopped in between). Seeds ran on machines of unlike
+speed, so tables and curves show the seconds of one seed, the first that has them.
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. A claim, one per line of
 CLAIMS, holds where its interval excludes 0 from above, is REFUTED where it does from below, else not shown,
@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +187,11 @@ def commit():
     return said[0] + ("+" if said[1] else "")
 
 
+def gpu():
+    """Name of the GPU that runs use here, or None."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 class Failed(SystemExit):
     """A command has failed, or was stopped, after so many CPU seconds."""
     seconds = 0.0
@@ -213,7 +219,7 @@ def python(code, *words):
 
 
 def train(script, out, flags):
-    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds, commit).
+    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds, commit, gpu).
     Continued where it was stopped, taken as it is where it is finished, made anew where the flags differ, or
     the files that they name."""
     out, flags = Path(out), [*map(str, flags)]
@@ -227,13 +233,15 @@ def train(script, out, flags):
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-            begun = dict(flags=flags, files=files, commit=commit())
+            begun = dict(flags=flags, files=files, commit=commit(), gpu=gpu())
             said.write_text(json.dumps(begun))
         more = ["--resume"] if resumed else []
         if resumed and "--from" in flags:  # last.pt knows it
             flags = flags[:flags.index("--from")] + flags[flags.index("--from") + 2:]
         words = [sys.executable, script, "--data", "shapes", "--workers", "0", "--log-every", "100", "--out"]
+        on = begun.get("gpu") or gpu()
         spent = begun.pop("spent", None if resumed else 0.0)  # before; None: it was killed, and nobody knows
+        spent, begun["gpu"] = None if on else spent, on
         said.write_text(json.dumps(begun))
         try:
             _, seconds = command([*words, str(out), *flags, *more])
@@ -246,6 +254,7 @@ def train(script, out, flags):
         took = dict(epochs=result["epoch"], steps=result["it"], seconds=seconds)
         now = commit()
         took["commit"] = now if now == begun["commit"] else f"{begun['commit']}, {now}"
+        took |= dict(gpu=on) if on else {}
         cost.write_text(json.dumps(took))
     return json.loads(done.read_text()), json.loads(cost.read_text())
 

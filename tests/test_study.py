@@ -141,6 +141,9 @@ def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_
     assert study.train(script, out, flags)[1]["seconds"] is not None
     start.write_text("2")
     assert study.train(script, out, flags)[1]["seconds"] is not None  # made anew
+    monkeypatch.setattr(study, "gpu", lambda: "a GPU")  # its seconds are none of a CPU's
+    took = study.train(script, out, [*flags, "--y"])[1]
+    assert took["seconds"] is None and took["gpu"] == "a GPU"
 
 
 def test_a_command_that_fails_stops_the_study():

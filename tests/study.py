@@ -34,7 +34,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from scipy import stats
 
@@ -133,38 +132,44 @@ def claims(rows, listed, planned):
 
 def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread"):
     """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
-    the mean of the seeds that have every arm, its bar the 95 % t interval; the seconds are those of the first of
-    these seeds. Prints the gain of the last line over the first at equal seconds, too: there, each seed's first
-    line is interpolated over log seconds."""
+    the mean of the seeds that have every arm, its bar the 95 % t interval. Prints the gains of the last line over
+    the first at equal seconds, too, on the seeds that have the arms for it: there, each seed's first line is
+    interpolated over log seconds. An arm's seconds are those of the first seed that has them."""
     of = {(r["arm"], r["seed"]): r for r in rows}
-    seeds = [s for s in sorted({s for _, s in of}) if all((a, s) in of for arms in lines.values() for a in arms)]
+    seeds = sorted({s for _, s in of})
+    took = {a: next((of[a, s]["seconds"] for s in seeds if (a, s) in of and of[a, s]["seconds"]), math.nan)
+            for arms in lines.values() for a in arms}
+    plain, other = [*lines.values()][0], [*lines.values()][-1]
+    print()
+    for arm in other:
+        for short, long in zip(plain, plain[1:]):
+            mine = [s for s in seeds if {(arm, s), (short, s), (long, s)} <= {*of}]
+            if took[short] <= took[arm] < took[long] and mine and other is not plain:
+                share = math.log(took[arm] / took[short]) / math.log(took[long] / took[short])
+                at = {s: (1 - share) * of[short, s][key] + share * of[long, s][key] for s in mine}
+                gains = [of[arm, s][key] - at[s] for s in mine]
+                print(f"at equal seconds, {took[arm]:.0f}: {key} {said(gains)} ({len(mine)} seeds)")
+    seeds = [s for s in seeds if all((a, s) in of for arms in lines.values() for a in arms)]
     if not seeds:
-        print("\nno curve: no seed has all its arms")
+        print("no curve: no seed has all its arms")
         return
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
-    print()
-    took = {}
     for label, arms in lines.items():
         points = []
         for arm in arms:
-            mine = [of[arm, s] for s in seeds]
-            mean, half = interval([r[key] for r in mine])
-            took[arm] = mine[0]["seconds"] or math.nan
+            mean, half = interval([of[arm, s][key] for s in seeds])
             points.append((took[arm], mean, 0 if half != half else half))
         print(f"{label:20s}", "; ".join(f"{x:.0f} s {y:.1f}" + (f" +- {e:.1f}" if e else "") for x, y, e in points))
         x, y, bars = zip(*points)
         axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, label=label)
-    plain, other = [*lines.values()][0], [*lines.values()][-1]
-    for arm in other:
-        if took[plain[0]] <= took[arm] <= took[plain[-1]]:
-            at = lambda s: np.interp(math.log(took[arm]), [math.log(took[a]) for a in plain],
-                                     [of[a, s][key] for a in plain])
-            gains = [of[arm, s][key] - float(at(s)) for s in seeds]
-            print(f"at equal seconds, {took[arm]:.0f}: {key} {said(gains)}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(axis)
     axes.set_ylabel(key.replace("_", " "))
     axes.set_title(title, fontsize=9)

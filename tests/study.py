@@ -8,8 +8,10 @@ is in no table; where a study's own text says so, seeds from 1 had been run unde
 and what was seen there may have led to today's. Every finished run is a line of tests/study_NAME.jsonl:
 arm, seed, metrics, epochs, steps, seconds (of one CPU thread, the whole command: start, training,
 evaluation; without teacher, burn-in, stage I, tiny CLIP; null if a run was killed in between, or on a GPU,
-which `gpu` then names), commit (two of them where it was stopped in between). Seeds ran on machines of unlike
-speed, so tables and curves show the seconds of one seed, the first that has them.
+which `gpu` then names), commit (two of them where it was stopped in between), start (hashes of the weights it
+was given: teacher, burn-in; a line with others than the seed's is refused, as where a machine was lost in
+between). Seeds ran on machines of unlike speed, so tables and curves show the seconds of one seed, the first
+that has them.
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. A claim, one per line of
 CLAIMS, holds where its interval excludes 0 from above, is REFUTED where it does from below, else not shown,
@@ -224,7 +226,8 @@ def python(code, *words):
 
 
 def train(script, out, flags):
-    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds, commit, gpu).
+    """results.json of a run of a script on shapes, and what it took: dict(epochs, steps, seconds, commit, start;
+    gpu).
     Continued where it was stopped, taken as it is where it is finished, made anew where the flags differ, or
     the files that they name."""
     out, flags = Path(out), [*map(str, flags)]
@@ -261,7 +264,8 @@ def train(script, out, flags):
         took["commit"] = now if now == begun["commit"] else f"{begun['commit']}, {now}"
         took |= dict(gpu=on) if on else {}
         cost.write_text(json.dumps(took))
-    return json.loads(done.read_text()), json.loads(cost.read_text())
+    start = {f"{Path(f).parent.name}/{Path(f).name}": key for f, key in files.items()}
+    return json.loads(done.read_text()), json.loads(cost.read_text()) | (dict(start=start) if files else {})
 
 
 class Study:
@@ -281,8 +285,13 @@ class Study:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def add(self, row):
-        if (row["arm"], row["seed"]) in {(r["arm"], r["seed"]) for r in self.rows()}:
+        mine = [r for r in self.rows() if r["seed"] == row["seed"]]
+        if row["arm"] in {r["arm"] for r in mine}:
             return
+        for name, key in row.get("start", {}).items():
+            if other := [r["arm"] for r in mine if r.get("start", {}).get(name, key) != key]:
+                raise Failed(f"{self.name}, seed {row['seed']}: {name} of {row['arm']!r} is not that of "
+                             f"{', '.join(other)}; bring that back, or run them again, too")
         with open(self.path, "a") as f:
             f.write(json.dumps(row | dict(commit=row.get("commit") or commit())) + "\n")
         print(time.strftime("%H:%M"), json.dumps(row), flush=True)

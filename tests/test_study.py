@@ -126,7 +126,8 @@ def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_
     assert study.train(script, out, ["--x", 2])[0]["said"] == "2" and not (out / "trace").exists()
     (start := tmp_path / "start.pt").write_text("1")
     flags = ["--x", 2, "--from", start]
-    assert study.train(script, out, flags)[0]["said"] == str(start)
+    result, took = study.train(script, out, flags)
+    assert result["said"] == str(start) and list(took["start"]) == [f"{tmp_path.name}/start.pt"] and len(took["start"].popitem()[1]) == 16
     (out / "cost.json").unlink()
     (out / "last.pt").touch()
     result, took = study.train(script, out, flags)  # last.pt knows where it came from
@@ -148,6 +149,19 @@ def test_a_run_is_taken_where_it_is_finished_and_made_anew_with_other_flags(tmp_
     monkeypatch.setattr(study, "gpu", lambda: "a GPU")  # its seconds are none of a CPU's
     took = study.train(script, out, [*flags, "--y"])[1]
     assert took["seconds"] is None and took["gpu"] == "a GPU"
+
+
+def test_a_row_with_another_start_than_its_seed_s_is_refused(tmp_path):
+    each = study.Study("none", None, None, {}, None)
+    each.path = tmp_path / "rows.jsonl"
+    row = dict(seed=2, commit="c", AP=1.0)
+    each.add(row | dict(arm="a", start={"burn-in/best.pt": "1"}))
+    each.add(row | dict(arm="b", start={"burn-in/best.pt": "1", "teacher-8/best.pt": "3"}))
+    each.add(row | dict(arm="c"))
+    each.add(row | dict(arm="a", seed=3, start={"burn-in/best.pt": "2"}))
+    with pytest.raises(SystemExit, match="seed 2: burn-in/best.pt of 'd' is not that of a, b"):
+        each.add(row | dict(arm="d", start={"burn-in/best.pt": "2"}))
+    assert len(each.rows()) == 4
 
 
 def test_a_command_that_fails_stops_the_study():

@@ -55,7 +55,7 @@ trains both stages; see README.md.
 
 Expected (paper): COCO + ImageNet-1K, R50: localisation 64.7 / 69.9 top-1 / 5, GT-known 73.8; LVIS-997, R50:
 mask AP 27.6, base 29.1, novel 22.8; Objects365 + ImageNet-21K, Swin-B: 6.9 AP50, 19.2 top-1. Not run here;
-shapes, novel AP50, 6 seeds (tests/study_simple21k.py): full 10.6, -reform 7.6, boxes only 4.3, -stage I 1.4.
+shapes, novel AP50, 6 seeds (tests/study_simple21k.py): full 10.5, -reform 7.6, boxes only 4.5, -stage I 1.4.
 """
 import argparse
 import json

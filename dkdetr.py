@@ -57,7 +57,7 @@ outside.
     python dkdetr.py --export detector.pt2 --weights runs/dkdetr/best.pt
 
 Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 32.3 (9.0), base 61.1 (61.2):
-not run here. Shapes, AP50 novel / base, 4 seeds: 15.7 / 45.7 (3.8 / 46.6), see tests/study_dkdetr.py.
+not run here. Shapes, AP50 novel / base, 4 seeds: 15.7 / 45.7 (3.4 / 46.8), see tests/study_dkdetr.py.
 """
 import argparse
 import math

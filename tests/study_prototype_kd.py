@@ -110,6 +110,8 @@ def report(rows):
 def seeds_of_arm(arm):
     if kind_of(arm) == "retina" or arm.endswith(f", {LENGTHS[-1]} epochs"):
         return range(1, 5)
+    if arm in ("released", "all three, sigma 1"):  # the first seed's start was lost before these were run
+        return range(2, 8)
     return range(1, 13 if arm in CHEAP else 7)
 
 

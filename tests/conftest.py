@@ -24,6 +24,7 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "whole: the fixture quick leaves nothing out")
+    config.option.loadscopereorder = False  # of xdist: the files of most tests first, which are not the longest
     config.stderr = os.fdopen(os.dup(2), "w")  # the real one, before pytest captures it
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # one of -n 2 processes: the other core is taken

@@ -530,12 +530,7 @@ def test_a_run_with_loader_processes_ends_when_it_is_done(forks, steps, tmp_path
 
 def small_shapes(folder):
     """A folder like that of the embedded dataset, of 16 + 8 of its images."""
-    source = common.shapes.make_shapes().resolve()
-    (folder / "annotations").mkdir(parents=True)
-    for split, count in (("train", 16), ("val", 8)):
-        name = f"annotations/instances_{split}2017.json"
-        (folder / name).write_text(json.dumps(first_images(json.loads((source / name).read_text()), count)))
-        (folder / f"{split}2017").symlink_to(source / f"{split}2017")
+    folder.symlink_to(common.shapes.make_shapes(folder.parent / "drawn", train=16, val=8))
     return folder
 
 

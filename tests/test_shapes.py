@@ -26,8 +26,9 @@ COCO_SPLITS = ("train2017", "val2017")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("full"))                   # default size: the counts below are promises about it
+def root():
+    """Of the default size: the counts below are promises about it. Drawn once for all tests."""
+    return make_shapes().resolve()
 
 
 @pytest.fixture(scope="module")

@@ -1862,7 +1862,7 @@ def parse_args(argv=None):
                    "many images only, 0 for all (default 0; shapes 300, its teacher all)")
     g.add_argument("--image-size", help="short side: 800, a choice 640,800 or a range 480-800 "
                    "(default 800; shapes 72-120; --eval, --predict: as trained)")
-    preset(g, "photometric", "training images in other brightness, contrast, saturation, hue",
+    preset(g, "photometric", "training images in other brightness, contrast, saturation, hue; shapes: off",
            action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("models")
     g.add_argument("--teacher", help="name in common/zoo.py (faster_r101 ...), mmdetection .pth or our .pt; "
@@ -2008,6 +2008,8 @@ def resolve(args):
     elif names["--init"].startswith(("cascade", "maskrcnn")):
         raise UserError(f"--init {args.init}: can be a teacher only; a student is Faster R-CNN or RetinaNet")
     values = vars(args) | from_preset(args)
+    if shapes and args.photometric is None:
+        values["photometric"] = False  # it swaps channels, and colours are names there
     teacher, control = args.teacher, args.control
     if teacher == "none" or not (values["alpha_global"] or values["alpha_feat"] or values["alpha_resp"]):
         teacher, control = "none", "none"

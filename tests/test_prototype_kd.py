@@ -823,6 +823,9 @@ def test_defaults_that_depend_on_other_flags(tmp_path):
     args = resolve(parse_args(own))
     assert (args.init, args.student, args.control) == ("imagenet", "retina_r50", "none")  # nothing to compare on
     assert resolve(parse_args([*own, "--val-json", "a", "--val-images", "b"])).control == "run"
+    photometric = [resolve(parse_args(flags)).photometric for flags in
+                   ([], ["--data", "shapes"], ["--data", "shapes", "--photometric"], ["--data", "shapes", "--preset", "paper"], ["--preset", "released"])]
+    assert photometric == [True, False, True, False, False]  # it swaps channels, and names of shapes hold colours
     for flags, words in ((own[:4], "needs a --teacher"), (["--student", "faster_r50", "--teacher", str(tmp_path / "d.pt")], "they must be of one kind"),
                          (["--init", "cascade_x101"], "can be a teacher only"), (["--student", "yolo_r50"], "expected faster_ or retina_"),
                          (["--data", "shapes", "--student", "faster_r50"], "others need --init and --teacher")):

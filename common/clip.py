@@ -272,7 +272,7 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
     """
     if Path(spec).is_file():
         model, name = load_tiny(spec)
-        return FrozenCLIP(model, open_clip.SimpleTokenizer(), name, device)
+        return FrozenCLIP(model, open_clip.tokenize, name, device)
     model_name, _, weights = spec.partition("/")
     if model_name not in open_clip.list_models() or not weights:
         raise UserError(f"--clip {spec}: expected MODEL/WEIGHTS of open_clip, "

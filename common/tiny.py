@@ -506,7 +506,7 @@ def train_tiny(root, path, key, seed, steps, objects, scenes, device):
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random stream as it was
         torch.manual_seed(seed)
         model = tiny_model(**TINY)
-    frozen = FrozenCLIP(model, open_clip.SimpleTokenizer(), "tiny", device)
+    frozen = FrozenCLIP(model, open_clip.tokenize, "tiny", device)
     model.train().requires_grad_(True)
     model.visual.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.02, fused=True)

@@ -172,7 +172,7 @@ def test_batched_crops_are_faster_than_pil():
 
 def random_clip(seed=0):
     torch.manual_seed(seed)
-    return FrozenCLIP(tiny_model(**TINY), open_clip.SimpleTokenizer(), "random")
+    return FrozenCLIP(tiny_model(**TINY), open_clip.tokenize, "random")
 
 
 def test_model_is_frozen_in_eval_and_no_module():

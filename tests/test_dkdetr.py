@@ -31,7 +31,7 @@ def flags(*extra):
 def clip():
     import open_clip
     torch.manual_seed(0)
-    return FrozenCLIP(tiny_model(**TINY), open_clip.SimpleTokenizer(), "random")
+    return FrozenCLIP(tiny_model(**TINY), open_clip.tokenize, "random")
 
 
 def batch_of(count=2, boxes=((20.0, 20, 60, 60), (50.0, 10, 100, 90)), size=128):
@@ -445,7 +445,7 @@ def test_crop_shows_its_own_box_after_jitter_flip_and_padding(tmp_path, extra):
 def test_no_crop_at_all_is_no_error_for_a_transformer_either():
     import open_clip
     model = open_clip.CLIP(16, dict(layers=1, width=32, head_width=16, patch_size=8, image_size=16), dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
-    clip = FrozenCLIP(model, open_clip.SimpleTokenizer(), "vit")
+    clip = FrozenCLIP(model, open_clip.tokenize, "vit")
     assert clip.encode_images(torch.zeros(0, 3, 16, 16)).shape == (0, 16)
     distiller = Distiller(torch.nn.Linear(1, 1), torch.zeros(1, 16), clip, Settings(crop_fit="warp"))
     batch = dict(images=torch.zeros(2, 3, 32, 32, dtype=torch.uint8), sizes=torch.tensor([[20, 30]] * 2))

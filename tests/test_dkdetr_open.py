@@ -35,7 +35,7 @@ def clip_file(tmp_path_factory):
 def clip():
     import open_clip
     torch.manual_seed(0)
-    return FrozenCLIP(tiny_model(**TINY), open_clip.SimpleTokenizer(), "random")
+    return FrozenCLIP(tiny_model(**TINY), open_clip.tokenize, "random")
 
 
 # ------------------------------------------------------------------ the file

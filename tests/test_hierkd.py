@@ -31,7 +31,7 @@ def flags(*extra):
 def clip():
     import open_clip
     torch.manual_seed(0)
-    return FrozenCLIP(tiny_model(**TINY), open_clip.SimpleTokenizer(), "random")
+    return FrozenCLIP(tiny_model(**TINY), open_clip.tokenize, "random")
 
 
 def batch_of(count=2, boxes=((20.0, 20, 60, 60), (50.0, 10, 100, 90)), size=128):

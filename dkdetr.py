@@ -57,7 +57,7 @@ outside.
     python dkdetr.py --export detector.pt2 --weights runs/dkdetr/best.pt
 
 Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 32.3 (9.0), base 61.1 (61.2):
-not run here. Shapes, AP50 novel / base, 4 seeds: 15.7 / 45.7 (3.4 / 46.8), see tests/study_dkdetr.py.
+not run here. On shapes, study_dkdetr.py: AP50 15.7, 45.7 (3.4, 46.8; Eq. 3 alone: 17.0, 46.5), 24 + 8 epochs.
 """
 import argparse
 import math
@@ -81,7 +81,7 @@ from common.clip import clip_of, get_clip, tell_cut
 from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, as_pixels, class_names, collate,
                              eval_loader, find_coco, find_lvis, own_files, read_annotations,
                              read_objects365, read_voc, refuse_strange, repeat_factors, require_lvis, respell,
-                             same_names, split_classes, train_loader)
+                             same_names, split_classes, train_loader, without)
 from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis,
                                lvis_evaluate, voc_evaluate)
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
@@ -306,7 +306,7 @@ def detection_losses(out, logits, truth, matches, coarse_matches):
 
 
 class Distiller(nn.Module):
-    """The detector with its text matrix and CLIP: forward(batch) -> {name: loss}, whose sum is Eq. 6.
+    """The method in its default readings, see make_distiller: forward(batch) -> {name: loss}, summed: Eq. 6.
 
     model: DKDETR. text (K, T): embeddings of the names it is trained on. clip: FrozenCLIP, no nn.Module.
     `kd_active`: the burn-in is over.
@@ -1058,11 +1058,14 @@ def make_sets(args):
     data = make_data(args, "train")
     args = as_trained(args, data)
     val = make_data(args, "val")
+    novel, there = class_split(args, (val or data).records.categories)[1], data.records
+    new = [n for n in novel if n not in there.classes]
     if args.novel_names and val:
-        records = data.records
-        refuse_strange(args.novel_names, [*records.classes, *val.records.classes], "--novel",
-                       f"{records.path}, {val.records.path}")
-    return args, data, val, class_split(args, (val or data).records.categories)[1]
+        refuse_strange(args.novel_names, [*there.classes, *val.records.classes], "--novel",
+                       f"{there.path}, {val.records.path}")
+    elif args.train_json and new:
+        tell(f"{val.records.path}: {', '.join(new[:5])}: not in {there.path}, so scored as novel")
+    return args, data, val, novel
 
 
 def prompt_name(name, style="clean"):
@@ -1121,11 +1124,9 @@ def make_pair(args, rank, device):
     return student.to(device), clip
 
 
-def prepare(args, data, student, clip, rank, world, device):
+def prepare(args, data, novel, student, clip, rank, world, device):
     """The Distiller with its text matrix; the student described and compiled."""
-    names = list(data.classes)
-    if args.train_vocab == "all":
-        names += class_split(args, data.records.categories)[1]
+    names = [*data.classes, *(novel if args.train_vocab == "all" else ())]
     text = text_matrix(clip, names, args.templates, cache=args.data != "shapes")
     side = args.image_size
     image, size = torch.zeros(1, 3, side, side), torch.tensor([[side, side]])
@@ -1238,7 +1239,7 @@ def train(args, rank, world, device):
     args, data, val, novel = make_sets(args)
     open_run(args, rank, args.resume)
     student, clip = make_pair(args, rank, device)
-    distiller = prepare(args, data, student, clip, rank, world, device)
+    distiller = prepare(args, data, novel, student, clip, rank, world, device)
     model = None  # see at_epoch
     loader, plan = train_loader(data, args.batch_size, rank, world, args.seed, args.workers)
     total_batch = args.batch_size * world * args.accumulate
@@ -1523,16 +1524,13 @@ def follow(args, model, classes):
     if args.val_json:  # own files
         lvis = arch["dataset"] == "lvis" and "frequency" in read_annotations(args.val_json).categories[0]
         known["dataset"] = "lvis" if lvis else "coco"
-    trained = [n for n in classes if n not in (model.novel or ())]
-    again = [n for n in (class_names(args.novel, "--novel") if args.novel else ()) if n in trained]
-    if again:
-        tell(f"--novel: {', '.join(again[:5])} is no novel class, the checkpoint was trained on it")
     known["masks"] = arch["masks"] and (same or args.dataset in ("lvis", "ovcoco"))
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
     if shapes:
         known.update(data="shapes", data_seed=arch["data_seed"])
-    if same and model.novel is not None and not (args.classes or args.base or args.novel):
-        known.update(base_names=[n for n in classes if n not in model.novel], novel_names=model.novel)
+    if same and model.novel is not None and not (args.base or args.novel):
+        more = without(class_names(args.classes), classes) if args.classes else []
+        known.update(base_names=[n for n in classes if n not in model.novel], novel_names=model.novel + more)
     return resolve(argparse.Namespace(**vars(args) | known | dict(train_json=None)))
 
 
@@ -1546,6 +1544,9 @@ def evaluate_file(args, rank, world, device):
         if getattr(args, flag):
             refuse_strange(getattr(args, f"{flag}_names"), val.records.classes, f"--{flag}", val.annotations)
     names = evaluated_names(args, val)  # what is wrong with them is told before CLIP is downloaded
+    again = {*class_split(args, val.records.categories)[1]} & {*names} & {*classes} - {*(model.novel or ())}
+    if again:
+        tell(f"scored as novel, though the checkpoint was trained on it: {', '.join(sorted(again)[:5])}")
     strange = [n for n in val.records.classes if n not in names]
     if strange and args.val_json and not args.classes:
         tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "
@@ -1563,10 +1564,8 @@ def predict(args, device):
     model, trained_on = load(args.weights)
     named, args = args.dataset, follow(args, model, trained_on)
     pictures = Pictures(args.predict, args.out, args.score)
-    classes = trained_on
-    if args.classes is not None:
-        classes = class_names(args.classes)
-    elif named or not trained_on:
+    classes = trained_on if args.classes is None else class_names(args.classes)
+    if args.classes is None and (named or not trained_on):
         classes = sum(class_split(args, make_data(args, "val").records.categories), [])
     clip = clip_for(model.to(device), device, args.clip)
     model.arch["templates"] = args.templates
@@ -1675,8 +1674,9 @@ BELONGS = (
     ("kd_exclude kd_topk kd_min_size", "kd_boxes", ("encoder", "decoder")))
 DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_attn kd_ref kd_embed crop_fit
     shuffle_crops""".split()  # of no effect where there is none
-OF_START = """base novel keep_empty rfs dataset image_size jitter clip templates train_vocab tau backbone init
-    bn dim hidden levels encoder decoder queries dropout masks kd_embed"""  # what a burn-in depends on
+OF_START = """base novel keep_empty rfs dataset image_size jitter clip templates train_vocab tau backbone
+    init bn dim hidden levels encoder decoder queries dropout masks kd_embed lr backbone_lr weight_decay
+    warmup seed"""  # what a burn-in depends on
 NAMING = "dataset images clip templates masks classes"  # what --eval and --predict read
 
 
@@ -1742,7 +1742,7 @@ def parse_args(argv=None):
     flag(g, "w-rkd", "lambda_rkd of Eq. 6", type=number(), default=2.0)
     flag(g, "tau-s", "temperature of Eq. 4", type=POSITIVE, default=0.05)
     flag(g, "tau-r", "temperature of Eq. 5", type=POSITIVE, default=0.2)
-    flag(g, "burn-in", "epochs without distillation (default 40 of 70, so 4/7 of --epochs)",
+    flag(g, "burn-in", "epochs without distillation (default 4/7 of --epochs; 0 where one is ready)",
          type=number(int, 0, 2 ** 31))
     flag(g, "kd-topk", "targets of an image", type=COUNT)
     flag(g, "kd-min-size", "smallest side of a target, pixels of the network's input", type=number())

@@ -17,7 +17,8 @@ Statistics. A gain is a difference within a seed, its interval Student's t of 95
 CLAIMS, holds where its interval excludes 0 from above, is REFUTED where it does from below, else not shown,
 which says nothing of how near to 0 the gain is; it is interim until all seeds are run that the end of each
 study plans. The p beside it (two-sided, paired t test) is Holm's, over all claims of the study: where it is
-above 0.05, "holds" is of that claim alone.
+above 0.05, "holds" or "REFUTED" is of that claim alone. What is printed "at equal seconds" is interpolated
+and no claim.
 
     python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
     python tests/study_NAME.py --report                                   # tables from the lines that are there
@@ -116,8 +117,7 @@ def claims(rows, listed, planned):
     """Prints what each claim of (sentence, arm, against, metric) comes to; sentence: expects a gain. planned:
     {arm: its seeds}; there is no verdict before all of them are run."""
     gains = [paired(rows, *compared) for _, *compared in listed]
-    tested = [k for k, g in enumerate(gains) if len(g) > 1]
-    adjusted = dict(zip(tested, holm([p_value(gains[k]) for k in tested])))
+    adjusted = holm([p_value(g) for g in gains])  # 1 for what is not run yet
     print()
     for k, (sentence, arm, against, key) in enumerate(listed):
         if not gains[k]:
@@ -125,10 +125,9 @@ def claims(rows, listed, planned):
             continue
         mean, half = interval(gains[k])
         verdict = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
-        verdict = verdict if len(gains[k]) >= min(len(planned[arm]), len(planned[against])) else "interim"
+        verdict = verdict if len(gains[k]) >= len({*planned[arm]} & {*planned[against]}) else "interim"
         up = sum(g > 0 for g in gains[k])
-        p = adjusted.get(k)
-        p = "" if p is None else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001"
+        p = "" if len(gains[k]) < 2 else f", p {adjusted[k]:.3f}" if adjusted[k] >= 0.001 else ", p < 0.001"
         print(f"{verdict:10s} {sentence}: {key} {said(gains[k])}{p}, up on {up} of {len(gains[k])} seeds")
 
 
@@ -150,7 +149,7 @@ def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run,
                 share = math.log(took[arm] / took[short]) / math.log(took[long] / took[short])
                 at = {s: (1 - share) * of[short, s][key] + share * of[long, s][key] for s in mine}
                 gains = [of[arm, s][key] - at[s] for s in mine]
-                print(f"at equal seconds, {took[arm]:.0f}: {key} {said(gains)} ({len(mine)} seeds)")
+                print(f"at equal seconds, {took[arm]:.0f}, interpolated: {key} {said(gains)} ({len(mine)} seeds)")
     seeds = [s for s in seeds if all((a, s) in of for arms in lines.values() for a in arms)]
     if not seeds:
         print("no curve: no seed has all its arms")

@@ -47,8 +47,8 @@ def test_claims_and_tables(capsys):
                  dict.fromkeys(["alone", "up", "down", "noise", "young", "never"], range(1, 5)))
     lines = capsys.readouterr().out.strip().splitlines()
     assert [x.split("  ")[0].strip() for x in lines] == ["holds", "REFUTED", "not shown", "interim", "not run"]
-    alone = study.p_value([1.0, 2, 1, 1])  # of the four that were run, the second smallest p counts three times
-    assert f"a: AP +1.25 +- 0.80, p {3 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
+    alone = study.p_value([1.0, 2, 1, 1])  # of five, the second smallest p counts four times
+    assert f"a: AP +1.25 +- 0.80, p {4 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
     study.table("title", rows, ["alone", "up", "young"], ("AP",), "alone")
     head, alone, up, young = capsys.readouterr().out.strip().splitlines()
     assert 'against "alone"' in head and "17.50" in alone and up.endswith("+1.25 +- 0.80")
@@ -75,14 +75,14 @@ def test_curve_compares_at_equal_seconds(tmp_path, capsys):
     rows = [row("short", 1, 10.0, 100), row("long", 1, 30.0, 400), row("kd", 1, 23.0, 200), row("kd long", 1, 40.0, 800)]
     study.curve(rows, {"alone": ["short", "long"], "kd": ["kd", "kd long"]}, "AP", tmp_path / "c.png", "t")
     said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("at equal seconds")]
-    assert said == ["at equal seconds, 200: AP +3.00 (1 seeds)"]  # 200 s: halfway from 100 to 400 in log; 800 s: nothing there
+    assert said == ["at equal seconds, 200, interpolated: AP +3.00 (1 seeds)"]  # 200 s: halfway from 100 to 400 in log; 800 s: nothing there
     slower = [row(r["arm"], 2, r["AP"], 3 * r["seconds"] if r["arm"] != "long" else None) for r in rows]  # the clock is seed 1's
     study.curve(rows + slower, {"alone": ["short", "long"], "kd": ["kd", "kd long"]}, "AP", tmp_path / "c.png", "t")
-    assert "at equal seconds, 200: AP +3.00 +- 0.00 (2 seeds)" in capsys.readouterr().out
+    assert "at equal seconds, 200, interpolated: AP +3.00 +- 0.00 (2 seeds)" in capsys.readouterr().out
     study.curve(rows + [r for r in slower if r["arm"] != "kd long"], {"alone": ["short", "long"], "kd": ["kd", "kd long"]},
                 "AP", tmp_path / "c.png", "t")
     said = capsys.readouterr().out  # the gain needs no longer arm, the picture does
-    assert "at equal seconds, 200: AP +3.00 +- 0.00 (2 seeds)" in said and "1 seeds: " in said
+    assert "at equal seconds, 200, interpolated: AP +3.00 +- 0.00 (2 seeds)" in said and "1 seeds: " in said
 
 
 def test_a_study_runs_what_is_missing(tmp_path, capsys, monkeypatch):

@@ -62,7 +62,7 @@ Own data: train a teacher (--method none --student gfl_r101 --out runs/teacher -
 
 Expected, COCO val2017 AP (paper; 8 GPUs x 2 images, 12 epochs): GFL R50 teacher 40.2, R18 alone 35.8,
 CrossKD 38.7; GFL R101 teacher 44.9, R50 alone 40.2, CrossKD 43.7, with PKD 43.9. COCO not run here; shapes,
-6 seeds (tests/study_crosskd.py): alone 11.2, CrossKD 17.5 after 3 epochs; alone is ahead at equal seconds.
+6 seeds (tests/study_crosskd.py): alone 11.2, CrossKD 17.5 after 3 epochs; at equal compute see there.
 """
 import argparse
 import os
@@ -90,8 +90,8 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
 from common.evaluation import Detections, class_table, coco_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
                         fast_layout, fused, gather, load_strict, number, open_run, open_table, parse, parser,
-                        rebuilding, reduce_mean, rows, run_flags, saved_run, seed_all, started, to_device,
-                        warmup_multistep, with_defaults, wrap_ddp)
+                        rebuilding, reduce_mean, rows, run_flags, saved_run, seed_all, started, tell_size,
+                        to_device, warmup_multistep, with_defaults, wrap_ddp)
 
 STRIDES = (8, 16, 32, 64, 128)
 BINS = 17  # of a box edge
@@ -221,8 +221,9 @@ def cross_head(head, s_held, t_held, i, aligned=True, sync=False):
         rest = nn.Sequential(*teacher_tower[i:], teacher_prediction)            # frozen, in eval mode
         cross = [rest(align(s, t).relu()) for s, t in zip(s_feats, t_feats)]    # t_feats under no_grad
         loss = (quality_focal(cross_logits, t_logits).sum(-1) * used).sum() / max(positives, 1)
-    used (B, A): 0 where the labels ignore a prior, else 1. The student's own losses come beside it. Both
-    heads must read the same levels, anchors, classes and pixels. (sync needs reduce_mean of run.py.)
+    used (B, A): 0 where the labels ignore a prior, else 1. positives: of the batch, an image without counts
+    as one. The student's own losses come beside it. Both heads must read the same levels, anchors, classes
+    and pixels; a scale of each level (ATSS, GFL, FCOS: of boxes) belongs to `rest`. (sync: reduce_mean.)
     """
     towers = []
     for tower in ("cls", "reg"):
@@ -822,7 +823,7 @@ class ATSS(Detector):
         """Eq. 5 (GIoU of the decoded boxes) and, in the released code only, centerness at the positives."""
         giou = overlap(self.decoded(cross, targets), self.decoded(teacher, targets))[1]
         return dict(kd_box=self.kd_weights[1] * ((1 - giou) * S).sum() / targets.count,  # Eq. 5
-                    kd_ctr=centerness_loss(cross, teacher["ctr"].sigmoid(), targets))
+                    kd_ctr=self.kd_weights[1] * centerness_loss(cross, teacher["ctr"].sigmoid(), targets))
 
 
 class FCOS(Detector):
@@ -971,6 +972,7 @@ def load_teacher(path, args, classes):
     teacher, known = load(path, "--teacher")
     check_arch(teacher.arch, ours, args)
     check_classes(known, teacher.num_classes, classes, "--teacher")
+    tell_size(teacher.arch, default_size(args, ours["kind"]), "--teacher")
     return teacher
 
 
@@ -1274,6 +1276,7 @@ python crosskd.py --predict photo.jpg --weights runs/crosskd/best.pt
 """
 SHAPES = dict(epochs=3, batch_size=8, lr=0.003, optimizer="adamw", init="shapes")  # --data shapes
 GUESS = "  # which losses made this row is not published"
+BCE = "  # BCE's weight, P and N: our reading"
 ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark; the tables counted by us
     t1-none         35.8  --student gfl_r18 --method none
     t1-i0           38.2  SMALL --kd-layer 0  # the position of f_i
@@ -1295,9 +1298,9 @@ ROWS = rows(f"""  # --row NAME: the paper's AP on COCO val2017, flags, a remark;
     t3-reg          37.2  SMALL --kd-branches reg
     t3-ld           38.1  SMALL --method crosskd+ld
     t3-mimic        38.1  SMALL --method crosskd+mimic  # the same row, CrossKD's losses
-    t4-P            36.3  SMALL --kd-cls-loss bce --kd-region P
-    t4-N            36.2  SMALL --kd-cls-loss bce --kd-region N
-    t4-P+N          36.9  SMALL --kd-cls-loss bce --kd-region P+N
+    t4-P            36.3  SMALL --kd-cls-loss bce --kd-region P{BCE}
+    t4-N            36.2  SMALL --kd-cls-loss bce --kd-region N{BCE}
+    t4-P+N          36.9  SMALL --kd-cls-loss bce --kd-region P+N{BCE}
     t4-qfl          38.7  SMALL --kd-cls-loss qfl --kd-region P+N
     t5-r18          39.2  --teacher gfl_r101 --student gfl_r18
     t5-r34          42.4  --teacher gfl_r101 --student gfl_r34
@@ -1390,7 +1393,7 @@ def parse_args(argv=None):
     g.add_argument("--kd-strategy", choices="abcd", default="a",
                    help="which predictions are compared; a is CrossKD, Eq. 3")
     g.add_argument("--kd-weights", type=number(), nargs=2, metavar=("CLS", "BOX"), help="of Eq. 3 in Eq. 4, "
-                   "classes and boxes (default GFL 1 4, FCOS 0.4 0.75, ATSS and RetinaNet 1 1)")
+                   "classes and boxes with centerness (default GFL 1 4, FCOS 0.4 0.75, ATSS, RetinaNet 1 1)")
     g.add_argument("--kd-branches", choices=("cls", "reg", "both"), default="both",
                    help="branches that are distilled")
     g.add_argument("--kd-cls-loss", choices=("qfl", "bce"), default="qfl", help="D of Eq. 3, classification")
@@ -1410,7 +1413,7 @@ def parse_args(argv=None):
     g.add_argument("--sync-stats", action="store_true", help="statistics of phi and PKD over all processes")
     g = p.add_argument_group("schedule")
     g.add_argument("--epochs", type=COUNT, help="(default 12; FCOS 24; shapes 3), x0.1 at 2/3 and 11/12")
-    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 8)")
+    g.add_argument("--batch-size", type=COUNT, help="images per process and pass (default 2; shapes 8)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"),
                    help="(default sgd; shapes adamw, which learns from scratch faster)")
     g.add_argument("--lr", type=POSITIVE,

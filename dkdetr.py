@@ -1756,7 +1756,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("schedule")
     flag(g, "epochs", "the rate falls by 10 at 55/70; the table of shapes takes 5, or 18 with a burn-in",
          type=COUNT)
-    flag(g, "batch-size", "images per process and step", type=COUNT)
+    flag(g, "batch-size", "images per process and pass", type=COUNT)
     flag(g, "lr", "for a total batch of 128, shapes 16; scaled linearly", type=POSITIVE)
     flag(g, "backbone-lr", "share of --lr for the backbone", type=number())
     flag(g, "weight-decay", "of AdamW", type=number(), default=0.05)

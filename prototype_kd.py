@@ -25,10 +25,11 @@ and RoIAlign): distillation adds nothing to it.
     Alg. 2 the whole                train, refresh, Bank.refresh
 
 Differs from the paper:
-  1. The largest: Eqs. 6 and 8 compare cosines with the prototypes, as the authors' code does (for sigma; its
-     branch for Eq. 6 never runs). The paper says "exactly the same as in Eq. 5": with its lambda = 10 every
-     gap shrinks by 21, Eq. 6 by 441, and sigma is near 1 (--proj: other readings). By cosines sigma is 0.3 to
-     0.5 on shapes in the first 20 steps, and 0 for 1 to 34 % of the objects on a level.
+  1. The largest: Eqs. 6 and 8 compare cosines with the prototypes. The authors' code does, for sigma, of the
+     largest cosine alone (--sigma maxcos); its Eq. 6 never runs. The paper: "exactly the same as in Eq. 5".
+     With its lambda = 10 every gap shrinks by 21, Eq. 6 by 441, and sigma is near 1 (--proj: other readings).
+     By cosines, on shapes, Eq. 6 is 0.1 to 0.2 % of the loss; sigma is 0.15 to 0.5 with the first prototypes,
+     0 for up to half of the objects on a level, later 0.4 to 0.6.
   2. Eq. 7 is a mean over channels (1/D of the printed norm), cells and levels, not a sum. Its regions, those
      of FGFI, are the cells with an anchor whose IoU with a box is above half of the best that the box has on
      that level. H ends in a ReLU, as printed: it matches no negative value (--adapt conv1x1 does).
@@ -40,11 +41,10 @@ Differs from the paper:
      vectors; a picked instance cannot be picked again. sigma is kept within 0 and 1 (not in their code).
   6. The student's BatchNorm is fixed, statistics and factors. Paper and code do not settle it (their config's
      "in eval mode" fixes the statistics only); --bn affine trains the factors. On shapes there is none.
---preset released follows the configuration of their code, all of which stands in PRESETS (no Eq. 6, sigma
-from the largest cosines, objects = positive proposals on the level of their size, DeFeat's regions and
-background, a 3x3 H without ReLU, tau 2, a linear decay, a density filter). It keeps: means by 8 x 8 RoIAlign
-samples (code: whole cells), the largest sigma where boxes overlap (code: the last box's), fp64 selection
-(code: half precision, which picks others and some twice), torchvision's losses and proposals.
+--preset released: their configuration as it stands in PRESETS (no Eq. 6, sigma from the largest cosines,
+objects = positive proposals on the level of their size, DeFeat's regions and background, a 3x3 H without
+ReLU, tau 2, a linear decay, a density filter, no photometric distortion). It keeps items 5 and 6, RoIAlign's
+means (code: whole cells), the largest sigma where boxes overlap (code: the last), torchvision's losses.
 What the student would gain by training on alone the paper does not say: where there is a validation set, the
 same student is trained for as long WITHOUT distillation beside the distilled one, and both are printed.
 
@@ -100,8 +100,8 @@ from common.evaluation import Detections, class_table, coco_evaluate, voc_evalua
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, number, open_run, open_table, parse, parser, rebuilding, reduce_mean,
-                        rows, run_flags, saved_run, seed_all, started, to_device, warmup_multistep,
-                        with_defaults, wrap_ddp)
+                        rows, run_flags, saved_run, seed_all, started, tell_size, to_device,
+                        warmup_multistep, with_defaults, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
@@ -1235,11 +1235,6 @@ def plain_of(model):
                 torchvision=plain_settings(model))
 
 
-def weights_of(model):
-    """What a detector is, as plain values and tensors."""
-    return dict(plain_of(model), model=model.state_dict())
-
-
 def plain_settings(model):
     """What the weights' names, which are torchvision's, do not tell: sizes of the images, anchors, the eps of
     the backbone's BatchNorm; with mmdetection's weights also modules of common/zoo.py."""
@@ -1288,6 +1283,7 @@ def make_pair(args, data, rank, world, device):
         teacher, classes = load(spec, "--teacher")
         teacher.requires_grad_(False).to(device)
         check_classes(classes, len(teacher.arch["columns"]), data.classes, f"--teacher {spec}")
+        tell_size(teacher.arch, args.image_size, f"--teacher {spec}")
     start = start or shapes_detector(args.student, args, rank, world, device)
     seed_all(args.seed)
     if start in NEW:
@@ -1302,6 +1298,7 @@ def make_pair(args, data, rank, world, device):
     else:
         student, classes = load(start, "--init")
         check_classes(classes, len(student.arch["columns"]), data.classes, f"--init {start}")
+        tell_size(student.arch, args.image_size, f"--init {start}")
     if teacher and kind_of(teacher) == "retina":  # its anchors are compared one by one
         check_anchors(teacher, student, args)
     if start != "none" and not ("tiny" in student.arch["name"] and student.arch.get("plain_norm")):
@@ -1438,7 +1435,7 @@ def refresh(run, distiller, device):
     if run.it == 0 and run.rank == 0 and (news["without"] or news["few"]):
         without, few = ((", ".join(news[k]) or "-").split(" ") for k in ("without", "few"))
         print(fold(["warning:", "no prototype for", *without, "(sigma is 1, no global loss there);",
-                    f"fewer than {bank.k} for", *few]), flush=True)
+                    f"fewer than {bank.k} (a larger sigma) for", *few]), flush=True)
     row = {k: news[k] for k in ("prototypes", "instances", "kept", "seconds")}
     run.log.write(dict(it=run.it + 1, epoch=done + 1, refresh=True, **row),
                   f"ep {done + 1:02d} {news['prototypes']} prototypes of {news['instances']} instances"
@@ -1915,7 +1912,7 @@ def parse_args(argv=None):
                    "too, in OUT/control (shapes: the table); the folder of such a run; or none")
     g = p.add_argument_group("schedule")
     g.add_argument("--epochs", type=COUNT, help="(default 24, the paper's 2x; shapes 16), x0.1 at 2/3, 11/12")
-    g.add_argument("--batch-size", type=COUNT, help="images per process and step (default 2; shapes 16)")
+    g.add_argument("--batch-size", type=COUNT, help="images per process and pass (default 2; shapes 16)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default sgd; shapes adamw)")
     g.add_argument("--lr", type=POSITIVE, help="for a total batch of 16, scaled linearly (default 0.02, "
                    "retina 0.01; shapes 0.002)")
@@ -2052,7 +2049,7 @@ def shapes_detector(name, args, rank, world, device, teacher=False):
     flags += ["--student", name, "--epochs", str(epochs), "--first-images", str(images)]
     flags += ["--workers", str(args.workers), "--resume"]
     flags += ["--batch-size", str(max(1, SHAPES["batch_size"] // world))]  # of all processes: the same
-    name += f"-e{epochs}" + (f"-n{images}" if images != usual else "")
+    name += f"-e{epochs}-r2" + (f"-n{images}" if images != usual else "")  # r2: the second recipe
     return trained_before(f"prototype_kd-{name}", args.data_seed, rank,
                           lambda out: train(resolve(parse_args([*flags, "--out", out])), rank, world, device))
 

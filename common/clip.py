@@ -370,12 +370,12 @@ def clip_of(arch, width, spec, device):
     return clip
 
 
-def tell_cut(clip, names, templates=TEMPLATES):
+def tell_cut(clip, names, templates=TEMPLATES, what="names"):
     """Says which names CLIP reads in part only."""
     cut = cut_names(clip, names, templates)
     if cut:
-        tell(f"{len(cut)} names are longer than CLIP's {clip.model.context_length} tokens and are cut, first "
-             f"{cut[0][:60]!r}")
+        tell(f"{len(cut)} {what} are longer than CLIP's {clip.model.context_length} tokens and are cut, "
+             f"first {cut[0][:60]!r}")
 
 
 def load_tiny(spec):

@@ -47,7 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort, functional as TF
 
-from .run import UserError
+from .run import UserError, tell
 
 RULES = 3  # version of the cleaning rules: caches of another version are made anew
 
@@ -1169,6 +1169,9 @@ class CocoDataset(Dataset):
         line = self.records.report() + (f" | not used: {dropped}" if dropped else "")
         if self.captions is not None and self.silent:
             line += f" | {self.silent:,} images have no caption"
+        bare = np.setdiff1d(np.arange(len(self.classes)), self.held()[1]) if self.train else ()
+        if len(bare):
+            line += f" | {len(bare)} classes have no box, first {self.classes[bare[0]]}"
         warning = self.records.warning()
         return f"{line}\n{warning}" if warning else line
 
@@ -1307,10 +1310,12 @@ class CocoDataset(Dataset):
 
 
 def check_classes(names, count, classes, flag):
-    """A checkpoint's classes (names or None, count) against the data's; "_" and " " are the same, files
-    without names are trusted."""
+    """A checkpoint's classes (names or None, count) against the data's; "_" and " " are the same, a file
+    without names is trusted, with a line."""
     if count != len(classes):
         raise UserError(f"{flag}: has {count} classes, --data has {len(classes)}")
+    if not names:
+        tell(f"{flag}: holds no class names; taken to be those of --data in their order, {classes[0]} first")
     for k, (theirs, ours) in enumerate(zip(names or classes, classes)):
         if plain_name(theirs) != plain_name(ours):
             raise UserError(f"{flag}: its class {k} is {theirs!r}, --data has {ours!r}")

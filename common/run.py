@@ -1328,6 +1328,12 @@ def check_teacher(metrics, args):
                         "other pixels? --no-teacher-check goes on")
 
 
+def tell_size(arch, size, what):
+    """Tells of a detector that was trained on images of another size than `size`, --image-size."""
+    if arch.get("image_size") not in (None, size):
+        tell(f"{what}: was trained at --image-size {arch['image_size']}, it sees {size} here")
+
+
 # ------------------------------------------------------------------ what a network is
 
 def describe_model(name, model, *inputs, rank=0):

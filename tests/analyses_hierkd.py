@@ -82,7 +82,7 @@ def measure_recall(model, val, rank, world, device, args, clip, most=(100, 300, 
         return None, None
     model.eval()
     since, names = time.time(), [n for n in val.classes if n not in model.arch["base"]]
-    truth, results = hierkd.truth_of(val, names), []
+    truth, results = val.truth(names, holding=True), []
     wanted = {i["id"] for i in truth["images"]}
     if not wanted:
         raise UserError(f"{val.annotations}: has no box of a novel class, and this evaluation is about them")
@@ -158,7 +158,7 @@ def bound(flags, rank, world, device):
                                *hierkd.given_names(args)[::-1])[1]
     names = [n for n in val.classes if n in novel]
     ids = [val.category_ids[val.classes.index(n)] for n in names]
-    truth, results = hierkd.truth_of(val, names), []
+    truth, results = val.truth(names, holding=True), []
     if not truth["images"]:
         raise UserError(f"{val.annotations}: has no box of a novel class, and this evaluation is about them")
     clip = hierkd.get_clip(args.clip, args.data_seed, device)

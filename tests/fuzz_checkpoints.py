@@ -51,7 +51,7 @@ def small_models():
         crosskd=(dict(crosskd.plain_of(gfl, classes), model=gfl.state_dict()), lambda p: crosskd.load(str(p), "--weights")[0]),
         hierkd=(dict(hierkd.plain_of(atss), model=atss.state_dict()), lambda p: hierkd.load(p, "--weights")[0]),
         dkdetr=(dict(dkdetr.plain_of(detr, classes), model=detr.state_dict()), lambda p: dkdetr.load(p, "--weights")[0]),
-        prototype_kd=(prototype_kd.weights_of(faster), lambda p: prototype_kd.load(str(p), "--weights")[0]),
+        prototype_kd=(dict(prototype_kd.plain_of(faster), model=faster.state_dict()), lambda p: prototype_kd.load(str(p), "--weights")[0]),
         simple21k=(dict(simple21k.plain_of(word), model=word.state_dict()), lambda p: simple21k.load(p, "--weights")[0]))
 
 

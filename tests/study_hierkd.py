@@ -64,7 +64,7 @@ model, _ = h.load(sys.argv[1])
 a = h.follow(h.resolve(h.parse_args(["--data", "shapes", "--eval", sys.argv[1]])), model.arch)
 val = h.make_data(a, "val", like=model.arch["base"], novel=model.arch["novel"])
 names, named = [n for n in val.classes if n in NOVEL], []
-truth, text = h.truth_of(val, names), h.text_of(model, names)
+truth, text = val.truth(names, holding=True), h.text_of(model, names)
 wanted, ids = {i["id"] for i in truth["images"]}, [val.category_ids[val.classes.index(n)] for n in names]
 kept = dict(on_objects=h.Detections(), on_novel=h.Detections())
 with torch.no_grad():

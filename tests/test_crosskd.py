@@ -362,7 +362,7 @@ def test_kd_weights_multiply_their_own_terms(kind):
         student, teacher = small(kind), small(kind, 1)
         losses.append(make_distiller(student, teacher, make_args(kind, *(["--kd-weights", *map(str, weights)] if weights else [])))(batch))
     assert all(torch.equal(losses[0][k], losses[1][k]) for k in losses[0])
-    factors = dict(kd_cls=2, kd_box=3)
+    factors = dict(kd_cls=2, kd_box=3, kd_ctr=3)
     for k in losses[0]:
         torch.testing.assert_close(losses[2][k], factors.get(k, 1) * losses[0][k])
 

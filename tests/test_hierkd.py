@@ -400,7 +400,7 @@ def test_data_builder_keeps_base_boxes_in_training_and_images_by_protocol(four_i
     assert [i[0] for i in make(True, classes=["car"], without=["cat"]).items] == [11]
     val = make(False, classes=["cat", "car"])
     assert [i[0] for i in val.items] == [11, 15, 16] and val.classes == ["car", "cat"]  # in the order of ids, whatever the list's
-    assert [len(hierkd.truth_of(val, names)["images"]) for names in (["cat"], ["car"], ["car", "cat"])] == [2, 2, 3]
+    assert [len(val.truth(names, holding=True)["images"]) for names in (["cat"], ["car"], ["car", "cat"])] == [2, 2, 3]
 
 
 @pytest.mark.parametrize("words", [["--negatives", "0"], ["--negatives", "x"], ["--tau-c", "0"], ["--gkd-patches", "0"], ["--predict", "a.jpg"],

@@ -28,7 +28,12 @@ from prototype_kd import (PRESETS, ROWS, STRIDES, TORCHVISION, Bank, Distiller, 
                           dense, descriptors, detect, freeze, global_gap, images_of, inside_box, kind_of, kl_bernoulli,
                           kl_softmax, level_of, load, make_distiller, needs_prototypes, new_detector, paint, parse_args,
                           predict_image, project, project_by_eq5, reliability, reliability_of_largest, resolve, rkd_loss,
-                          run_detector, select_prototypes, weights_of)
+                          run_detector, select_prototypes)
+
+
+def weights_of(model):
+    """What a detector is, as plain values and tensors."""
+    return dict(prototype_kd.plain_of(model), model=model.state_dict())
 
 
 def unit(d, n, seed=0, shift=0.0):
@@ -980,6 +985,6 @@ def test_a_control_that_is_named_or_none_asks_for_one_run_not_for_the_table():
 def test_the_student_of_shapes_has_seen_the_images_that_are_asked_for(monkeypatch):
     monkeypatch.setattr("common.tiny.trained_before", lambda name, *_: name)
     name = lambda *flags: prototype_kd.shapes_detector("faster_tiny8", parse_args(["--data", "shapes", *flags]), 0, 1, None)
-    assert name() == name("--first-images", "300") == "prototype_kd-faster_tiny8-e20" and name("--first-images", "50") == "prototype_kd-faster_tiny8-e20-n50"
+    assert name() == name("--first-images", "300") == "prototype_kd-faster_tiny8-e20-r2" and name("--first-images", "50") == "prototype_kd-faster_tiny8-e20-r2-n50"
     teacher = prototype_kd.shapes_detector("faster_tiny32", parse_args(["--data", "shapes", "--first-images", "50"]), 0, 1, None, teacher=True)
-    assert teacher == "prototype_kd-faster_tiny32-e8"
+    assert teacher == "prototype_kd-faster_tiny32-e8-r2"

@@ -29,6 +29,11 @@ TINY = ["--image-size", "96", "--workers", "0", "--log-every", "2"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+def weights_of(model):
+    """What a detector is, as plain values and tensors."""
+    return dict(prototype_kd.plain_of(model), model=model.state_dict())
+
+
 def losses(out):
     """{iteration: losses} of a log; refreshes without their seconds under "refresh"."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
@@ -54,7 +59,7 @@ def made(tmp_path_factory):
         for kind in ("faster", "retina"):
             torch.manual_seed(3)
             for role, width in (("teacher", 16), ("start", 8)):
-                torch.save(prototype_kd.weights_of(detector(f"{kind}_tiny{width}", classes)), folder / f"{kind}-{data}-{role}.pt")
+                torch.save(weights_of(detector(f"{kind}_tiny{width}", classes)), folder / f"{kind}-{data}-{role}.pt")
             table[kind, data] = folder / f"{kind}-{data}-teacher.pt", folder / f"{kind}-{data}-start.pt"
     return table
 
@@ -159,7 +164,7 @@ def test_two_processes_have_the_losses_of_one(made, tmp_path):
     data = subset(tmp_path / "data", make_shapes(), 300, 12)
     classes = CocoDataset(*find_coco(data, "val"), False).classes
     for role, width in (("t", 16), ("s", 8)):
-        torch.save(prototype_kd.weights_of(detector(f"retina_tiny{width}", classes)), tmp_path / f"{role}.pt")
+        torch.save(weights_of(detector(f"retina_tiny{width}", classes)), tmp_path / f"{role}.pt")
     flags = ["--data", data, "--teacher", tmp_path / "t.pt", "--init", tmp_path / "s.pt", "--max-iters", 6, "--image-size", "96", "--workers", 0, "--log-every", 1,
              "--no-photometric", "--optimizer", "sgd", "--lr", "0.01", "--control", "none", "--proto-max-images", 20, "--bg-weight", "1"]
     run(*flags, "--batch-size", 4, "--out", tmp_path / "one")
@@ -420,7 +425,7 @@ def test_own_data_without_a_validation_set_and_with_a_subset_of_classes(made, co
 
 def test_a_teacher_that_finds_nothing_stops_the_run_before_its_control(made, coco_few, tmp_path):
     torch.manual_seed(0)
-    torch.save(prototype_kd.weights_of(prototype_kd.new_detector("faster_tiny8", CocoDataset(*find_coco(coco_few, "val"), False).classes, "none")), tmp_path / "t.pt")
+    torch.save(weights_of(prototype_kd.new_detector("faster_tiny8", CocoDataset(*find_coco(coco_few, "val"), False).classes, "none")), tmp_path / "t.pt")
     flags = ["--data", coco_few, "--teacher", tmp_path / "t.pt", "--init", made["faster", "coco"][1], *TINY, "--max-iters", 1, "--out", tmp_path / "run"]
     r = launch("prototype_kd", flags, fail=True)
     assert "--no-teacher-check goes on" in r.stderr and "teacher AP 0.0 on 12 validation images" in r.stdout and not (tmp_path / "run/control").exists()

@@ -956,10 +956,20 @@ def test_what_is_measured_chooses_nothing():
     """Stage I's accuracy is measured on the benchmark's images in setup 2: neither it nor the benchmark may choose weights."""
     one, two = flags(stage=1), flags()
     benchmark = simple21k.Benchmark.__new__(simple21k.Benchmark)
-    assert simple21k.reported(one, None, 1)["report"] == simple21k.reported(two, benchmark, 1)["report"] == "last"
-    assert simple21k.reported(two, None, 1)["report"] == "best"
+    assert simple21k.reported(one, None, {}, 1)["report"] == simple21k.reported(two, benchmark, {}, 1)["report"] == "last"
+    assert simple21k.reported(two, None, {}, 1)["report"] == "best"
     for setup in ("s1", "lvis"):
-        assert simple21k.reported(argparse.Namespace(**vars(two) | dict(setup=setup)), None, 1)["report"] == "last"
+        assert simple21k.reported(argparse.Namespace(**vars(two) | dict(setup=setup)), None, {}, 1)["report"] == "last"
+    arch = dict(det=["cat"], cls=["cat", "dog"], cls_names=["cat", "dog"], pair=[0, -1], setup="own")
+    own = lambda *names: argparse.Namespace(records=argparse.Namespace(categories=[dict(name=n) for n in names]))
+    said = [simple21k.reported(two, own(*names), arch, 1) for names in (["cat"], ["cat", "dog"])]
+    assert [x["report"] for x in said] == ["best", "last"] and said[1]["metric"] == "base " + said[0]["metric"]  # nor novel labels
+
+
+def test_names_may_be_chosen_among_the_chosen():
+    arch = dict(det=["cat"], cls=["cat", "dog", "cow"], cls_names=["cat", "dog", "cow"], pair=[0, -1, -1], setup="own")
+    vocabulary = simple21k.Vocabulary(arch, "cpu").choose([2, 0]).choose([1])
+    assert vocabulary.names == ["cat"] and vocabulary.chosen.tolist() == [0] and vocabulary.base == [True]
 
 
 def test_a_pair_of_scales_may_be_given_again_with_resume(tmp_path, capsys):

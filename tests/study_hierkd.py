@@ -6,7 +6,7 @@ Arms as in the paper: Table 4 (none, IKD, GKD, both), Table 5 (negatives), Table
 controls: each positive gets another's crop (one in ten of them of the same class, so the control knows a
 little), each image another's caption. And what GKD costs beside IKD:
 its weight, its levels (P4 has 4 % of the positives), its attention at temperature 0.1 instead of 1: those
-arms, and average pooling, on 4 seeds, the others on 6. GKD on P3 alone became the default of shapes after
+arms, and average pooling, on 4 seeds (of 6 planned first; 2 were done), the others on 6. GKD on P3 alone became the default of shapes after
 seeds 1 (ten arms) and 2 (both, on two levels) had been seen, so what the study says of it is no test.
 
 AP50 mixes two things: which novel name an object gets, and whether it stands out from all else. The second

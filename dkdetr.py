@@ -24,8 +24,8 @@ the default is the first value (--crop-fit on shapes: pad). Fixed, most without 
     refined box, while the crop stays that of the encoder's proposal.
   - The last layer's matching says which queries are matched, objectness which of the others come first;
     near-duplicates among the k targets of an image stay, and are each other's negatives in Eq. 4.
-  - One crop a box, cut to the image, out of the network's own input (--crop-fit pad: whole pixels, so that
-    a row of padding may be in it); its sides are at least --kd-min-size.
+  - One crop a box, cut to the image, out of the network's own input (at its edge a row of padding may be
+    mixed in); its sides are at least --kd-min-size.
   - F^kd is the last layer's, through the classifier's projection. Gradients reach the object queries that KD
     queries look at. KD queries have no weight decay.
   - Image and batch RKD are added; the batch is that of one process, and its map holds pairs of the same
@@ -36,7 +36,7 @@ the default is the first value (--crop-fit on shapes: pad). Fixed, most without 
 Differs from the paper or the release:
   1. "886 base classes" are 866; Eq. 5's sign, direction and swapped R, Sec. 3.3's swapped Q: as meant.
   2. The release's objectness is 1203 wide, of which channel 0 is used: here one channel, prior 0.01.
-  3. Names are fed without underscores and brackets; the release feeds raw ones (kept for its weights).
+  3. Names are fed without underscores, brackets and slashes; the release feeds raw ones (for its weights).
   4. A training crop without objects is drawn again from the same image. Mask targets are means of 2 x 2
      pixels, and padding counts in neither mask loss.
   5. Normalisers are sums over all processes, at least 1; --accumulate normalises each micro-batch by its
@@ -1635,7 +1635,7 @@ OPEN = (
     ("kd-embed", ("per_rank", "shared"), "KD embeddings: the i-th of N belongs to the i-th best "
      "proposal; or one for all, for a rank far down has hardly any gradient"),
     ("rkd-dir", ("teacher", "student"), "KL(teacher || student); or KL(student || teacher), as Eq. 5 prints "
-     "it, but without its minus sign, which would maximise it"),
+     "it (its two R swapped back), but without its minus sign, which would maximise it"),
     ("crop-fit", ("warp", "pad"), "how a crop becomes CLIP's square, unsaid: stretched by RoIAlign; or whole "
      "pixels, padded, bicubic, as hierkd.py does"))
 TABLE = """

@@ -307,7 +307,7 @@ def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch, 
     assert [x.split("  ")[0].strip() for x in rows[1:5]] == ["teacher retina_tiny32", "student retina_tiny8", "student continued", "student distilled"]
     assert "difference" in r.stdout
     weights = {k: torch.load(tmp_path / path, weights_only=True)["model"] for k, path in dict(
-        teacher="data/teachers/prototype_kd-retina_tiny32-e8-shapes-1/last.pt", start="data/teachers/prototype_kd-retina_tiny8-e20-shapes-1/last.pt",
+        teacher="data/teachers/prototype_kd-retina_tiny32-e8-r2-shapes-1/last.pt", start="data/teachers/prototype_kd-retina_tiny8-e20-r2-shapes-1/last.pt",
         distilled="out/distilled/last.pt").items()}
     for k, name in (("teacher", "tiny32"), ("start", "tiny8"), ("distilled", "tiny8")):
         backbone = torch.load(next((tmp_path / "cache/clip").glob(f"backbone-{name}-*.pt")), weights_only=True)["model"]
@@ -316,8 +316,8 @@ def test_table_of_shapes_and_a_control_that_does_not_fit(tmp_path, monkeypatch, 
         assert not torch.equal(weights[k]["backbone.body.layer2.0.conv1.weight"], backbone["layer2.0.conv1.weight"])
     again = run(*flags, "--out", tmp_path / "out", "--resume")
     assert [x.split()[:5] for x in again.stdout[again.stdout.index("shapes, 24 validation"):].splitlines()[1:5]] == [x.split()[:5] for x in rows[1:5]]
-    teacher = tmp_path / "data/teachers/prototype_kd-retina_tiny32-e8-shapes-1/best.pt"
-    start = tmp_path / "data/teachers/prototype_kd-retina_tiny8-e20-shapes-1/best.pt"
+    teacher = tmp_path / "data/teachers/prototype_kd-retina_tiny32-e8-r2-shapes-1/best.pt"
+    start = tmp_path / "data/teachers/prototype_kd-retina_tiny8-e20-r2-shapes-1/best.pt"
     r = run("--data", "shapes", "--teacher", teacher, "--init", start, "--seed", 4, "--workers", 0, "--control", tmp_path / "out/continued", "--out", tmp_path / "other", fail=True)
     assert "its seed is 0, here 4" in r.stderr
     (tmp_path / "best").mkdir()

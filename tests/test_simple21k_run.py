@@ -82,7 +82,7 @@ def test_both_stages_then_eval_and_predict(small, tmp_path):
     again = json.loads((tmp_path / "eval" / "results.json").read_text())
     of = ("checkpoint", "epoch", "it")
     assert all(again[k] == results[k] for k in results if k not in ("seconds", *of))
-    assert [results[k] for k in of] == ["best.pt", 1, 3] and [again[k] for k in of] == [str(out / "stage2" / "last.pt"), None, None]
+    assert [results[k] for k in of] == ["last.pt", 1, 3] and [again[k] for k in of] == [str(out / "stage2" / "last.pt"), None, None]
     assert "stage II tiny8: " in r.stdout and "GFLOPs at 64 x 64" in r.stdout and "cat: Eqs. 2, 4" in r.stdout
     run(*flags, "--eval", out / "stage1" / "best.pt", "--out", tmp_path / "eval1")
     assert json.loads((tmp_path / "eval1" / "results.json").read_text())["images"] == 52

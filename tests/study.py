@@ -131,18 +131,19 @@ def claims(rows, listed, planned):
         print(f"{verdict:10s} {sentence}: {key} {said(gains[k])}{p}, up on {up} of {len(gains[k])} seeds")
 
 
-def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread"):
+def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread", between=True):
     """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
-    the mean of the seeds that have every arm, its bar the 95 % t interval. Prints the gains of the last line over
-    the first at equal seconds, too, on the seeds that have the arms for it: there, each seed's first line is
-    interpolated over log seconds. An arm's seconds are those of the first seed that has them."""
+    the mean of the seeds that have every arm, its bar the 95 % t interval of the arm (not of the gain). between:
+    prints the gains of the last line over the first at equal seconds, too, on the seeds that have the arms for
+    it; there, each seed's first line is interpolated over log seconds, which is fair only where that line is
+    nearly flat. An arm's seconds are those of the first seed that has them."""
     of = {(r["arm"], r["seed"]): r for r in rows}
     seeds = sorted({s for _, s in of})
     took = {a: next((of[a, s]["seconds"] for s in seeds if (a, s) in of and of[a, s]["seconds"]), math.nan)
             for arms in lines.values() for a in arms}
     plain, other = [*lines.values()][0], [*lines.values()][-1]
     print()
-    for arm in other:
+    for arm in other if between else ():
         for short, long in zip(plain, plain[1:]):
             mine = [s for s in seeds if {(arm, s), (short, s), (long, s)} <= {*of}]
             if took[short] <= took[arm] < took[long] and mine and other is not plain:

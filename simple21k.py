@@ -1541,7 +1541,7 @@ def evaluate_file(args, rank, world, device):
     if val is None:
         raise UserError(f"--eval {args.eval}: is a classifier of stage I; its accuracy needs --cls-val, a "
                         "folder with a folder of images for each class (--data shapes needs nothing)")
-    if model.arch["setup"] == "s2" and (args.setup in ("s1", "lvis") or getattr(val, "lvis", False)):
+    if model.arch["setup"] == "s2" and (args.setup in ("s1", "lvis") or "lvis" in str(args.val_json)):
         tell("LVIS's validation images are of COCO's train2017, too, on which this checkpoint was trained: "
              "its numbers are too high")
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)

@@ -675,7 +675,7 @@ def read_dense(spec, flag, script):
     # what the keys cannot tell: these variants have the same names and shapes
     style = "style='pytorch'" if arch["kind"] == "fcos" else "style='caffe'"
     others = dict(retinanet=("target_stds=[0.1", "octave_base_scale=2", "octave_base_scale=8"),
-                  atss=("target_stds=[1.",))  # of the coded boxes, of the anchors
+                  atss=("target_stds=[1.0",))  # of the coded boxes, of the anchors
     settings = ("norm_on_bbox=True", "centerness_on_reg=True", style, *others.get(arch["kind"], ()))
     guard(config_of(*meta), settings, where, f"this script's {arch['kind']}")
     return where, arch, from_mmdet(content), classes_of(*meta), (None, None)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import crosskd
 from common import zoo
-from common.run import UserError, describe_model, fast_layout
+from common.run import UserError, describe_model, fast_layout, tell_size
 from crosskd import (ATSS, DETECTORS, FCOS, GFL, RetinaNet, align, check_arch, kd_options, make_distiller,
                      distribution_focal_loss, kd_losses, ld_losses, make_optimizer, pkd_loss, quality_focal_kd,
                      region_kl)
@@ -701,9 +701,11 @@ def test_bf16_kd_losses_are_within_a_few_percent_of_fp32():
         assert half[k].dtype == torch.float32 and half[k].item() == pytest.approx(full[k].item(), rel=0.05), k
 
 
-def test_class_names_are_compared_but_underscores_are_not():
+def test_class_names_are_compared_but_underscores_are_not(capsys):
     crosskd.check_classes(["traffic_light"], 1, ["traffic light"], "--eval x")
+    assert not capsys.readouterr().err
     crosskd.check_classes(None, 1, ["anything"], "--eval x")
+    assert "--eval x: holds no class names; taken to be those of --data in their order, anything first" in capsys.readouterr().err
     with pytest.raises(UserError, match="class 0 is 'cat'"):
         crosskd.check_classes(["cat"], 1, ["dog"], "--eval x")
     with pytest.raises(UserError, match="has 2 classes, --data has 1"):
@@ -723,6 +725,31 @@ def test_fcos_variants_with_the_same_keys_but_another_meaning_are_refused(tmp_pa
                 crosskd.load(str(tmp_path / "f.pth"))
         else:
             assert crosskd.load(str(tmp_path / "f.pth"))[1] == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("kind, config, refused", [
+    ("retinanet", "bbox_coder=dict(target_stds=[0.1, 0.1, 0.2, 0.2])", True), ("retinanet", "target_stds=[1.0, 1.0, 1.0, 1.0]", False),
+    ("retinanet", "octave_base_scale=2", True), ("retinanet", "octave_base_scale=4", False),
+    ("atss", "target_stds=[1.0, 1.0, 1.0, 1.0]", True), ("atss", "octave_base_scale=8, target_stds=[0.1, 0.1, 0.2, 0.2]", False)])
+def test_boxes_coded_by_other_numbers_are_refused(tmp_path, monkeypatch, kind, config, refused):
+    """FreeAnchor's RetinaNet has the keys of RetinaNet and would decode boxes ten times as far."""
+    arch = dict(kind=kind, backbone="tiny8", num_classes=3, channels=64, p6="on_output")
+    monkeypatch.setattr(zoo, "infer_arch", lambda state, where: arch)
+    monkeypatch.setattr(zoo, "from_mmdet", lambda state: DETECTORS[kind]("tiny8", 3, 64).state_dict())
+    torch.save(dict(meta=dict(config=config, CLASSES=("a", "b", "c")), state_dict={"x": torch.zeros(1)}), tmp_path / "f.pth")
+    if refused:
+        with pytest.raises(UserError, match=f"which this script's {kind} does not"):
+            crosskd.load(str(tmp_path / "f.pth"))
+    else:
+        assert crosskd.load(str(tmp_path / "f.pth"))[1] == ("a", "b", "c")
+
+
+def test_a_teacher_of_another_image_size_is_told(capsys):
+    tell_size(dict(image_size="800"), "800", "--teacher")
+    tell_size({}, "800", "--teacher")
+    assert not capsys.readouterr().err
+    tell_size(dict(image_size="640"), "800", "--teacher")
+    assert "--teacher: was trained at --image-size 640, it sees 800 here" in capsys.readouterr().err
 
 
 def test_every_zoo_name_builds_and_its_hash_is_in_its_file_name():

@@ -712,7 +712,9 @@ def test_captions_belong_to_their_image(tiny, tmp_path):
     data = dataset(tiny, captions=path)
     assert read_captions(path, data.records) == data.captions == [["b"], ["a dog", "c"], []]
     assert {data[1, seed]["caption"] for seed in range(20)} == {"a dog", "c"} and data[2, 0]["caption"] == ""
-    assert "1 images have no caption" in data.report()
+    assert "1 images have no caption" in data.report() and "have no box" not in data.report()
+    data.used &= data.label_of[data.records.label] != 0  # no object of the first class
+    assert f"1 classes have no box, first {data.classes[0]}" in data.report()
     path.write_text(json.dumps(dict(annotations=[dict(image_id="5", caption="of another split")])))
     assert "has no caption for any of the images" in error_of(lambda: dataset(tiny, captions=path))
     path.write_text("[]")

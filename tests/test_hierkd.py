@@ -781,6 +781,8 @@ def test_names_that_clip_reads_in_part_are_told(clip, capsys):
     assert cut_names(clip, [whole, whole + " cat"]) == [whole + " cat"]
     hierkd.tell_cut(clip, ["cat", long])
     assert f"1 names are longer than CLIP's {clip.model.context_length} tokens" in capsys.readouterr().err
+    hierkd.tell_cut(clip, ["cat", long], ("{}",), "captions")
+    assert f"1 captions are longer than CLIP's {clip.model.context_length} tokens" in capsys.readouterr().err
 
 
 def test_weights_of_another_activation_are_refused(tmp_path):

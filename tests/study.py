@@ -22,6 +22,7 @@ and no claim.
 
     python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
     python tests/study_NAME.py --report                                   # tables from the lines that are there
+    python tests/study.py                                                 # README.md's, of all five
 """
 import argparse
 import hashlib
@@ -113,22 +114,55 @@ def table(title, rows, arms, keys, against):
         print(line)
 
 
-def claims(rows, listed, planned):
-    """Prints what each claim of (sentence, arm, against, metric) comes to; sentence: expects a gain. planned:
-    {arm: its seeds}; there is no verdict before all of them are run."""
+def verdicts(rows, listed, planned):
+    """What each claim of (sentence, arm, against, metric) comes to, a dict each; sentence: expects a gain.
+    planned: {arm: its seeds}; there is no verdict before all of them are run. means: of both arms, on the seeds
+    that both have. p: Holm's."""
     gains = [paired(rows, *compared) for _, *compared in listed]
     adjusted = holm([p_value(g) for g in gains])  # 1 for what is not run yet
+    found = []
+    for (sentence, arm, against, key), gain, p in zip(listed, gains, adjusted):
+        claim = dict(sentence=sentence, key=key, gains=gain, p=p, verdict="not run")
+        if gain:
+            mean, half = interval(gain)
+            claim["verdict"] = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
+            if len(gain) < len({*planned[arm]} & {*planned[against]}):
+                claim["verdict"] = "interim"
+            of = {(r["arm"], r["seed"]): r[key] for r in rows if r.get(key) is not None}
+            seeds = [s for a, s in of if a == arm and (against, s) in of]
+            claim["means"] = [statistics.fmean(of[a, s] for s in seeds) for a in (arm, against)]
+        found.append(claim)
+    return found
+
+
+def claims(rows, listed, planned):
+    """Prints `verdicts`, a line each."""
     print()
-    for k, (sentence, arm, against, key) in enumerate(listed):
-        if not gains[k]:
-            print(f"not run    {sentence}")
+    for c in verdicts(rows, listed, planned):
+        gains = c["gains"]
+        if not gains:
+            print(f"not run    {c['sentence']}")
             continue
-        mean, half = interval(gains[k])
-        verdict = "holds" if mean - half > 0 else "REFUTED" if mean + half < 0 else "not shown"
-        verdict = verdict if len(gains[k]) >= len({*planned[arm]} & {*planned[against]}) else "interim"
-        up = sum(g > 0 for g in gains[k])
-        p = "" if len(gains[k]) < 2 else f", p {adjusted[k]:.3f}" if adjusted[k] >= 0.001 else ", p < 0.001"
-        print(f"{verdict:10s} {sentence}: {key} {said(gains[k])}{p}, up on {up} of {len(gains[k])} seeds")
+        up = sum(g > 0 for g in gains)
+        p = "" if len(gains) < 2 else f", p {c['p']:.3f}" if c["p"] >= 0.001 else ", p < 0.001"
+        print(f"{c['verdict']:10s} {c['sentence']}: {c['key']} {said(gains)}{p}, up on {up} of {len(gains)} seeds")
+
+
+def readme_table(rows, listed, planned):
+    """The claims as README.md prints them."""
+    lines = ["| claim | with | against | gain | seeds | |", "|---|---|---|---|---|---|"]
+    for c in verdicts(rows, listed, planned):
+        if not (gains := c["gains"]):
+            lines.append(f"| {c['sentence']} | | | | 0 | not run |")
+            continue
+        mean, half = interval(gains)
+        gain = f"{mean:+.1f} ± {half:.1f}" if len(gains) > 1 else f"{mean:+.1f}"
+        verdict = c["verdict"].lower()
+        if verdict in ("holds", "refuted") and c["p"] > 0.05:
+            verdict += f", p {c['p']:.2f}"
+        high, low = c["means"]
+        lines.append(f"| {c['sentence']} | {high:.1f} | {low:.1f} | {gain} | {len(gains)} | {verdict} |")
+    return "\n".join(lines)
 
 
 def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread", between=True):
@@ -337,3 +371,10 @@ def folder_of(arm):
 def seeds_of(seed):
     """Flags that draw everything anew for a seed."""
     return ["--seed", str(seed), "--data-seed", str(seed)]
+
+
+if __name__ == "__main__":
+    for name in ("crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"):
+        module = __import__(f"study_{name}")
+        rows = [json.loads(line) for line in (ROOT / "tests" / f"study_{name}.jsonl").read_text().splitlines()]
+        print(f"\n**{name}.py**\n\n{readme_table(rows, module.CLAIMS, module.SEEDS)}")

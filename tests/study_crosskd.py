@@ -45,16 +45,16 @@ EQUAL = {"alone, 5 epochs": "CrossKD, i = 3", "alone, 13 epochs": "CrossKD, i = 
 ARMS |= {arm: [*KD["alone"][0], "--epochs", arm.split()[1]] for arm in EQUAL}
 METRICS = "AP", "AP50", "AP75"
 CLAIMS = (
-    ("CrossKD is above the student alone at equal epochs (short)", "CrossKD, i = 3", "alone", "AP"),
-    ("CrossKD is above mimicking", "CrossKD, i = 3", "mimicking (i = n)", "AP"),
-    ("CrossKD is above PKD", "CrossKD, i = 3", "PKD", "AP"),
-    ("i = 3 is above i = 0", "CrossKD, i = 3", "CrossKD, i = 0", "AP"),
-    ("CrossKD with PKD is above CrossKD", "CrossKD + PKD", "CrossKD, i = 3", "AP"),
-    ("--adapt: a narrow student gains", "32 channels, --adapt", "32 channels, alone", "AP"),
-    *((f"CrossKD is above the student alone at equal epochs ({n})", f"CrossKD, i = 3, {n} epochs",
-       f"alone, {n} epochs", "AP") for n in LENGTHS[1:]),
-    *((f"{arm}, is above {plain}, which cost no more", arm, plain, "AP")
-      for plain, arm in EQUAL.items()))
+    *((f"CrossKD above the student alone, {n} epochs", *(label if n == 3 else f"{label}, {n} epochs"
+       for label in ("CrossKD, i = 3", "alone")), "AP") for n in LENGTHS),
+    *((f"CrossKD, {arm.split()[-2] if 'epochs' in arm else LENGTHS[0]} epochs, above alone, {plain.split()[1]}, "
+       "which cost no more", arm, plain, "AP") for plain, arm in EQUAL.items()),
+    ("CrossKD above mimicking", "CrossKD, i = 3", "mimicking (i = n)", "AP"),
+    ("CrossKD above PKD", "CrossKD, i = 3", "PKD", "AP"),
+    ("CrossKD, i = 3 above i = 0", "CrossKD, i = 3", "CrossKD, i = 0", "AP"),
+    ("CrossKD + PKD above CrossKD", "CrossKD + PKD", "CrossKD, i = 3", "AP"),
+    ("CrossKD into a head of 32 channels, `--adapt`, above that student alone", "32 channels, --adapt",
+     "32 channels, alone", "AP"))
 
 
 def prepare(seed, folder):

@@ -43,17 +43,17 @@ METRICS = "zsd_AP50", "base_AP50", "gzsd_novel_AP50", "gzsd_base_AP50", "zsd_AR5
 NAMING = "named", "coloured", "shaped"
 CLEANED = "on_objects", "on_novel"
 CLAIMS = (
-    ("IKD is above no distillation", "IKD", "none", "zsd_AP50"),
-    ("IKD is above its shuffled control", "IKD", "IKD, crops shuffled", "zsd_AP50"),
-    ("GKD is above no distillation", "GKD", "none", "zsd_AP50"),
-    ("GKD is above its shuffled control", "GKD", "GKD, captions shuffled", "zsd_AP50"),
-    ("GKD names better than its shuffled control", "GKD", "GKD, captions shuffled", "named"),
-    ("both are above IKD", "both", "IKD", "zsd_AP50"),
-    ("both are above GKD", "both", "GKD", "zsd_AP50"),
-    ("both name better than IKD", "both", "IKD", "named"),
-    ("GKD on P3 alone is above P3 and P4", "both", "both, GKD on two levels", "zsd_AP50"),
-    ("10 % of the negatives are above all", "IKD", "IKD, negatives 100 %", "zsd_AP50"),
-    ("max pooling is above average pooling", "GKD", "GKD, average pooling", "zsd_AP50"))
+    ("IKD above neither", "IKD", "none", "zsd_AP50"),
+    ("IKD above IKD with crops shuffled", "IKD", "IKD, crops shuffled", "zsd_AP50"),
+    ("GKD above neither", "GKD", "none", "zsd_AP50"),
+    ("GKD above GKD with captions shuffled", "GKD", "GKD, captions shuffled", "zsd_AP50"),
+    ("the same, named right, %", "GKD", "GKD, captions shuffled", "named"),
+    ("both above IKD alone", "both", "IKD", "zsd_AP50"),
+    ("both above GKD alone", "both", "GKD", "zsd_AP50"),
+    ("both above IKD alone, named right, %", "both", "IKD", "named"),
+    ("both, GKD on P3 alone above P3 and P4", "both", "both, GKD on two levels", "zsd_AP50"),
+    ("IKD, 10 % of the negatives above all", "IKD", "IKD, negatives 100 %", "zsd_AP50"),
+    ("GKD, max pooling above average pooling", "GKD", "GKD, average pooling", "zsd_AP50"))
 
 NAME_THEM = """
 import json, sys, torch

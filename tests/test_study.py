@@ -49,6 +49,10 @@ def test_claims_and_tables(capsys):
     assert [x.split("  ")[0].strip() for x in lines] == ["holds", "REFUTED", "not shown", "interim", "not run"]
     alone = study.p_value([1.0, 2, 1, 1])  # of five, the second smallest p counts four times
     assert f"a: AP +1.25 +- 0.80, p {4 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
+    listed = [("a", "up", "alone", "AP"), ("d", "young", "alone", "AP"), ("e", "never", "alone", "AP")]
+    head, _, a, d, e = study.readme_table(rows, listed, dict.fromkeys(["alone", "up", "young", "never"], range(1, 5))).split("\n")
+    assert a == "| a | 18.8 | 17.5 | +1.2 ± 0.8 | 4 | holds |"
+    assert d == "| d | 16.1 | 15.0 | +1.1 ± 0.6 | 2 | interim |" and e == "| e | | | | 0 | not run |"
     study.table("title", rows, ["alone", "up", "young"], ("AP",), "alone")
     head, alone, up, young = capsys.readouterr().out.strip().splitlines()
     assert 'against "alone"' in head and "17.50" in alone and up.endswith("+1.25 +- 0.80")
@@ -198,3 +202,10 @@ def test_readme_s_table_says_what_the_rows_say(script, without, with_it, key):
     before, after = (sum(of[arm, s] for s in seeds) / len(seeds) for arm in (without, with_it))
     line = next(x for x in (study.ROOT / "README.md").read_text().splitlines() if x.startswith(f"| `{script}.py`"))
     assert f"{before:.1f} → {after:.1f}, n = {len(seeds)} |" in line
+
+
+@pytest.mark.parametrize("name", ["crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"])
+def test_readme_has_every_claim_as_the_rows_have_it(name):
+    module = __import__(f"study_{name}")
+    rows = [json.loads(line) for line in (Path(__file__).parent / f"study_{name}.jsonl").read_text().splitlines()]
+    assert study.readme_table(rows, module.CLAIMS, module.SEEDS) in (study.ROOT / "README.md").read_text()

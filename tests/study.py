@@ -22,7 +22,7 @@ and no claim.
 
     python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
     python tests/study_NAME.py --report                                   # tables from the lines that are there
-    python tests/study.py                                                 # README.md's, of all five
+    python tests/study.py                                                 # those of STUDIES.md, of all five
 """
 import argparse
 import hashlib
@@ -148,8 +148,8 @@ def claims(rows, listed, planned):
         print(f"{c['verdict']:10s} {c['sentence']}: {c['key']} {said(gains)}{p}, up on {up} of {len(gains)} seeds")
 
 
-def readme_table(rows, listed, planned):
-    """The claims as README.md prints them."""
+def markdown(rows, listed, planned):
+    """The claims as STUDIES.md prints them."""
     lines = ["| claim | with | against | gain | seeds | |", "|---|---|---|---|---|---|"]
     for c in verdicts(rows, listed, planned):
         if not (gains := c["gains"]):
@@ -377,4 +377,4 @@ if __name__ == "__main__":
     for name in ("crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"):
         module = __import__(f"study_{name}")
         rows = [json.loads(line) for line in (ROOT / "tests" / f"study_{name}.jsonl").read_text().splitlines()]
-        print(f"\n**{name}.py**\n\n{readme_table(rows, module.CLAIMS, module.SEEDS)}")
+        print(f"\n**{name}.py**\n\n{markdown(rows, module.CLAIMS, module.SEEDS)}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """tests/study.py: the statistics of the studies, on numbers that a hand can check; its runs and rows."""
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import study  # noqa: E402
+
+STUDIES = Path(__file__).parent / "STUDIES.md"
 
 
 def rows_of(**arms):
@@ -50,7 +53,7 @@ def test_claims_and_tables(capsys):
     alone = study.p_value([1.0, 2, 1, 1])  # of five, the second smallest p counts four times
     assert f"a: AP +1.25 +- 0.80, p {4 * alone:.3f}, up on 4 of 4 seeds" in lines[0]
     listed = [("a", "up", "alone", "AP"), ("d", "young", "alone", "AP"), ("e", "never", "alone", "AP")]
-    head, _, a, d, e = study.readme_table(rows, listed, dict.fromkeys(["alone", "up", "young", "never"], range(1, 5))).split("\n")
+    head, _, a, d, e = study.markdown(rows, listed, dict.fromkeys(["alone", "up", "young", "never"], range(1, 5))).split("\n")
     assert a == "| a | 18.8 | 17.5 | +1.2 ± 0.8 | 4 | holds |"
     assert d == "| d | 16.1 | 15.0 | +1.1 ± 0.6 | 2 | interim |" and e == "| e | | | | 0 | not run |"
     study.table("title", rows, ["alone", "up", "young"], ("AP",), "alone")
@@ -201,11 +204,21 @@ def test_readme_s_table_says_what_the_rows_say(script, without, with_it, key):
     seeds = [s for a, s in of if a == with_it and (without, s) in of]
     before, after = (sum(of[arm, s] for s in seeds) / len(seeds) for arm in (without, with_it))
     line = next(x for x in (study.ROOT / "README.md").read_text().splitlines() if x.startswith(f"| `{script}.py`"))
-    assert f"{before:.1f} → {after:.1f}, n = {len(seeds)} |" in line
+    mean, half = study.interval(study.paired(rows, with_it, without, key))
+    assert f"{before:.1f} → {after:.1f} ({mean:+.1f} ± {half:.1f}" in line and f"), n = {len(seeds)} |" in line
 
 
 @pytest.mark.parametrize("name", ["crosskd", "hierkd", "dkdetr", "prototype_kd", "simple21k"])
-def test_readme_has_every_claim_as_the_rows_have_it(name):
+def test_studies_md_has_every_claim_as_the_rows_have_it(name):
     module = __import__(f"study_{name}")
     rows = [json.loads(line) for line in (Path(__file__).parent / f"study_{name}.jsonl").read_text().splitlines()]
-    assert study.readme_table(rows, module.CLAIMS, module.SEEDS) in (study.ROOT / "README.md").read_text()
+    assert study.markdown(rows, module.CLAIMS, module.SEEDS) in STUDIES.read_text()
+
+
+def test_readme_says_no_interval_that_studies_md_does_not():
+    """README's first page: bullets and cells with a mean and its half width."""
+    page = (study.ROOT / "README.md").read_text().split("## Quick start")[0]
+    found = re.findall(r"\d+\.\d ± \d+\.\d", page.replace("\n  ", " "))
+    known = STUDIES.read_text()
+    of_table = {"13.7 ± 4.3", "9.1 ± 1.9"}  # no claims; the test above has them
+    assert len(found) > 10 and [x for x in found if x not in known and x not in of_table] == []

@@ -87,7 +87,7 @@ from common.boxes import (assign_atss, assign_fcos, assign_max_iou, cells_inside
                           grid_points, overlap)
 from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eval_loader, find_coco,
                              own_files, parse_image_size, resize, train_loader)
-from common.evaluation import Detections, class_table, coco_evaluate
+from common.evaluation import Detections, class_table, coco_evaluate, judged
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, describe_model,
                         fast_layout, fused, gather, load_strict, number, open_run, open_table, parse, parser,
                         rebuilding, reduce_mean, rows, run_flags, saved_run, seed_all, started, tell_size,
@@ -1202,7 +1202,8 @@ def evaluate(model, val, rank, world, device, args, most=None):
     if rank != 0:
         return None, None
     count = min(len(val), most or len(val))
-    metrics = coco_evaluate(val.truth(rows=range(count)), results)
+    truth = val.truth(rows=range(count))
+    metrics = coco_evaluate(truth, judged(truth, results))
     metrics |= dict(score=metrics["AP"], images=count, seconds=time.time() - since)
     numbers = " ".join(f"{k} {metrics[k]:.1f}" for k in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     metrics["line"] = f"{count} images | {numbers} | {metrics['seconds']:.0f}s"

@@ -87,7 +87,7 @@ from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mas
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
                         fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
                         open_run, open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags,
-                        saved_run, seed_all, started, tell, to_device, warmup_multistep, wrap_ddp)
+                        saved_run, seed_all, started, tell, tell_seen, to_device, warmup_multistep, wrap_ddp)
 
 
 # ================================================================== the paper
@@ -1205,6 +1205,7 @@ def begin_as_copy(run):
     if not path or run.it > 0:  # resumed; at step 0 a kill came before the copy was saved
         return
     state, where = load_checkpoint(path, "dkdetr.py"), f"--from {path}"
+    tell_seen({*state.get("classes", ())} - {*state.get("novel", ())}, run.plain["novel"], where)
     if "optimizer" in state:
         run.load(state, where, copy=True)
     else:
@@ -1544,9 +1545,8 @@ def evaluate_file(args, rank, world, device):
         if getattr(args, flag):
             refuse_strange(getattr(args, f"{flag}_names"), val.records.classes, f"--{flag}", val.annotations)
     names = evaluated_names(args, val)  # what is wrong with them is told before CLIP is downloaded
-    again = {*class_split(args, val.records.categories)[1]} & {*names} & {*classes} - {*(model.novel or ())}
-    if again:
-        tell(f"scored as novel, though the checkpoint was trained on it: {', '.join(sorted(again)[:5])}")
+    novel = {*class_split(args, val.records.categories)[1]} & {*names}
+    tell_seen({*classes} - {*(model.novel or ())}, novel, f"--eval {args.eval}")
     strange = [n for n in val.records.classes if n not in names]
     if strange and args.val_json and not args.classes:
         tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "

@@ -96,7 +96,7 @@ from common.boxes import constant
 from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eval_loader, find_coco,
                              own_files, parse_image_size, read_annotations, read_json, read_voc, resize,
                              start_worker, to_corners, train_loader)
-from common.evaluation import Detections, class_table, coco_evaluate, voc_evaluate
+from common.evaluation import Detections, class_table, coco_evaluate, judged, voc_evaluate
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
                         describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, number, open_run, open_table, parse, parser, rebuilding, reduce_mean,
@@ -1646,7 +1646,7 @@ def evaluate(model, val, rank, world, device, args, most=None):
         return None, None
     count = min(len(val), most or len(val))
     truth = val.truth(rows=range(count))
-    metrics = coco_evaluate(truth, results)
+    metrics = coco_evaluate(truth, judged(truth, results))
     if args.dataset == "voc":
         voc = voc_evaluate(truth, results)
         metrics.update(VOC11=voc["AP11"], VOCarea=voc["AP"])

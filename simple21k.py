@@ -101,8 +101,8 @@ from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, De
 from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model,
                         fast_layout, fused, gather, given_flags, holds_run, load_checkpoint, load_strict,
                         number, open_run, open_table, parse, parser, reduce_mean, rows, run_flags,
-                        saved_flags, saved_run, seed_all, started, tell, to_device, warmup_multistep,
-                        wrap_ddp, write_whole)
+                        saved_flags, saved_run, seed_all, started, tell, tell_seen, to_device,
+                        warmup_multistep, wrap_ddp, write_whole)
 
 STRIDES = (4, 8, 16, 32)  # of P2 ... P5
 
@@ -1143,6 +1143,8 @@ def load_init(model, args, rank):
     for key, what in (("name", "backbone"), ("head", "head")):
         if arch[key] != ours[key] and not (key == "head" and arch["gap"]):
             raise UserError(f"{where}: has {what} {arch[key]}, this run {ours[key]}")
+    novel = [p for n, k in zip(ours["cls_names"], ours["pair"]) if k < 0 for p in n.split(", ")]
+    tell_seen({*arch["det"]} - {*ours["det"]} if arch["stage"] == 2 else (), novel, where)
     classifier = {k: state.pop(k) for k in ("cls.weight", "cls.bias") if k in state}
     if not (arch["gap"] or args.reinit_cls or not ours["cls"]):
         state |= classifier_of(classifier, arch["cls"], ours["cls"], where)

@@ -49,7 +49,7 @@ from torchvision.transforms.v2 import RandomPhotometricDistort, functional as TF
 
 from .run import UserError, tell
 
-RULES = 3  # version of the cleaning rules: caches of another version are made anew
+RULES = 4  # version of the cleaning rules: caches of another version are made anew
 
 
 # ------------------------------------------------------------------ where files are
@@ -277,6 +277,11 @@ FOUR = "expected four finite numbers x, y, width, height"
 CUT = "boxes over the border of their image, cut there"
 OUTSIDE = "boxes outside their image, left out"
 NO_SIZE = "images without a size, taken from the picture"
+IGNORED = "boxes that are to be ignored, taken as crowd"
+TWICE = "boxes that stand there twice"
+AGAIN = "images of a picture that another one has, too"
+ROTATED = "boxes with a rotation, which is not read"
+NO_AREA = "areas that are none, replaced by the box's"
 LEAST = 0.01  # pixels: as float32 in a large image, a shorter side would be nothing
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
@@ -357,6 +362,16 @@ def usable(polygon):
         return len(polygon) >= 6 and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
     except (TypeError, OverflowError):
         return False
+
+
+def flagged(value):
+    return value is True or as_number(value) not in (None, 0)
+
+
+def rotation_of(attributes):
+    """Degrees by which a tool (CVAT, Datumaro) has turned the box; 0 without."""
+    turned = attributes.get("rotation") if isinstance(attributes, dict) else 0
+    return (as_number(turned) or 0) % 360
 
 
 def outline_kind(outline):
@@ -464,13 +479,17 @@ class Collector:
             area = self.area_of(area)
         if type(crowd) is not int or not 0 <= crowd <= 1:
             crowd = self.crowd_of(a)
+        if "ignore" in a and not crowd and flagged(a["ignore"]):
+            crowd = self.count_one(IGNORED)
+        if "attributes" in a and rotation_of(a["attributes"]):
+            self.count_one(ROTATED)
         try:
             self.boxes.extend(box)
         except OverflowError:  # an integer of hundreds of digits
             self.box_of(a)
         self.areas.append(area)
         self.crowd.append(crowd)
-        self.difficult.append(a.get("difficult") is True or as_number(a.get("difficult")) not in (None, 0))
+        self.difficult.append(flagged(a.get("difficult")))
         self.outlines.append(outline_kind(a.get("segmentation")))
         self.spans.append(start)
         self.spans.append(end)
@@ -489,10 +508,14 @@ class Collector:
         """NaN stands for: as large as the box."""
         area = as_number(given)
         if area is None or area < 0:
-            self.count["areas that are none, replaced by the box's"] += given is not None
+            self.count[NO_AREA] += given is not None
             return math.nan
         self.count["areas given as text, read as numbers"] += 1
         return area
+
+    def count_one(self, reason):
+        self.count[reason] += 1
+        return 1
 
     def crowd_of(self, a):
         given = a.get("iscrowd")
@@ -523,12 +546,18 @@ class Collector:
         kept = kept[np.argsort(owner[kept], kind="stable")]  # image after image
         owner = owner[kept]
         categories, label = self.without_twins(categories, label[kept])
+        area = np.array(self.areas)[kept]
+        wrong = area > 1.5 * np.abs(np.array(self.boxes).reshape(-1, 4)[kept, 2:]).prod(1) + 1
+        area[wrong] = math.nan
+        self.count[NO_AREA] += int(wrong.sum())
+        self.count[TWICE] += int((~first_of_equals(owner, label, xywh[kept])).sum())
+        self.count[AGAIN] += len(self.images) - len({i[1] for i in self.images})
         code = np.array(self.outlines, np.int64)[kept]
         width, height = sizes[owner].astype(np.int64).T
         outline = np.where(code == height << 32 | width, 2, code == 1)
         arrays = dict(
             sizes=sizes, xywh=xywh[kept], label=label.astype(np.int32),
-            owner=owner.astype(np.int32), area=np.array(self.areas)[kept],
+            owner=owner.astype(np.int32), area=area,
             crowd=np.array(self.crowd, np.uint8)[kept],
             difficult=np.array(self.difficult, np.uint8)[kept],
             outline=outline.astype(np.uint8),
@@ -616,6 +645,16 @@ class Collector:
         return [categories[k] for k in rows], place[label]
 
 
+def first_of_equals(owner, label, xywh):
+    """(n,) bool: boxes that are not the second of equal ones, image, class and place; owner ascends."""
+    once = np.zeros(len(owner), bool)
+    ends = np.searchsorted(owner, np.arange(0, (int(owner[-1]) + 1 if len(owner) else 0) + 100_000, 100_000))
+    for start, end in zip(ends, ends[1:]):  # all 25 million of Objects365 at once: ten times the memory
+        fields = owner[start:end], label[start:end], xywh[start:end]
+        once[start + np.unique(np.column_stack(fields), axis=0, return_index=True)[1]] = True
+    return once
+
+
 def packed(name, parts):
     """The two arrays of a text field."""
     texts = Texts.of(parts)
@@ -698,8 +737,8 @@ class Records:
         return line + (" | " + "; ".join(counts) if counts else "")
 
     def warning(self):
-        """A line where many boxes leave their image, or are very small: the numbers may mean
-        something else. Or ""."""
+        """A line where the file may mean something else than it says: many boxes leave their image, are
+        very small or crowd, pictures stand there twice. Or ""."""
         outside = self.count.get(OUTSIDE, 0)
         beyond = outside + self.count.get(CUT, 0)
         small = int((self.xywh[:, 2:] < 1).any(1).sum())
@@ -711,6 +750,12 @@ class Records:
         if small > max(1, 0.1 * every):
             return (f"{head} {small:,} of {every:,} boxes are under 1 pixel; "
                     "are they fractions of the image instead of pixels?")
+        if AGAIN in self.count:
+            return (f"{head} {self.count[AGAIN]:,} {AGAIN}: were files joined? Each of them lacks the "
+                    "other's boxes; join their annotations under one id")
+        if (crowd := int(self.crowd.sum()) - self.count.get(IGNORED, 0)) > max(1, 0.1 * every):
+            return (f"{head} {crowd:,} of {every:,} boxes are iscrowd 1, which is not trained and hardly "
+                    "scored; some tools write it for every mask: then set it to 0")
         return ""
 
 
@@ -822,13 +867,9 @@ def objects365(records, folder):
     if lost > max(10, len(names) // 1000):
         raise UserError(f"{folder}: {lost} of {len(names)} images are missing; Objects365 v2 is "
                         "at https://www.objects365.org")
-    once = np.zeros(len(records.owner), bool)
-    for image in range(0, len(records), 100_000):  # of 1.7 million: sorting all takes ten times the memory
-        start, end = records.first[image], records.first[min(image + 100_000, len(records))]
-        fields = records.owner[start:end], records.label[start:end], records.xywh[start:end]
-        once[start + np.unique(np.column_stack(fields), axis=0, return_index=True)[1]] = True
+    once = first_of_equals(records.owner, records.label, records.xywh)
     again = int((~once).sum())
-    count = dict(records.count)
+    count = {reason: n for reason, n in records.count.items() if reason != TWICE}
     count |= {"images that are not on the disk, left out": lost} if lost else {}
     count |= {"boxes that are listed twice, once left out": again} if again else {}
     arrays = dict(records.arrays, **{name: getattr(records, name)[once] for name in BOX_FIELDS})
@@ -893,6 +934,7 @@ def as_pixels(image):
     if isinstance(image, np.ndarray):
         raise UserError("image: is a numpy array, BGR or RGB; give torch.from_numpy(RGB).permute(2, 0, 1)")
     if isinstance(image, Image.Image):
+        image.load()  # Pillow turns a TIFF itself then, and drops its orientation
         turn = orientation(image)
         image = image.transpose(TURNS[turn]) if turn in TURNS else image
         image = eight_bit(image, "image").convert("RGB")
@@ -961,6 +1003,8 @@ def eight_bit(image, path):
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image)
+    if image.format == "TIFF" and image.tag_v2.get(262) == 0 and image.mode.startswith("I;16"):
+        levels = 65535 - levels  # 0 is white; Pillow inverts 8 bits, but not 16
     if levels.size and not 0 <= levels.min() <= levels.max() <= 65535:
         raise UserError(f"{path}: holds grey levels {levels.min()} to {levels.max()}, more than "
                         "16 bit; convert it to 8 bit")
@@ -1131,7 +1175,7 @@ class CocoDataset(Dataset):
             needs = " (training needs annotated ones)" if self.train else ""
             raise UserError(f"{self.annotations}: no usable image{needs}")
         if not self.used[keep[records.owner]].any():
-            counts = {**records.count, **self.dropped}
+            counts = {k: n for k, n in records.count.items() if "left out" in k} | self.dropped
             reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items() if n)
             raise UserError(f"{self.annotations}: no box is left to "
                             f"{'train on' if self.train else 'evaluate'} "
@@ -1172,8 +1216,22 @@ class CocoDataset(Dataset):
         bare = np.setdiff1d(np.arange(len(self.classes)), self.held()[1]) if self.train else ()
         if len(bare):
             line += f" | {len(bare)} classes have no box, first {self.classes[bare[0]]}"
+        many = np.bincount(self.records.owner[self.used], minlength=1) > 100
+        if not self.train and many.any():
+            line += (f" | {many.sum():,} images have over 100 boxes; the metric takes 100 detections of an "
+                     "image, LVIS's 300")
         warning = self.records.warning()
         return f"{line}\n{warning}" if warning else line
+
+    def fingerprint(self):
+        """A number that another set of images and boxes hardly has."""
+        parts = self.records.ids.content, self.records.xywh, self.records.label, self.kept, self.used
+        return zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
+
+    def places(self):
+        """The paths of its pictures, as text."""
+        folder = os.path.realpath(self.folder)
+        return {f"{folder}/{self.records.names[row]}" for row in self.kept.tolist()}
 
     def truth(self, names=None, holding=False, rows=None, outlines=False):
         """What is evaluated against: the same records as a dict in COCO's format; image and
@@ -1334,12 +1392,26 @@ def respell(names, like):
     return answer if len(set(answer)) == len(names) else names
 
 
+def check_numbering(path, images, records, row_of):
+    """The images of a captions file are those of the records' ids: by file name, where it has names. 2014's
+    end as 2017's: COCO_val2014_000000522418.jpg."""
+    for i in images if isinstance(images, list) else ():
+        if not isinstance(i, dict) or not is_id(i.get("id")) or not isinstance(i.get("file_name"), str):
+            continue
+        row, theirs = row_of.get(i["id"]), Path(i["file_name"].replace("\\", "/")).stem
+        mine = theirs if row is None else Path(records.names[row]).stem
+        if not (theirs.endswith(mine) or mine.endswith(theirs)):
+            raise UserError(f"{path}: its image {show(i['id'])} is {theirs}, that of {records.path.name} is "
+                            f"{mine}; the ids of both files must be of one numbering")
+
+
 def read_captions(path, records):
     """For each image of the records the list of its sentences; images are found by id."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise UserError(f"{path}: no 'annotations' list; this is not COCO captions json")
     row_of = {records.image_id(i): i for i in range(len(records))}
+    check_numbering(path, content.get("images"), records, row_of)
     sentences = [[] for _ in range(len(records))]
     for c in content["annotations"]:
         if not isinstance(c, dict) or not is_id(c.get("image_id")):

@@ -190,6 +190,8 @@ def judged(truth, results):
     """LVIS-format files say for each image which classes were looked for: detections of others are neither
     right nor wrong, and left out. (not_exhaustive_category_ids are not read.)"""
     looked = {i["id"]: set(i["neg_category_ids"]) for i in truth["images"] if "neg_category_ids" in i}
+    if not looked:
+        return results
     for a in truth["annotations"]:
         if a["image_id"] in looked:
             looked[a["image_id"]].add(a["category_id"])

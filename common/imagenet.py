@@ -210,7 +210,7 @@ class ImageIndex:
     (rank > 0).
     """
 
-    VERSION = 2  # of the cache
+    VERSION = 3  # of the cache
     STRINGS = "all", "inner", "passed", "told"  # names in root, sub-folders, and see build
     FIELDS = *STRINGS, "stamps", "lengths", "inner_stamps", "labels", "names", "ends", "at", "size"
 
@@ -254,11 +254,16 @@ class ImageIndex:
 
     def choose(self, stems, classes, cached):
         """Keep the wanted classes that have images."""
+        from .datasets import plain_name
         wanted = set(stems if classes is None else classes)
         unknown = sorted(wanted - set(stems))
         if unknown:
             more = f" and {len(unknown) - 5} more of the list" if len(unknown) > 5 else ""
             raise UserError(f"{self.root}: has no class {show(', '.join(unknown[:5]))}{more}")
+        spelled = {}
+        for name in sorted(wanted):
+            if (other := spelled.setdefault(plain_name(name), name)) != name:
+                raise UserError(f"{self.root}: classes {show(other)} and {show(name)} are one; join them")
         held = np.bincount(cached["labels"], minlength=len(stems)) > 0
         self.empty = [n for n, h in zip(stems, held) if not h and n in wanted]
         kept = [k for k, n in enumerate(stems) if held[k] and n in wanted]
@@ -352,7 +357,7 @@ class ImageIndex:
         """What the cache holds, by walking over everything. passed: of each class without an image
         a file of another ending, if there is one; told: lines on what was left out."""
         names, labels, at, size = [], [], [], []
-        inner, inner_stamps, passed, odd, deeper = [], [], [], [], []
+        inner, inner_stamps, passed, odd, deeper, mixed = [], [], [], [], [], []
         now = self.state()
         bar = tqdm(desc=f"index of {self.root}", total=len(self.entries), leave=False,
                    mininterval=1, disable=self.quiet)
@@ -371,12 +376,16 @@ class ImageIndex:
                 deeper += [f"{entry.name}/{name}" for name, _, _ in found if "/" in name]
             if other and not found:
                 passed.append(f"{entry.name}/{other}")
+            mixed += [f"{entry.name}/{other}"] if other and found else []
         bar.close()
         if deeper and len(deeper) == len(labels):
             self.check_level(sorted(set(labels)))
         told = []
         if odd:
             told.append(f"{len(odd)} left out, first {show(odd[0][0])}, which {odd[0][1]}")
+        if mixed:
+            told.append(f"{len(mixed)} classes hold files of other endings, too, passed over, first "
+                        f"{show(mixed[0])}")
         if deeper:
             share = f"{len(deeper):,} of {len(names):,} images"
             told.append(f"{share} lie in sub-folders of their class's folder, as {show(deeper[0])}")

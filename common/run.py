@@ -1083,6 +1083,7 @@ class Run:
         self.every = args.eval_every or every or max(1, self.epochs // 12)
         self.it, self.best, self.best_epoch, self.due, self.complete = 0, -2.0, 0, False, False
         self.metrics, self.lr, self.data_time, self.eval_seconds = None, 0.0, 0.0, 0.0
+        self.judge = None  # fingerprint of what `best` was measured on
         self.signal, self.signal_time, self.training, self.handlers = None, 0.0, True, {}
         self.resumed = can_resume(self.out, args.resume, rank, device)
         if self.resumed:
@@ -1176,6 +1177,10 @@ class Run:
         if state["total_batch"] != self.total_batch:
             raise UserError(f"{where}: was trained with a total batch of {state['total_batch']}, this "
                             f"command has {self.total_batch}")
+        names = [(c.get("classes"), c.get("arch", {}).get("base")) for c in (state, self.plain)]
+        if not copy and names[0] != names[1]:
+            raise UserError(f"{where}: was trained on other classes, or in another order of their ids, than "
+                            "the data have now; start anew, or from its weights")
         for name, module in dict(self.parts, model=self.model).items():
             if name not in state:
                 raise UserError(f"{where}: lacks {name}, which these flags train")
@@ -1196,9 +1201,12 @@ class Run:
             group.update(values)
         self.it, self.state = state["it"], state  # for what a script keeps beside
         if not copy:
-            same = state["args"].get("val_json") == vars(self.args).get("val_json")
-            if same and math.isfinite(state["best"]):  # not of another validation set, or of none
+            self.judge = state.get("judge")
+            same = "judge" in state or state["args"].get("val_json") == vars(self.args).get("val_json")
+            if same and math.isfinite(state["best"]):  # inf: of no validation set
                 self.best, self.best_epoch = state["best"], state["best_epoch"]
+            if self.it % self.steps and state["args"].get("batch_size") != vars(self.args).get("batch_size"):
+                tell(f"{where}: other batches than before; of this epoch images may come twice, or not")
             self.complete = self.finished and not state["due"]  # evaluated anew, for who asks
             self.due = state["due"] or self.finished
             self.training = not self.due
@@ -1214,7 +1222,7 @@ class Run:
         if self.rank == 0:
             state |= dict(best=self.best, best_epoch=self.best_epoch, due=self.due, rng=rng,
                           total_batch=self.total_batch, args=vars(self.args),
-                          fixed=self.fixed)
+                          fixed=self.fixed, judge=self.judge)
             state |= {name: make() for name, make in self.beside.items()}
             save_checkpoint(state, path or self.out / "last.pt")
         elif first_not_finite(state):  # rank 0 says which
@@ -1287,10 +1295,19 @@ class Run:
 
     def describe(self, text, lr, base_lr, paper_batch, *datasets):
         """The lines before the first step: on what is learnt, what was repaired or left out there, at
-        which rate."""
+        which rate. datasets: for training, and last the validation set, or None."""
+        *seen, val = datasets
+        judge = val.fingerprint() if hasattr(val, "fingerprint") else None
+        if self.judge not in (None, judge):  # --resume with another validation set
+            self.best, self.best_epoch = -2.0, 0
+        self.judge = judge
         if self.rank == 0:
             for data in datasets:
                 print(data.report() if data else "no validation set: no evaluation, best.pt is the last")
+            places = [data.places() if hasattr(data, "places") else set() for data in (val, *seen)]
+            if both := places[0] & set().union(*places[1:]):
+                print(f"warning: {len(both):,} of {len(val):,} validation images are trained on, too; what "
+                      "is reported is no result", flush=True)
             each = self.total_batch // self.world // self.args.accumulate
             batch = f"batch {each} x {self.world} x {self.args.accumulate} = {self.total_batch}"
             rate = f"lr {base_lr:g} at {paper_batch} -> {lr:g}"
@@ -1326,6 +1343,13 @@ def check_teacher(metrics, args):
     if 0 <= metrics["AP"] < 1 and not args.no_teacher_check:  # -1: no box on these images
         raise UserError(f"--teacher {args.teacher or 'of shapes'}: {text}: wrong weights, other classes or "
                         "other pixels? --no-teacher-check goes on")
+
+
+def tell_seen(before, novel, what):
+    """Tells of names that count as novel, though a checkpoint was trained on boxes of them."""
+    plain = {n.replace("_", " ").casefold() for n in before}
+    if again := sorted(n for n in novel if n.replace("_", " ").casefold() in plain):
+        tell(f"{what}: was trained on {', '.join(again[:5])}, which count as novel here")
 
 
 def tell_size(arch, size, what):

@@ -38,7 +38,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, deform_conv2d, roi
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .boxes import constant
-from .run import UserError, check_ours, first_not_finite, read_file, rebuilding, script_of, why
+from .run import UserError, check_ours, first_not_finite, read_file, rebuilding, script_of, tell, why
 
 MMDET_URL = "https://download.openmmlab.com/mmdetection/v2.0/"
 RETINA_R50 = "retinanet/retinanet_r50_fpn_2x_coco/retinanet_r50_fpn_2x_coco_20200131-fdb43119.pth"
@@ -522,6 +522,35 @@ def guard(config, settings, where, whose="this script's detector", hint=""):
             raise UserError(f"{where}: its config has {setting}, which {whose} does not{hint}")
 
 
+PIXELS = dict(mean=[(123.675, 116.28, 103.53)], std=[(58.395, 57.12, 57.375)])
+ANCHORS = dict(  # of the coded boxes and of the anchors; strides: a backbone's, too
+    faster=dict(scales=[(8,)], ratios=[(0.5, 1, 2)], strides=[(4, 8, 16, 32, 64), (1, 2, 2, 2)],
+                target_stds=[(1, 1, 1, 1), (0.1, 0.1, 0.2, 0.2)]),
+    retinanet=dict(octave_base_scale=[(4,)], scales_per_octave=[(3,)], ratios=[(0.5, 1, 2)],
+                   strides=[(8, 16, 32, 64, 128), (1, 2, 2, 2)], target_stds=[(1, 1, 1, 1)]),
+    atss=dict(octave_base_scale=[(8,)], scales_per_octave=[(1,)], ratios=[(1,)],
+              strides=[(8, 16, 32, 64, 128), (1, 2, 2, 2)], target_stds=[(0.1, 0.1, 0.2, 0.2)]))
+ANCHORS["gfl"] = {k: v for k, v in ANCHORS["atss"].items() if k != "target_stds"}
+THIRD = (0.033, 0.033, 0.067, 0.067)  # of a cascade's heads
+ANCHORS["cascade"] = ANCHORS["faster"] | dict(
+    target_stds=[*ANCHORS["faster"]["target_stds"], (0.05, 0.05, 0.1, 0.1), THIRD])
+
+
+def guard_numbers(config, settings, where):
+    """Refuses a config that gives one of `settings`, {name: tuples that are ours}, other numbers. Where there
+    is no config, that is told."""
+    if not config:
+        tell(f"{where}: holds no config; its anchors, box coding and pixels are taken for the usual ones")
+    for name, ours in settings.items():
+        pattern = rf"(?<!\w){name}\\?['\"]?\s*[=:,]\s*[\[(]?\s*(-?[\d.]+(?:\s*,\s*-?[\d.]+)*)"
+        for found in re.findall(pattern, config):
+            numbers = tuple(float(x) for x in re.findall(r"-?\d*\.?\d+", found))
+            alike = [tuple(map(float, x)) for x in ours if len(x) == len(numbers)]  # an init's std is one number
+            if alike and numbers not in alike:
+                usual = ", ".join(f"{x:g}" for x in alike[0])
+                raise UserError(f"{where}: its config has {name}={found}, this script's detector {usual}")
+
+
 # ------------------------------------------------------------------ key rules
 
 def first_fit(key, rules):
@@ -674,10 +703,10 @@ def read_dense(spec, flag, script):
     arch = infer_arch(content, where)
     # what the keys cannot tell: these variants have the same names and shapes
     style = "style='pytorch'" if arch["kind"] == "fcos" else "style='caffe'"
-    others = dict(retinanet=("target_stds=[0.1", "octave_base_scale=2", "octave_base_scale=8"),
-                  atss=("target_stds=[1.0",))  # of the coded boxes, of the anchors
-    settings = ("norm_on_bbox=True", "centerness_on_reg=True", style, *others.get(arch["kind"], ()))
+    settings = ("norm_on_bbox=True", "centerness_on_reg=True", style)
     guard(config_of(*meta), settings, where, f"this script's {arch['kind']}")
+    if arch["kind"] != "fcos":
+        guard_numbers(config_of(*meta), ANCHORS[arch["kind"]] | PIXELS, where)
     return where, arch, from_mmdet(content), classes_of(*meta), (None, None)
 
 
@@ -781,7 +810,10 @@ def read_torchvision(spec, flag, script):
         return where, torchvision_arch(spec), state, (None, None)
     name, count, state = to_torchvision(state, where)
     # what the keys cannot tell: BGR pixels and other strides
-    guard(config_of(meta), ("style='caffe'",), where, f"this script's {name}", "; use one in pytorch's style")
+    settings = "style='caffe'", "to_rgb=False", "bgr_to_rgb=False"
+    guard(config_of(meta), settings, where, f"this script's {name}", "; use one in pytorch's style")
+    kind = dict(retina="retinanet").get(name.split("_")[0], name.split("_")[0])
+    guard_numbers(config_of(meta), ANCHORS[kind] | PIXELS, where)
     classes, first = classes_of(meta), 0 if name.startswith("retina") else 1
     arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
                 columns=list(range(first, first + count)), outputs=first + count)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import common.datasets as datasets
-from common.datasets import (CocoDataset, collate, eval_loader, find_coco, own_files,
+from common.datasets import (CocoDataset, as_pixels, collate, eval_loader, find_coco, own_files,
                              picture_size, read_annotations, read_image, read_json, read_voc,
                              records_of, require_lvis, stream_json, train_loader)
 from common.evaluation import coco_evaluate, encode_mask, lvis_evaluate, voc_evaluate
@@ -623,6 +623,92 @@ def test_sizes_as_text_and_floats_are_read(world):
         i["width"] = width(i["width"])
     data = world.dataset()
     assert perfect(data) and data.records.count == {"sizes given as text, read as numbers": 2}
+
+
+def test_areas_beyond_the_box_are_those_of_the_boxes(world):
+    each(world.annotations, "area", lambda k, e: 10.0 * e["bbox"][2] * e["bbox"][3] + 9 if k < 3 else e["area"])
+    data = world.dataset()
+    assert data.records.count["areas that are none, replaced by the box's"] == 3
+    for a in data.truth()["annotations"]:
+        assert a["area"] <= 1.5 * a["bbox"][2] * a["bbox"][3] + 1
+
+
+# ------------------------------------------------------------------ what other tools write
+
+def test_boxes_to_be_ignored_are_crowd(world):
+    """mmdetection leaves "ignore" out of training; pycocotools overwrites it."""
+    single = [a for a in world.annotations if not a["iscrowd"]]
+    for a, value in zip(single, (1, True, "1", 0, False, None)):
+        a["ignore"] = value
+    data = world.dataset(train=True)
+    assert data.records.count["boxes that are to be ignored, taken as crowd"] == 3
+    assert len(data.records.xywh) - data.records.crowd.sum() == len(single) - 3
+
+
+def test_boxes_that_stand_there_twice_are_told(world):
+    assert "twice" not in world.dataset().report()
+    twin = dict(world.annotations[0], id=9001)
+    other = dict(world.annotations[0], id=9002, category_id=world.categories[-1]["id"])
+    world.annotations += [twin, dict(twin, id=9003), other]
+    assert "2 boxes that stand there twice" in world.dataset().report()
+
+
+def test_a_picture_under_two_ids_is_warned_of(world):
+    world.images.append(dict(world.images[0], id=777, file_name=f"./{world.images[0]['file_name']}"))
+    warning = world.dataset().report().split("\n")[1]
+    assert warning.startswith("warning: ") and "1 images of a picture that another one has, too" in warning
+
+
+def test_masks_that_a_tool_calls_crowd_are_warned_of(world):
+    assert "\n" not in world.dataset().report()
+    each(world.annotations, "iscrowd", lambda k, e: int(k % 2))
+    assert "boxes are iscrowd 1" in world.dataset().report().split("\n")[1]
+
+
+def test_a_rotation_is_told(world):
+    each(world.annotations, "attributes", lambda k, e: dict(occluded=False, rotation=(0.0, 90.0, "0", 360)[k % 4]))
+    assert world.count()["boxes with a rotation, which is not read"] == len(world.annotations[1::4])
+
+
+def test_more_objects_than_the_metric_takes_are_told(world):
+    for k in range(101):
+        world.add([k * 0.5, 5, 20, 20])
+    assert "1 images have over 100 boxes" in world.dataset().report() and "over 100" not in world.dataset(train=True).report()
+
+
+@pytest.mark.parametrize("name, fits", [
+    ("{0}", True), ("COCO_val2014_{0}", True), ("sub\\\\{0}", True), ("other.jpg", False)])
+def test_captions_of_another_numbering_are_refused(world, tmp_path, name, fits):
+    key, file = world.images[0]["id"], world.images[0]["file_name"]
+    captions = dict(images=[dict(id=key, file_name=name.format(file)), dict(id=12345, file_name="x.jpg")],
+                    annotations=[dict(image_id=key, caption="a kitchen")])
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    if fits:
+        assert ["a kitchen"] in world.dataset(captions=tmp_path / "captions.json").captions
+    else:
+        text = error_of(lambda: world.dataset(captions=tmp_path / "captions.json"))
+        assert f"its image {key} is other, that of own.json is" in text
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_tiff_is_turned_once_whoever_opens_it(tmp_path, orientation):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.tif", exif=exif)
+    read = np.asarray(read_image(tmp_path / "a.tif", quiet=True))
+    assert read.shape[:2] == ((40, 60) if orientation == 3 else (60, 40))
+    for image in (tmp_path / "a.tif", Image.open(tmp_path / "a.tif")):
+        assert np.array_equal(as_pixels(image).permute(1, 2, 0).numpy(), read)
+
+
+def test_16_bits_of_which_0_is_white_are_inverted(tmp_path):
+    levels = np.full((40, 60), 60000, np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == 0 and np.asarray(image).max() == 60000  # stored so, and Pillow inverts nothing
+    assert np.unique(np.asarray(read_image(tmp_path / "a.tif"))) == [22]  # (65535 - 60000) / 257
 
 
 @pytest.mark.parametrize("value", [-640, 640.5, "wide", "-5", True, [640], math.nan, 10**7], ids=str)

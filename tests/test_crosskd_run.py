@@ -291,6 +291,26 @@ def test_ground_truth_is_perfect_in_this_scripts_evaluation(own, monkeypatch):
     assert metrics["AP"] == pytest.approx(100) and metrics["images"] == 8 and len(results) > 8
 
 
+@pytest.mark.parametrize("federated", [False, True])
+def test_classes_that_nobody_looked_for_are_not_judged_in_lvis_files(own, tmp_path, monkeypatch, federated):
+    """The boxes of one class are gone from every other image, the detector finds them."""
+    flags = ["--train-json", *map(str, own.train[1:]), "--val-images", str(own.val[3]), "--image-size", "96", "--workers", "0"]
+    args = crosskd.parse_args([*flags, "--val-json", str(own.json)])
+    every = {i: (torch.from_numpy(boxes), torch.ones(len(labels)), torch.from_numpy(labels))
+             for i, _, _, _, boxes, labels in crosskd.make_data(args, "val", "gfl", like=own.classes).items}
+    content = json.loads(Path(own.json).read_text())
+    gone = {i["id"] for i in content["images"][::2]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in gone or a["category_id"] != 5]
+    for i in content["images"] if federated else ():
+        i["neg_category_ids"] = []
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    args = crosskd.parse_args([*flags, "--val-json", str(tmp_path / "few.json")])
+    few = crosskd.make_data(args, "val", "gfl", like=own.classes)
+    monkeypatch.setattr(crosskd, "run_detector", lambda model, batch, amp: [every[batch["image_ids"][0]]])
+    metrics, results = crosskd.evaluate(torch.nn.Identity(), few, 0, 1, torch.device("cpu"), args)
+    assert (metrics["AP"] == pytest.approx(100)) == federated and len(results) == sum(len(k) for *_, k in every.values())
+
+
 def test_without_a_validation_set_a_run_trains_says_so_and_best_is_the_last(own, tmp_path):
     base = [*own.train, "--student", "gfl_tiny8", "--method", "none", "--image-size", "96", "--workers", "0",
             "--init", "none", "--batch-size", 4, "--max-iters", 7]

@@ -196,7 +196,9 @@ def test_what_is_trained_is_base_in_the_validation_file_too_and_a_resumed_run_ke
     assert all(n in r.stderr for n in NOVEL) and f"not in {tmp_path / 'five.json'}, so scored as novel" in r.stderr
     assert set(torch.load(tmp_path / "a/best.pt", weights_only=True)["novel"]) == {*NOVEL}
     r = run("--eval", tmp_path / "a/last.pt", *files[4:], "--workers", 0, "--novel", "person,cat", "--out", tmp_path / "e")
-    assert "scored as novel, though the checkpoint was trained on it: person\n" in r.stderr
+    assert "was trained on person, which count as novel here\n" in r.stderr
+    r = run(*five, *SMALL, "--clip", clip_file, "--novel", "person", "--from", tmp_path / "a/best.pt", "--max-iters", 1, "--out", tmp_path / "f")
+    assert f"--from {tmp_path / 'a/best.pt'}: was trained on person, which count as novel here\n" in r.stderr
     made, asked = dkdetr.text_matrix, []
     monkeypatch.setattr(dkdetr, "text_matrix", lambda clip, names, *of, **how: asked.append(names) or made(clip, names, *of, **how))
     run(*five, *SMALL, "--clip", clip_file, "--train-vocab", "all", "--max-iters", 1, "--out", tmp_path / "c")

@@ -420,6 +420,22 @@ def test_folder_and_tar_of_one_class_are_refused(tmp_path):
         ImageIndex(root)
 
 
+def test_two_spellings_of_one_class_are_refused(tmp_path):
+    """Neither would be paired with the boxes' "hot dog"."""
+    root = folders(tmp_path / "a", {"hot_dog": 1, "Hot dog": 1, "cat": 1})
+    with pytest.raises(UserError, match="classes Hot dog and hot_dog are one; join them"):
+        ImageIndex(root)
+    assert ImageIndex(root, ["cat", "hot_dog"]).classes == ["cat", "hot_dog"]
+
+
+def test_files_of_other_endings_beside_images_are_told(tmp_path, capsys):
+    root = folders(tmp_path / "in", {"n1": 1, "n2": 1})
+    (root / "n2" / "x.tif").write_bytes(b"II")
+    for _ in range(2):  # from the walk, from the cache
+        assert len(ImageIndex(root)) == 2
+        assert "1 classes hold files of other endings, too, passed over, first n2/x.tif" in capsys.readouterr().out
+
+
 def test_a_benchmark_drawn_from_a_tar_is_left_out_of_the_folder_and_the_other_way_round(tmp_path):
     tar, folder = ImageIndex(folders(tmp_path / "t", {"n1": 3, "n2": 1}, tar=["n1"])), ImageIndex(folders(tmp_path / "f", {"n1": 3, "n2": 1}))
     ours, theirs = names(tar), names(folder)

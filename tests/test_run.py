@@ -769,14 +769,14 @@ def test_a_run_needs_no_git(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ a run
 
-def small_run(out, total_batch=2, batches=10, **flags):
+def small_run(out, total_batch=2, batches=10, plain={}, **flags):
     """A Run of one linear layer, `batches` an epoch."""
     values = dict(out=str(out), accumulate=1, epochs=3, max_iters=None, eval_every=None, log_every=1000, save_every=5, resume=False, val_json=None)
     args = argparse.Namespace(**values | flags)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     open_run(args, 0, args.resume)
-    return run.Run(args, model, optimizer, dict(script="crosskd.py", arch={}), batches, total_batch, 0, 1, torch.device("cpu"))
+    return run.Run(args, model, optimizer, dict(script="crosskd.py", arch={}) | plain, batches, total_batch, 0, 1, torch.device("cpu"))
 
 
 class Plan:
@@ -811,13 +811,56 @@ def test_best_is_forgotten_where_the_validation_set_is_another_one(tmp_path):
     assert it.best == float("inf")
     it.release()
     again = small_run(tmp_path, resume=True, val_json="b.json")
+    again.describe("x", 1, 1, 2, Photos("a", "1.jpg"), Photos("b", "2.jpg"))
     assert (again.it, again.best) == (10, -2.0)
     again.best = 31.0
     again.save()
     again.release()
-    same, other = (small_run(tmp_path, resume=True, val_json=name) for name in ("b.json", "c.json"))
-    assert (same.best, other.best) == (31.0, -2.0)
-    same.release(), other.release()
+    for name, val, best in (("b.json", "b", 31.0), ("elsewhere/b.json", "b", 31.0), ("b.json", "c", -2.0)):
+        same = small_run(tmp_path, resume=True, val_json=name)  # what is in the file counts, not its name
+        same.describe("x", 1, 1, 2, Photos("a", "1.jpg"), Photos(val, "2.jpg"))
+        assert same.best == best
+        same.release()
+
+
+class Photos(list):
+    """A data set for Run.describe."""
+
+    def __init__(self, number, *places):
+        super().__init__(places)
+        self.fingerprint, self.places, self.report = lambda: number, lambda: {*places}, lambda: "a line"
+
+
+def test_validation_images_that_are_trained_on_are_told(tmp_path, capsys):
+    it = small_run(tmp_path)
+    it.describe("x", 1, 1, 2, Photos("a", "/1.jpg", "/2.jpg"), Photos("b", "/2.jpg", "/3.jpg"))
+    assert "warning: 1 of 2 validation images are trained on, too" in capsys.readouterr().out
+    it.describe("x", 1, 1, 2, Photos("a", "/1.jpg"), Photos("b", "/3.jpg"))
+    it.describe("x", 1, 1, 2, Photos("a", "/1.jpg"), None)
+    assert "warning" not in capsys.readouterr().out
+    it.release()
+
+
+@pytest.mark.parametrize("kind", ["classes", "base"])
+def test_resume_with_other_classes_or_another_order_of_them_is_refused(tmp_path, kind):
+    """A file exported anew gives its categories other ids: each output would get another name."""
+    plain = lambda *names: dict(classes=[*names]) if kind == "classes" else dict(arch=dict(base=[*names]))
+    it = small_run(tmp_path, plain=plain("cat", "dog"))
+    it.release()
+    small_run(tmp_path, resume=True, plain=plain("cat", "dog")).release()
+    text = error_of(lambda: small_run(tmp_path, resume=True, plain=plain("dog", "cat")))
+    assert "was trained on other classes, or in another order" in text
+
+
+def test_resume_in_mid_epoch_with_other_batches_is_told(tmp_path, capsys):
+    it = small_run(tmp_path, batch_size=2)
+    steps(it, 3)
+    it.save()
+    it.release()
+    small_run(tmp_path, resume=True, batch_size=2).release()
+    assert "other batches" not in capsys.readouterr().err
+    small_run(tmp_path, resume=True, batch_size=1).release()
+    assert "other batches than before" in capsys.readouterr().err
 
 
 def test_a_loader_that_ends_too_early_is_no_endless_loop(tmp_path):

@@ -654,6 +654,15 @@ def test_stage_two_takes_everything_of_stage_one(tmp_path, capsys):
     assert "loaded body, fpn, head | new box, cls, det, fg, rpn" in capsys.readouterr().out
 
 
+def test_novel_classes_that_had_boxes_before_are_told(tmp_path, capsys):
+    """Stage II from an earlier detector, whose boxes knew d1: without boxes now it is not novel."""
+    for stage, told in ((2, True), (1, False)):  # stage I sees no box, whatever its list says
+        changes = dict(cls_names=["d0", "d1, dee", "c2", "c3", "c4"], det=["d0"], pair=[0, -1, -1, -1, -1])
+        _, second, path = init_from(tmp_path, arch_of(stage=stage, det=2), **changes)
+        load_init(second, flags("--stage", "2", "--init", str(path)), 0)
+        assert ("was trained on d1, which count as novel here" in capsys.readouterr().err) == told
+
+
 def test_pooled_classifier_gives_its_backbone_only(tmp_path, capsys):
     first, second, path = init_from(tmp_path, arch_of(stage=1, gap=True))
     assert isinstance(first, PooledClassifier) and isinstance(simple21k.load(path)[0], PooledClassifier)

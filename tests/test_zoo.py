@@ -28,9 +28,9 @@ from torchvision.models import swin_transformer
 from torchvision.models.detection.image_list import ImageList
 
 from common import run, zoo
-from common.zoo import (CROSSKD_ZOO, PROTOTYPE_ZOO, AlignedPool, CascadeHeads, DeformConv,
+from common.zoo import (ANCHORS, CROSSKD_ZOO, PIXELS, PROTOTYPE_ZOO, AlignedPool, CascadeHeads, DeformConv,
                         ExactAnchors, Inert, PlainP6P7, always_shift, by_patches, classes_of,
-                        config_of, digits_of, fetch, from_mmdet, guard, imagenet_state, infer_arch,
+                        config_of, digits_of, fetch, from_mmdet, guard, guard_numbers, imagenet_state, infer_arch,
                         load_any, read_foreign, rename, strip_prefixes, to_dkdetr, to_torchvision,
                         zoo_path)
 from common.run import UserError
@@ -578,6 +578,35 @@ def test_variants_are_found_however_the_config_spells_them(tmp_path, config, key
     "{'norm_on_bbox': False, 'x': True}"])
 def test_other_settings_are_no_variant(config):
     assert guard(config, ("norm_on_bbox=True", "style='caffe'"), "x") is None  # no refusal
+
+
+RETINANET = dict(
+    model=dict(
+        backbone=dict(type="ResNet", strides=(1, 2, 2, 2), style="pytorch"),
+        bbox_head=dict(
+            init_cfg=dict(type="Normal", layer="Conv2d", std=0.01),
+            anchor_generator=dict(octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32, 64, 128]),
+            bbox_coder=dict(target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[1.0, 1.0, 1.0, 1.0]))),
+    pipeline=[dict(type="RandomChoiceResize", scales=[(1333, 640), (1333, 800)])],
+    img_norm_cfg=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True))
+
+
+@pytest.mark.parametrize("text", [repr, json.dumps, lambda c: json.dumps(json.dumps(c)), lambda c: re.sub(r"'(\w+)': ", r"\1=", repr(c))])
+def test_a_config_with_other_anchors_box_coding_or_pixels_is_refused(text):
+    ours = ANCHORS["retinanet"] | PIXELS
+    config = text(RETINANET)
+    guard_numbers(config, ours, "x")
+    for name, numbers in (("octave_base_scale", 3), ("ratios", [0.2, 1.0, 5.0]), ("target_stds", [0.1, 0.1, 0.2, 0.2]), ("mean", [0, 0, 0]), ("strides", (1, 2, 2, 1))):
+        other = text(json.loads(json.dumps(RETINANET)) | {name: numbers})
+        assert f"x: its config has {name}=" in error_of(lambda: guard_numbers(other, ours, "x"))
+
+
+def test_without_a_config_it_is_told_that_anchors_are_the_usual_ones(capsys):
+    guard_numbers("", ANCHORS["faster"] | PIXELS, "--teacher w.pth")
+    assert "--teacher w.pth: holds no config; its anchors" in capsys.readouterr().err
+    guard_numbers("scales=[8], ratios=[0.5, 1.0, 2.0], target_stds=[0.1, 0.1, 0.2, 0.2]", ANCHORS["faster"], "x")
+    assert "scales=2" in error_of(lambda: guard_numbers("scales=[2]", ANCHORS["faster"], "x"))
+    guard_numbers("target_stds=[0.033, 0.033, 0.067, 0.067]", ANCHORS["cascade"], "x")
 
 
 def test_a_file_without_config_has_none():

@@ -920,7 +920,7 @@ def test_wrong_p6_shape_in_an_mmdet_file_is_named(golden, own, tmp_path):
     keys = json.loads((golden / "mmdet_keys/retinanet_r18.json").read_text())
     state = {k: torch.zeros(s, dtype=getattr(torch, d)) for k, (s, d) in keys.items()}
     state["neck.fpn_convs.3.conv.weight"] = torch.zeros(256, 300, 3, 3)
-    torch.save({"meta": {}, "state_dict": state}, tmp_path / "p6.pth")
+    torch.save({"meta": {"config": "a"}, "state_dict": state}, tmp_path / "p6.pth")
     assert "p6.weight (256, 300, 3, 3) instead of (256, 512, 3, 3)" in fails("--eval", tmp_path / "p6.pth",
         *own.val, "--out", tmp_path / "o")
 
@@ -929,7 +929,7 @@ def test_missing_key_in_an_mmdet_file_is_named(golden, own, tmp_path):
     keys = json.loads((golden / "mmdet_keys/retinanet_r18.json").read_text())
     state = {k: torch.zeros(s, dtype=getattr(torch, d)) for k, (s, d) in keys.items()}
     del state["bbox_head.cls_convs.2.conv.bias"]
-    torch.save({"meta": {}, "state_dict": state}, tmp_path / "k.pth")
+    torch.save({"meta": {"config": "a"}, "state_dict": state}, tmp_path / "k.pth")
     assert "1 missing (first head.cls_tower.2.conv.bias)" in fails("--eval", tmp_path / "k.pth", *own.val,
                                                                    "--out", tmp_path / "o")
 

@@ -545,7 +545,7 @@ def guard_numbers(config, settings, where):
         pattern = rf"(?<!\w){name}\\?['\"]?\s*[=:,]\s*[\[(]?\s*(-?[\d.]+(?:\s*,\s*-?[\d.]+)*)"
         for found in re.findall(pattern, config):
             numbers = tuple(float(x) for x in re.findall(r"-?\d*\.?\d+", found))
-            alike = [tuple(map(float, x)) for x in ours if len(x) == len(numbers)]  # an init's std is one number
+            alike = [tuple(map(float, x)) for x in ours if len(x) == len(numbers)]  # not an init's std=0.01
             if alike and numbers not in alike:
                 usual = ", ".join(f"{x:g}" for x in alike[0])
                 raise UserError(f"{where}: its config has {name}={found}, this script's detector {usual}")

@@ -1072,9 +1072,9 @@ def prompt_name(name, style="clean"):
     """A dataset's class name as a person would say it; "raw": as the file has it."""
     if style == "raw":
         return name
-    joined = dict(diningtable="dining table", pottedplant="potted plant", tvmonitor="tv monitor",
-                  Bakset="basket")
-    name = joined.get(name, name).replace("_", " ").replace("/", " or ").replace("Moniter", "monitor")
+    joined = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor",
+              "Bakset": "basket", "Moniter/TV": "monitor or TV"}
+    name = re.sub(r"(?<=\w\w)/(?=\w\w)", " or ", joined.get(name, name).replace("_", " "))  # not w/o
     return " ".join(re.sub(r"\((.*?)\)", r" \1", name).split())
 
 

@@ -97,8 +97,8 @@ from common.datasets import (CocoDataset, as_pixels, check_classes, collate, eva
                              own_files, parse_image_size, read_annotations, read_json, read_voc, resize,
                              start_worker, to_corners, train_loader)
 from common.evaluation import Detections, class_table, coco_evaluate, judged, voc_evaluate
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, dash,
-                        describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, checksum,
+                        dash, describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, number, open_run, open_table, parse, parser, rebuilding, reduce_mean,
                         rows, run_flags, saved_run, seed_all, started, tell_size, to_device,
                         warmup_multistep, with_defaults, wrap_ddp)
@@ -1412,9 +1412,17 @@ def reported(args, distiller):
 
 
 def keep_beside(run, bank, device):
-    """last.pt also says whether the run is finished, and holds the prototypes, of an earlier step, which a
-    run that was cut off goes on with."""
+    """last.pt also says whether the run is finished and with which weights it began, which must be those of
+    its control, and holds the prototypes, of an earlier step, which a run that was cut off goes on with."""
     run.beside["finished"] = lambda: run.finished and not run.due
+    begun = run.state.get("begun") if run.resumed else checksum(run.model.state_dict())
+    run.beside["begun"] = lambda: begun
+    folder = control_folder(run.args)
+    there = run.args.control != "none" and (folder / "last.pt").exists()
+    theirs = load_checkpoint(folder / "last.pt").get("begun") if there else None
+    if begun and theirs and begun != theirs:
+        raise UserError(f"--control {folder}: did not begin with the weights that --init {run.args.init} "
+                        "holds now; run it anew")
     if bank:
         run.beside["bank"] = bank.tensors
         if run.resumed and run.state.get("bank"):

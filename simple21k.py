@@ -1022,13 +1022,19 @@ def boxes_data(args, arch, quiet):
     if twice:
         raise UserError(f"{args.val_json}: two classes are called {twice[0]}, but for capitals and "
                         "underscores")
-    known = Vocabulary(arch, "cpu").of(records.categories)
+    vocabulary = Vocabulary(arch, "cpu")
+    known = vocabulary.of(records.categories)
     if not known:
         raise UserError(f"{args.val_json}: none of its classes is known to the model, by name")
     unknown = [n for n in names if n not in known]
     if unknown and not quiet:
         print(f"{args.val_json}: {len(unknown):,} of its {len(names):,} classes are not known to the model "
               f"and are not scored, first {unknown[0]}", flush=True)
+    free = [n for n, k in known.items() if not vocabulary.base[k]]
+    several = [n for n in free if sum(n in called for called in vocabulary.known_as) > 1]
+    if several and not quiet:
+        print(f"{args.val_json}: {are(several)} the name of several classes of the model; the first is "
+              f"scored as {vocabulary.names[known[several[0]]]}", flush=True)
     lvis = any(lists) or any("frequency" in c for c in records.categories)
     if lvis:
         require_lvis(records)

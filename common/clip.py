@@ -213,10 +213,14 @@ class FrozenCLIP:
         twice = sorted({n for n in clean if clean.count(n) > 1})
         if twice:
             raise UserError(f"class list: {', '.join(twice)} occurs twice")
+        read = {}  # tokens: CLIP's tokenizer knows no capitals, so "Helmet" and "helmet" share a row
+        tokenizer = partial(self.tokenizer, context_length=self.model.context_length)
+        for name, tokens in zip(clean, tokenizer(clean).tolist()):
+            if (other := read.setdefault(tuple(tokens), name)) != name:
+                raise UserError(f"class list: CLIP reads {other!r} and {name!r} alike; rename or join them")
         path = Path(cache) / f"text-{self.text_key(clean, templates)}.pt" if cache else None
         if path and path.exists():
             return read_file(path).to(self.device)
-        tokenizer = partial(self.tokenizer, context_length=self.model.context_length)
         at_once = max(1, 256 // len(templates))
         text = open_clip.build_zero_shot_classifier(
             self.model, tokenizer, clean, tuple(templates), at_once, self.device).T.float().contiguous()
@@ -277,9 +281,11 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
     if model_name not in open_clip.list_models() or not weights:
         raise UserError(f"--clip {spec}: expected MODEL/WEIGHTS of open_clip, "
                         "as ViT-B-32-quickgelu/openai")
-    if weights == "openai" and "quickgelu" not in model_name:
-        raise UserError(f"--clip {spec}: OpenAI's weights were trained with QuickGELU; "
-                        f"use {model_name}-quickgelu/openai")
+    tag, twin = open_clip.get_pretrained_cfg(model_name, weights), twin_of(model_name)  # tag: {} of a file
+    quick = bool(tag.get("quick_gelu"))
+    if tag and twin in open_clip.list_models() and quick != activation_of(model_name):
+        kind = "QuickGELU" if quick else "plain GELU"
+        raise UserError(f"--clip {spec}: these weights were trained with {kind}; use {twin}/{weights}")
     try:
         model = open_clip.create_model(model_name, pretrained=weights)
     except Exception as e:  # each of its download routes fails with another exception
@@ -287,6 +293,8 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
         raise UserError(f"--clip {spec}: cannot be loaded ({reason}). Offline? Fetch the weights "
                         f"elsewhere and give {model_name}/PATH") from None
     refuse_nan(model, f"--clip {spec}")
+    if Path(weights).is_file():
+        open_clip.set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | pixels_of(spec))
     return FrozenCLIP(model, open_clip.get_tokenizer(model_name), spec, device)
 
 
@@ -304,17 +312,47 @@ def cut_names(clip, names, templates=TEMPLATES):
     return [name for name, cut in zip(names, beyond) if cut]
 
 
+def activation_of(model):
+    """Whether open_clip builds this model with QuickGELU."""
+    return bool(open_clip.get_model_config(model).get("quick_gelu"))
+
+
+def twin_of(model):
+    """Name of the model with the other activation."""
+    return model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
+
+
+def pixels_of(spec):
+    """dict(mean, std) that the weights of MODEL/FILE were trained with: of open_clip_config.json beside the
+    file, or of the tag that its name holds. Else OpenAI's, which is told where not all of the model's have
+    them."""
+    model, _, file = spec.partition("/")
+    config = Path(file).parent / "open_clip_config.json"
+    if config.is_file():
+        with suppress(ValueError, AttributeError):
+            found = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg", {})
+            return {k: tuple(found[k]) for k in ("mean", "std") if k in found}
+    stem, known = Path(file).stem.lower().replace("-", "_"), {}
+    for tag in open_clip.list_pretrained_tags_by_model(model):
+        cfg = open_clip.get_pretrained_cfg(model, tag)
+        known[tag] = {k: tuple(cfg[k]) for k in ("mean", "std") if cfg.get(k)}
+    named = [known[tag] for tag in sorted(known, key=len) if tag.lower().replace("-", "_") in stem]
+    usual = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    if not named and any(usual | pixels != usual for pixels in known.values()):
+        tell(f"--clip {spec}: pixels are normalised as OpenAI's; if the weights want another mean and "
+             "deviation, put their open_clip_config.json beside them")
+    return named[-1] if named else {}
+
+
 def check_activation(spec):
     """Raises UserError where spec is MODEL/FILE and the file shows that its weights were trained with
     QuickGELU but the model's name says GELU, or the reverse: they would load and give worse features."""
     model, _, file = spec.partition("/")
-    quick = model.endswith("-quickgelu")
-    other = model.removesuffix("-quickgelu") if quick else f"{model}-quickgelu"
-    configs = open_clip.get_model_config(model), open_clip.get_model_config(other)
-    if Path(spec).is_file() or not Path(file).is_file() or None in configs:
+    other = twin_of(model)
+    if Path(spec).is_file() or not Path(file).is_file() or not {model, other} <= {*open_clip.list_models()}:
         return
     found = quick_gelu_of(Path(file), model.removesuffix("-quickgelu"))
-    if found is not None and found != bool(configs[0].get("quick_gelu")):
+    if found is not None and found != activation_of(model):
         kind = "QuickGELU" if found else "plain GELU"
         raise UserError(f"--clip {spec}: these weights were trained with {kind}; use {other}/{file}")
 

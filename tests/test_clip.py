@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """common/clip.py: crops against PIL and a loop over crops, text embeddings, weights that cannot be had."""
+import json
 import math
 import time
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.clip import FrozenCLIP, crop_and_resize, crop_windows, letterbox, load_clip, taps
+from common.clip import FrozenCLIP, crop_and_resize, crop_windows, letterbox, load_clip, pixels_of, taps
 from common.run import UserError
 from common.tiny import TINY, tiny_model
 
@@ -227,6 +228,25 @@ def test_wrong_class_lists_are_one_line(names, word):
     assert "\n" not in str(e.value)
 
 
+def test_names_that_clip_reads_alike_are_refused():
+    """Its tokenizer knows no capitals: two classes would share every detection."""
+    with pytest.raises(UserError, match="CLIP reads 'Helmet' and 'helmet' alike"):
+        random_clip().class_embeddings(["Helmet", "cat", "helmet"])
+
+
+@pytest.mark.parametrize("beside, name, mean, told", [
+    (dict(preprocess_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3)), "x.pt", 0.5, False),  # as Hugging Face's repositories
+    (None, "ViT-B-32-datacomp_xl_s13b_b90k.pt", 0.48145466, False), (None, "mine.pt", 0.48145466, False),
+    (None, "vit_l_14_laion2b_s32b_b82k.bin", 0.5, False), (None, "other.bin", 0.48145466, True)])
+def test_pixels_of_a_file_are_those_it_was_trained_with(tmp_path, capsys, beside, name, mean, told):
+    if beside:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(beside))
+    (tmp_path / name).touch()
+    model = "ViT-L-14" if name.endswith(".bin") else "ViT-B-32"
+    assert pixels_of(f"{model}/{tmp_path / name}").get("mean", open_clip.OPENAI_DATASET_MEAN)[0] == mean
+    assert ("normalised as OpenAI's" in capsys.readouterr().err) == told
+
+
 def test_a_sentence_beyond_the_context_is_cut_not_refused():
     clip = random_clip()
     long = "a red star " * 100
@@ -235,7 +255,7 @@ def test_a_sentence_beyond_the_context_is_cut_not_refused():
 
 @pytest.mark.parametrize("spec, word", [
     ("ViT-B-32-quickgelu", "expected MODEL/WEIGHTS"), ("NoNet/openai", "expected MODEL/WEIGHTS"),
-    ("ViT-B-32/openai", "QuickGELU"), ("ViT-B-32-quickgelu/nothing-there.pt", "cannot be loaded")])
+    ("ViT-B-32/openai", "QuickGELU; use ViT-B-32-quickgelu/openai"), ("ViT-H-14/dfn5b", "QuickGELU; use ViT-H-14-quickgelu/dfn5b"), ("ViT-B-32-quickgelu/nothing-there.pt", "cannot be loaded")])
 def test_wrong_clip_names_are_one_line(spec, word):
     with pytest.raises(UserError, match=word) as e:
         load_clip(spec)

@@ -609,8 +609,8 @@ def test_a_query_may_have_several_names_and_nothing_is_suppressed():
 
 def test_templates_and_names(golden):
     assert len(TEMPLATES) == len(set(TEMPLATES)) == 63 and "itap of my {}." in TEMPLATES and "an embroidered {}." in TEMPLATES
-    assert [prompt_name(n, "clean") for n in ("bow_(weapon)", "diningtable", "Moniter/TV", "stop_sign ", "Bakset")] == [
-        "bow weapon", "dining table", "monitor or TV", "stop sign", "basket"]
+    assert [prompt_name(n, "clean") for n in ("bow_(weapon)", "diningtable", "Moniter/TV", "stop_sign ", "Bakset", "Barrel/bucket", "w/o helmet", "A/C unit")] == [
+        "bow weapon", "dining table", "monitor or TV", "stop sign", "basket", "Barrel or bucket", "w/o helmet", "A/C unit"]
     assert prompt_name("bow_(weapon)", "raw") == "bow_(weapon)"
 
 

@@ -14,7 +14,7 @@ import common.shapes
 import prototype_kd
 from common.datasets import CocoDataset, VOC_CLASSES, find_coco
 from common.evaluation import voc_evaluate
-from common.run import UserError
+from common.run import UserError, load_checkpoint, save_checkpoint
 from common.shapes import make_shapes
 from conftest import SHARED, killed, launch
 
@@ -255,7 +255,8 @@ def test_a_class_that_is_only_difficult_and_prototypes_of_large_objects_only(mad
 
 def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_path):
     """last.pt of the run is not there yet; its flags are in args.json."""
-    flags = [*map(str, ("--data", coco_few, *pair(made, "retina", "coco"), "--batch-size", 8, "--max-iters", 2, *TINY, "--epochs", 12, "--seed", 5))]
+    teacher, start = made["retina", "coco"][0], shutil.copy(made["retina", "coco"][1], tmp_path / "start.pt")
+    flags = [*map(str, ("--data", coco_few, "--teacher", teacher, "--init", start, "--batch-size", 8, "--max-iters", 2, *TINY, "--epochs", 12, "--seed", 5))]
     real = prototype_kd.evaluate
 
     def killed(*a, **how):  # in the evaluation that ends the control: its results.json is not there, its last.pt says that it is due
@@ -270,6 +271,11 @@ def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_
     r = run("--resume", "--epochs", 12, "--out", tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["args"]
     assert "difference" in r.stdout and saved["seed"] == 5 and saved["epochs"] == 12 and saved["max_iters"] == 2
+    other = load_checkpoint(start)  # a student that was trained anew at the same place
+    next(v for v in other["model"].values() if v.is_floating_point())[0] += 1e-3
+    save_checkpoint({k: v for k, v in other.items() if k not in ("format", "checksum")}, start)
+    r = run(*flags, "--control", tmp_path / "run/control", "--out", tmp_path / "third", fail=True)
+    assert "did not begin with the weights that --init" in r.stderr
     r = run("--resume", "--max-iters", 3, "--out", tmp_path / "run")  # the control goes on, too
     assert "difference" in r.stdout and all(max(losses(tmp_path / f"run{folder}")[0]) == 3 for folder in ("", "/control"))
     r = run("--resume", "--preset", "released", "--out", tmp_path / "run", fail=True)

@@ -25,7 +25,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from .run import UserError, barrier, first_not_finite, read_file, tell, why
+from .run import UserError, barrier, checksum, first_not_finite, read_file, tell, why
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -295,6 +295,8 @@ def load_clip(spec="ViT-B-32-quickgelu/openai", device="cpu"):
     refuse_nan(model, f"--clip {spec}")
     if Path(weights).is_file():
         open_clip.set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | pixels_of(spec))
+        # a file may be moved, and another put in its place
+        spec = f"{model_name}/{Path(weights).name} {checksum(model.state_dict())[:8]}"
     return FrozenCLIP(model, open_clip.get_tokenizer(model_name), spec, device)
 
 

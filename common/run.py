@@ -1181,6 +1181,10 @@ class Run:
         if not copy and names[0] != names[1]:
             raise UserError(f"{where}: was trained on other classes, or in another order of their ids, than "
                             "the data have now; start anew, or from its weights")
+        clips = [c.get("arch", {}).get("clip_name") for c in (state, self.plain)]
+        if clips[0] != clips[1] and all(clips):
+            raise UserError(f"{where}: was trained with CLIP {clips[0]}, this is {clips[1]}; bring that back, "
+                            "or start anew")
         for name, module in dict(self.parts, model=self.model).items():
             if name not in state:
                 raise UserError(f"{where}: lacks {name}, which these flags train")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.clip import FrozenCLIP, crop_and_resize, crop_windows, letterbox, load_clip, pixels_of, taps
+from common.clip import FrozenCLIP, clip_of, crop_and_resize, crop_windows, letterbox, load_clip, pixels_of, taps
 from common.run import UserError
 from common.tiny import TINY, tiny_model
 
@@ -302,6 +302,24 @@ def test_weights_of_open_clip_that_are_not_finite_are_refused(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: model)
     with pytest.raises(UserError, match="--clip ViT-B-32-quickgelu/openai: logit_scale is not finite"):
         load_clip()
+
+
+def test_the_name_of_a_file_tells_its_weights_not_its_place(monkeypatch, tmp_path, capsys):
+    """A file that was written anew under its path is not the one that a checkpoint was trained with."""
+    model = tiny_model(**TINY)
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: model)
+    names = []
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "openai.pt").touch()
+        names.append(load_clip(f"ViT-B-32-quickgelu/{tmp_path}/{folder}/openai.pt").name)
+    assert names[0] == names[1] and names[0].startswith("ViT-B-32-quickgelu/openai.pt ")
+    arch = dict(clip=f"ViT-B-32-quickgelu/{tmp_path}/a/openai.pt", clip_name=names[0], data_seed=0)
+    clip_of(arch, 64, None, "cpu")
+    assert not capsys.readouterr().err
+    model.logit_scale.data.add_(1)
+    clip = clip_of(arch, 64, None, "cpu")
+    assert f"was trained with CLIP {names[0]}, this is {clip.name}: unless" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ names, and the cache of their rows

@@ -852,6 +852,14 @@ def test_resume_with_other_classes_or_another_order_of_them_is_refused(tmp_path,
     assert "was trained on other classes, or in another order" in text
 
 
+def test_resume_with_another_clip_is_refused(tmp_path):
+    plain = lambda name: dict(arch=dict(clip_name=name))
+    small_run(tmp_path, plain=plain("ViT-B-32/a.pt 01234567")).release()
+    small_run(tmp_path, resume=True, plain=plain("ViT-B-32/a.pt 01234567")).release()
+    text = error_of(lambda: small_run(tmp_path, resume=True, plain=plain("ViT-B-32/a.pt 89abcdef")))
+    assert "was trained with CLIP ViT-B-32/a.pt 01234567, this is ViT-B-32/a.pt 89abcdef" in text
+
+
 def test_resume_in_mid_epoch_with_other_batches_is_told(tmp_path, capsys):
     it = small_run(tmp_path, batch_size=2)
     steps(it, 3)

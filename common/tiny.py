@@ -278,24 +278,31 @@ def shipped(name):
             rows, total = arrays[f"{key}:rows"], int(arrays[f"{key}:total"])
             table = torch.randn(total, value.shape[1], generator=torch.Generator().manual_seed(0)) * 0.01
             value = table.index_copy(0, rows, value)
+        if f"{key}:left" in arrays:
+            value = arrays[f"{key}:left"].float() @ value
         content.setdefault(part, {})[tensor] = value
     return content
 
 
-def pack(content, path, rows=None, levels=31):
+def pack(content, path, rows={}, levels=31, ranks={}):
     """Write a checkpoint for SHIPPED: matrices rounded to `levels` multiples of a scale for each row, vectors
     to 16 bits. 31: an eighth of the size, an error of at most 3.3 % of the largest weight of a row. content:
     plain values, and dicts of tensors. rows: {name of a table: rows that are kept}; any other row is noise
-    and comes back as noise. The file: a line of JSON (plain values, layout), then all arrays, compressed."""
+    and comes back as noise. ranks: {name of a matrix: rank at which two narrow ones stand for it}. The file:
+    a line of JSON (plain values, layout), then all arrays, compressed."""
     parts = {k: v for k, v in content.items()
              if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}
     arrays = {}
     for part, tensors in parts.items():
         for name, value in tensors.items():
-            if rows and name in rows:
+            if name in rows:
                 arrays[f"{part}/{name}:rows"] = rows[name].numpy()
                 arrays[f"{part}/{name}:total"] = np.array(len(value))
                 value = value[rows[name]]
+            if name in ranks:
+                u, s, v = torch.linalg.svd(value, full_matrices=False)
+                arrays[f"{part}/{name}:left"] = (u * s)[:, :ranks[name]].half().numpy()
+                value = v[:ranks[name]]
             if value.is_floating_point() and value.ndim > 1:
                 flat, most = value.float().flatten(1), levels // 2
                 scale = (flat.abs().amax(1, keepdim=True) / most).clamp(min=1e-6).half()

@@ -26,7 +26,10 @@ from common import tiny  # noqa: E402
 from common.run import save_checkpoint  # noqa: E402
 
 BACKBONES = "tiny8", "tiny16"
-LEVELS = {"prototype_kd": 15, "dkdetr": 15, "backbone-tiny8": 15, "simple21k": 21}  # of pack, by how a name begins; the others 31
+# For pack, by how a name begins.
+LEVELS = {"prototype_kd": 15, "dkdetr": 15, "backbone-tiny8": 15, "simple21k": 21, "": 31}
+FC6 = "roi_heads.box_head.fc6.weight"  # a third to two thirds of a Faster R-CNN
+RANKS = {"prototype_kd-faster_tiny32": {FC6: 96}, "prototype_kd-faster_tiny8": {FC6: 32}, "": {}}
 SHIPPED = {  # file: start of its sha256, what was measured when it was made, spread allowed
     "backbone-tiny8-46457777c065": ("9e1730b343fae591", dict(shape=21.5, colour=79.9), 4),
     "backbone-tiny16-e4950efee589": ("b9048f6b988bb79a", dict(shape=26.9, colour=82.7), 4),
@@ -68,6 +71,7 @@ def make():
     paths.append(crosskd.shapes_teacher(flags(crosskd), *of))
     args = flags(prototype_kd)
     paths.append(prototype_kd.shapes_detector(f"faster_{prototype_kd.TEACHER}", args, *of, teacher=True))
+    paths.append(prototype_kd.shapes_detector("faster_tiny8", args, *of))
     paths.append(dkdetr.shapes_start(flags(dkdetr), *of))
     paths.append(simple21k.shapes_stage1(simple21k.parse_args(["--data", "shapes"]), *of)[0])
     return {path.stem if path.stem != "best" else path.parent.name: path for path in map(Path, paths)}
@@ -111,9 +115,10 @@ def main():
         worse += [f"{name} {k}" for k, v in before.items() if abs(now[k] - v) > spread]
         if not a.check:
             content = content_of(path)
-            rows = trained_rows(content) if name.startswith("tiny-clip") else None
-            levels = next((n for begin, n in LEVELS.items() if name.startswith(begin)), 31)
-            tiny.pack(content, folder / f"{name}.xz", rows, levels)
+            rows = trained_rows(content) if name.startswith("tiny-clip") else {}
+            levels, ranks = (next(v for begin, v in table.items() if name.startswith(begin))
+                             for table in (LEVELS, RANKS))
+            tiny.pack(content, folder / f"{name}.xz", rows, levels, ranks)
             print(f"    sha256 {digest(name)}, {(folder / f'{name}.xz').stat().st_size:,} bytes")
             if path.stem == "best":
                 print("    packed:", found_by(name, a.cache))

@@ -201,6 +201,18 @@ def test_pack_keeps_the_rows_that_were_trained(tmp_path, monkeypatch):
     assert tiny.shipped("another") is None
 
 
+def test_pack_keeps_a_matrix_by_its_largest_directions(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "SHIPPED", tmp_path)
+    monkeypatch.delenv("DETECTION_RETRAIN", raising=False)
+    matrix = torch.randn(20, 3) @ torch.randn(3, 400)
+    noisy = matrix + 0.001 * torch.randn(20, 400)
+    tiny.pack(dict(model=dict(m=noisy, b=torch.arange(3.0))), tmp_path / "net.xz", levels=255, ranks=dict(m=3))
+    back = tiny.shipped("net")["model"]
+    assert back["m"].shape == matrix.shape and torch.equal(back["b"], torch.arange(3.0))
+    torch.testing.assert_close(back["m"], matrix, atol=0.02 * matrix.abs().max().item(), rtol=0)
+    assert (tmp_path / "net.xz").stat().st_size < 2000 < 20 * 400
+
+
 # ------------------------------------------------------------------ the tiny CLIP's networks
 
 @pytest.mark.parametrize("dim, size, width", [(64, 48, 16), (32, 32, 8)])

@@ -22,22 +22,22 @@ No code, weights or benchmark of this paper were published. Where it is silent w
   1. The loss "on the final score" is the likelihood of p(class c) = S_fg S_c, p(background) = 1 - S_fg, in
      logits; both terms over the sampled RoIs. Of a classification image only S^_c learns
      (--fg-grad-on-cls: S_fg, too).
-  2. Stage I pools the whole image from the FPN level that its size has in a detector: P4 at 224 px. The parts
-     of the FPN that this leaves without gradient are frozen: weight decay alone would shrink them by e^-9
-     (Swin) to e^-25 (ResNet) in the paper's schedules.
-  3. g^ is loaded into stage II (--reinit-cls: not). A class that both know learns in g from its boxes, in g^
-     from its image labels. Box regression and masks are class-agnostic: classes without boxes have none.
+  2. Stage I pools the whole image from the FPN level that its size has in a detector, P4 at 224 px. Parts of
+     the FPN that get no gradient then are frozen: decay would shrink them by e^-9 (Swin), e^-25 (ResNet).
+  3. g^ is loaded into stage II (--reinit-cls: not); the RPN is new, though the introduction has it from stage
+     I, which has none. A class that both know learns in g from its boxes, in g^ from its image labels. Box
+     regression and masks are class-agnostic: classes without boxes have none.
   4. Stage II: AdamW, 2 detection and 6 classification images a GPU, learning rate 3e-4 for 16 detection
      images, weight 0.1 of the classification loss, 1,000 steps of warm-up, x0.1 at 3/4 and 11/12, BatchNorm
-     frozen. It starts from stage I's last.pt: stage I's best.pt was chosen on the images that are reported.
-  5. "-stage I" in Tables 2, 3: --stage 2 --init none, random weights; with --init imagenet, torchvision's
-     classifier of ImageNet-1K, it would be setup 2's row "-reform".
+     frozen. It starts from stage I's last.pt: --init best.pt is --cls-val's choice, in s2 the test's.
+  5. "-stage I": --stage 2 --init none, random weights; torchvision's, --init imagenet, are s2's "-reform".
   6. LVIS's 277 novel classes and those outside the 997 have no label: background, as what crowds cover.
   7. Eq. 5 is printed without S_fg. We read it as the S_c of Eq. 4: S_fg multiplies the mean, or shared
      classes would outrank all others on background.
   8. Table 5's detector keeps class-agnostic boxes, the product score and all of --init but the classifier.
-  9. The jitter of scales redraws a detection image's window without a box, so large scales are rarer where
-     objects lie at the border. The rest is in SETUPS, default_schedule, recipe_of and rate_factor.
+  9. The jitter redraws a window without a box: large scales are rarer where objects lie at the border.
+ 10. 1,024 px a side (Sec. 4.1), not 800 x 1333 (3.2), in tests, too; NMS at IoU 0.5; AP50 counts a class's
+     boxes on all images. The rest is in SETUPS, default_schedule, recipe_of and rate_factor.
 Setups s1, lvis, localisation sets, novel classes report last.pt: best.pt was chosen on what is reported.
 
 Letters: B images, R RoIs, D features of a RoI, C detection classes, K (the paper's C^) classification
@@ -95,9 +95,9 @@ from common.datasets import (CocoDataset, as_pixels, class_names, collate, eval_
 from common.evaluation import (Detections, base_and_novel, class_table, coco_evaluate, encode_mask,
                                import_lvis, localise, localisation_metrics, lvis_evaluate)
 from common.imagenet import (Benchmark, ClassificationTransform, ClassImages, DetectionTransform, ImageIndex,
-                             Pairs, Stream, benchmark_names, class_folders, collate_labelled,
-                             draw_split, is_localisation, jitter_image, read_class_list, read_ilsvrc,
-                             read_overlap, wnid_names, wordnet_ids)
+                             Pairs, Stream, are, boxed_classes, class_folders, collate_labelled, draw_split,
+                             evaluated_images, is_localisation, jitter_image, pair_by_name, read_class_list,
+                             read_ilsvrc, read_overlap, shared_classes, wnid_names, wordnet_ids)
 from common.run import (COUNT, POSITIVE, Run, UserError, answer_folder, barrier, dash, describe_model,
                         fast_layout, fused, gather, given_flags, holds_run, load_checkpoint, load_strict,
                         number, open_run, open_table, parse, parser, reduce_mean, rows, run_flags,
@@ -783,6 +783,7 @@ SETUPS = dict(
         train_json="annotations/instances_train2017.json", train_images="train2017",
         cls_dir="imagenet/train", cls_val="imagenet/val",
         val_json="annotations/instances_{val}2017.json", val_images="{val}2017"), "all", "all", "name"))
+SCORED = dict(fuse=2 / 3, score_thresh=1e-4, max_dets=None)  # how a run is scored: its file keeps it
 PATHS = "train_json train_images cls_dir cls_val val_json val_images val_boxes".split()
 
 
@@ -790,11 +791,6 @@ def need(path, flag, where):
     if path is None or not Path(path).exists():
         named = f"{flag} {path}" if path else flag
         raise UserError(f"{named}: is missing; {where} (--data shapes needs nothing)")
-
-
-def are(names):
-    """"a is", "a and 2 more are": how a list of names begins a complaint."""
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def open_index(folder, classes, quiet):
@@ -833,20 +829,9 @@ def boxes_of(args):
     return records, {w: n for n, w in wnid_of.items()}
 
 
-def benchmark_images(args):
-    """File names in --cls-dir of a localisation set that lies there (setup s3: or is a copy from it): they
-    take no part in training, Sec. 4.1."""
-    if not args.val_json or not Path(args.val_json).exists() or not args.val_images:
-        return []
-    names, root = benchmark_names(args.val_json), os.path.realpath(args.cls_dir)
-    inside = [os.path.relpath(os.path.join(os.path.realpath(args.val_images), n), root) for n in names]
-    inside = [n for n in inside if not n.startswith("..")]
-    return inside or names  # a copy has the same names
-
-
 def labelled_index(args, partners, quiet=False):
     """ImageIndex of --cls-dir: all its classes or those of --cls-list, in setup s1 those of them that are
-    among `partners`, LVIS's wnids; without the benchmark's images."""
+    among `partners`, LVIS's wnids; without images that are evaluated on, Sec. 4.1."""
     wanted = read_class_list(args.cls_list)
     if args.setup == "s3":
         need(args.val_json, "--val-json", "its images must not be trained on; the benchmark was never "
@@ -860,7 +845,7 @@ def labelled_index(args, partners, quiet=False):
             raise UserError(f"--cls-dir {args.cls_dir}: holds none of the {len(partners)} wnids of LVIS; "
                             "there is nothing to evaluate")
     index = open_index(args.cls_dir, wanted, quiet)
-    index.drop(benchmark_images(args))
+    index.drop(evaluated_images(args.cls_dir, args.val_images, args.val_json, args.val_boxes))
     if args.setup == "s3" and not index.dropped:
         raise UserError(f"--val-json {args.val_json}: none of its images is in --cls-dir {args.cls_dir}, so "
                         "none could be kept from training; file names are as there, class/name")
@@ -868,8 +853,7 @@ def labelled_index(args, partners, quiet=False):
         tell(f"--val-json {args.val_json}: {index.asked - index.dropped:,} of its {index.asked:,} images are "
              f"not in --cls-dir {args.cls_dir} by their names; if they are by another, they are trained on")
     if len(index.classes) < 2:
-        raise UserError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; a classifier needs "
-                        "two")
+        raise UserError(f"--cls-dir {args.cls_dir}: holds one class, {index.classes[0]}; it takes two")
     return index
 
 
@@ -890,6 +874,12 @@ def make_vocabulary(args, quiet=False, before=None):
     if setup.cls == "shared":
         names = [name_of.get(w, w) for w in cls]
     det = records.classes if records else []
+    if records and args.setup == "own":
+        det, bare = boxed_classes(records)  # in g the others would count as base, though it never saw them
+        if bare and not quiet:
+            tell(f"{args.train_json}: {are(bare)} listed without a box: no detection classes")
+        novel = {w: n for w, n in name_of.items() if n in bare}  # --overlap still tells what they are called
+        names = [n if plain(novel.get(w, n)) in words(n) else f"{n}, {novel[w]}" for w, n in zip(cls, names)]
     if setup.det == "base":
         det = base_classes(args, records, cls, names)
         if cls and not quiet:
@@ -919,30 +909,21 @@ def base_classes(args, records, cls, names):
     return det
 
 
-def pair_by_name(det, names):
-    """For each classification class its detection class or -1: by its whole name, if no other has it (cranes
-    are birds and machines), then by a part of it, likewise."""
-    free, count = {plain(n): k for k, n in enumerate(det)}, Counter(map(plain, names))
-    pair = [free.get(plain(n), -1) if count[plain(n)] == 1 else -1 for n in names]
-    free = {n: k for n, k in free.items() if k not in set(pair)}
-    times = Counter(part for n in names for part in {plain(n), *map(plain, n.split(","))})
-    for k, n in enumerate(names):
-        found = [part for part in map(plain, n.split(",")) if part in free and times[part] == 1]
-        if pair[k] < 0 and found:
-            pair[k] = free[found[0]]
-    return pair
-
-
 def make_data(args, quiet=False, before=None):
-    """(arch of the model, detection images or None, classification images or None) to train on. before: see
-    make_vocabulary."""
-    spaces, index, records = make_vocabulary(args, quiet, before or arch_before(args))
+    """(arch of the model, detection images or None, labelled ones or None). before: see make_vocabulary."""
+    before = before or arch_before(args) or {}
+    spaces, index, records = make_vocabulary(args, quiet, before)
     if args.stage == 1:
         spaces |= dict(det=[], pair=[-1] * len(spaces["cls"]))
     arch = dict(spaces, name=args.backbone, kind=f"stage{args.stage}", stage=args.stage, head=args.head,
                 gap=args.stage == 1 and args.stage1_head == "gap", masks=args.stage == 2 and args.masks,
                 setup=args.setup, image_size=args.image_size, stage1_size=args.stage1_size,
-                augment=args.augment)
+                augment=args.augment, **{k: getattr(args, k) for k in SCORED})
+    out = [n for n in (index and index.dropped, before.get("left_out")) if n is not None]
+    arch |= dict(left_out=min(out)) if out else {}
+    if len(out) == 2 and out[1] < out[0] and not quiet:
+        tell(f"--init {args.init}: left out {out[1]:,} images that are evaluated on, this run {out[0]:,}; if "
+             "it was trained on the others, the numbers are too high")
     if resuming(args):
         theirs = read_model_file(Path(args.out) / "last.pt", "--resume")[0]
         if (theirs["cls"], theirs["det"]) != (arch["cls"], arch["det"]):
@@ -1030,6 +1011,11 @@ def boxes_data(args, arch, quiet):
     if unknown and not quiet:
         print(f"{args.val_json}: {len(unknown):,} of its {len(names):,} classes are not known to the model "
               f"and are not scored, first {unknown[0]}", flush=True)
+    count = Counter(known.values())
+    twins = sorted((k, n) for n, k in known.items() if count[k] > 1)
+    if twins and not quiet:
+        tell(f"{args.val_json}: {twins[0][1]} and {twins[1][1]} are one class of the model, whose boxes are "
+             "scored as both" + f", and {len(twins) - 2} classes more" * (len(twins) > 2))
     free = [n for n, k in known.items() if not vocabulary.base[k]]
     several = [n for n in free if sum(n in called for called in vocabulary.known_as) > 1]
     if several and not quiet:
@@ -1065,6 +1051,9 @@ def accuracy_data(args, arch, quiet):
         lacks = sorted({*arch["cls"]} - held)
         tell(f"--cls-val {args.cls_val}: lacks {', '.join(lacks[:5])}{' ...' * (len(lacks) > 5)}; the "
              f"accuracy is of the other {len(known):,} classes")
+    both = shared_classes(args.cls_val, args.cls_dir, arch["cls"])
+    if both and not quiet:
+        tell(f"--cls-val {args.cls_val}: {are(both)} in --cls-dir, too: the accuracy is of training images")
     index, label_of = ImageIndex(args.cls_val, known, quiet), {w: k for k, w in enumerate(arch["cls"])}
     transform = ClassificationTransform(arch["stage1_size"], arch["augment"], False)
     return ClassImages(index, transform, arch["stage1_size"], [label_of[w] for w in index.classes])
@@ -1151,6 +1140,7 @@ def load_init(model, args, rank):
             raise UserError(f"{where}: has {what} {arch[key]}, this run {ours[key]}")
     novel = [p for n, k in zip(ours["cls_names"], ours["pair"]) if k < 0 for p in n.split(", ")]
     tell_seen({*arch["det"]} - {*ours["det"]} if arch["stage"] == 2 else (), novel, where)
+    tell_coco(arch, args)
     classifier = {k: state.pop(k) for k in ("cls.weight", "cls.bias") if k in state}
     if not (arch["gap"] or args.reinit_cls or not ours["cls"]):
         state |= classifier_of(classifier, arch["cls"], ours["cls"], where)
@@ -1164,6 +1154,14 @@ def load_init(model, args, rank):
     if rank == 0:
         print(f"{where}: loaded {parts_of(loaded)} | new {parts_of(set(new) - set(loaded))} | "
               f"left out {parts_of(every - set(loaded))}", flush=True)
+
+
+def tell_coco(arch, args):
+    """Tells of a detector of COCO that is scored on LVIS."""
+    lvis = args.setup in ("s1", "lvis") or "lvis" in str(args.val_json)
+    if arch["setup"] == "s2" and arch["stage"] == 2 and lvis:
+        tell("LVIS's validation images are of COCO's train2017, too, on which this checkpoint was trained: "
+             "its numbers are too high")
 
 
 def classifier_of(classifier, theirs, ours, where):
@@ -1376,7 +1374,10 @@ def is_arch(arch):
     named = all(isinstance(n, str) for k in ("det", "cls", "cls_names") for n in arch[k])
     same = len(arch["cls"]) == len(arch["cls_names"]) == len(arch["pair"])
     paired = all(type(p) is int and -1 <= p < len(arch["det"]) for p in arch["pair"])
-    return chosen and sized and named and same and paired and not (arch["gap"] and arch["stage"] == 2)
+    fuse, least, most = (arch.get(k, v) for k, v in SCORED.items())
+    scored = all(type(v) is float and 0 <= v <= 1 for v in (fuse, least))
+    scored &= (most is None or type(most) is int and most > 0) and type(arch.get("left_out", 0)) is int
+    return all((chosen, sized, named, same, paired, scored, not (arch["gap"] and arch["stage"] == 2)))
 
 
 def read_model_file(path, flag):
@@ -1411,12 +1412,12 @@ def find_boxes(model, pixels, vocabulary, image_size=None, **options):
     return detect(model, collate([item], canvas), vocabulary, **options)
 
 
-def predict_image(model, classes, image, score=0.1, fuse=2 / 3):
+def predict_image(model, classes, image, score=0.1, fuse=None):
     """(boxes (N, 4) xyxy pixels of `image`, scores (N,), N names), best first, of those above `score`.
 
     model: of load, stage II; it may be moved to a GPU. classes: names or wnids to look for, or all that load
     gives, or None. image: a path or PIL image (turned upright as its EXIF says), or a uint8 RGB tensor
-    (3, H, W). fuse: of Eq. 5. Of thousands of classes none scores high.
+    (3, H, W). fuse: of Eq. 5 (None: the run's). Of thousands of classes none scores high.
     """
     if model.arch["stage"] == 1:
         raise UserError("model: is a classifier of stage I, which finds no boxes; train stage II from it")
@@ -1425,6 +1426,7 @@ def predict_image(model, classes, image, score=0.1, fuse=2 / 3):
         raise UserError(f"classes: {classes!r} is one text; give a list of names")
     if classes is not None and list(classes) != vocabulary.names:
         vocabulary.choose(vocabulary.find(classes, "classes"))
+    fuse = model.arch.get("fuse", 2 / 3) if fuse is None else fuse
     found = find_boxes(model, as_pixels(image), vocabulary, fuse=fuse, least=score, masks=False)
     return found["boxes"], found["scores"], [vocabulary.names[k] for k in found["labels"].tolist()]
 
@@ -1549,9 +1551,7 @@ def evaluate_file(args, rank, world, device):
     if val is None:
         raise UserError(f"--eval {args.eval}: is a classifier of stage I; its accuracy needs --cls-val, a "
                         "folder with a folder of images for each class (--data shapes needs nothing)")
-    if model.arch["setup"] == "s2" and (args.setup in ("s1", "lvis") or "lvis" in str(args.val_json)):
-        tell("LVIS's validation images are of COCO's train2017, too, on which this checkpoint was trained: "
-             "its numbers are too high")
+    tell_coco(model.arch, args)
     metrics, results = evaluate(model.to(device), val, rank, world, device, args)
     if rank == 0:
         write_results(args.out, metrics, results, val, args.eval, None, None)
@@ -1560,7 +1560,7 @@ def evaluate_file(args, rank, world, device):
 
 
 def detector_of(args, device="cpu"):
-    """(Detector, Vocabulary) of --weights, --names and --classes."""
+    """(Detector, Vocabulary, flags) of --weights, --names and --classes."""
     model, _ = load(args.weights)
     if model.arch["stage"] == 1:
         raise UserError(f"--weights {args.weights}: is a classifier of stage I, which finds no boxes; train "
@@ -1568,19 +1568,18 @@ def detector_of(args, device="cpu"):
     if args.names:
         model.arch["cls_names"] = wnid_names(model.arch["cls"], None, args.names)
     vocabulary = Vocabulary(model.arch, device)
-    if args.fuse != 2 / 3 and not len(vocabulary.both):
+    if args.fuse is not None and not len(vocabulary.both):
         tell("--fuse has no effect: the checkpoint knows no class that is in both vocabularies")
     if args.classes:
         vocabulary.choose(vocabulary.find(class_names(args.classes)))
-    return model.to(device), vocabulary
+    return model.to(device), vocabulary, resolve(args, model.arch)
 
 
 def predict(args, device):
     """--predict: predictions.json (boxes xyxy, pixels of the file; masks as RLE) and one picture per image
     into --out."""
     from common.pictures import Pictures
-    model, vocabulary = detector_of(args, device)
-    args = resolve(args, model.arch)
+    model, vocabulary, args = detector_of(args, device)
     for picture in Pictures(args.predict, args.out, args.score):
         found = find_boxes(model, picture.pixels, vocabulary, args.image_size, **detect_options(args))
         picture.save(found["boxes"], found["scores"], found["labels"], vocabulary.names, found["masks"])
@@ -1667,7 +1666,7 @@ class Exported(nn.Module):
 def export(args):
     """--export: the detector as a torch.export (.pt2) or ONNX (.onnx) program; --classes: of these only."""
     from common.export import export_program
-    model, vocabulary = detector_of(args)
+    model, vocabulary, args = detector_of(args)
     if model.arch["name"] in SWIN:
         raise UserError("--export: torch.export would fix the size of pictures, whose windows Swin pads")
     export_program(Exported(model, vocabulary, args.fuse), args.export, ("boxes", "scores"), vocabulary.names)
@@ -1799,11 +1798,12 @@ def parse_args(argv=None):
                    "as --jitter; tiny 0.2,1.0)")
     g.add_argument("--fg-grad-on-cls", action="store_true", help="the foreground score learns from "
                    "classification images, too (not the paper: should hurt)")
-    g.add_argument("--fuse", type=number(float, 0, 1), default=2 / 3, help="Eq. 5: share of the detection "
-                   "classifier where both know a class; 0, 1: one of them alone")
-    g.add_argument("--score-thresh", type=number(float, 0, 1), default=1e-4,
-                   help="boxes below this score are dropped")
-    g.add_argument("--max-dets", type=COUNT, help="boxes of an image (default 100; evaluation on LVIS 300)")
+    g.add_argument("--fuse", type=number(float, 0, 1), help="Eq. 5: share of the detection classifier where "
+                   "both know a class; 0, 1: one of them alone (default 2/3; of a checkpoint: its run's)")
+    g.add_argument("--score-thresh", type=number(float, 0, 1), help="boxes below this score are dropped "
+                   "(default 1e-4; of a checkpoint: its run's)")
+    g.add_argument("--max-dets", type=COUNT, help="boxes of an image (default 100; evaluation on LVIS 300; "
+                   "of a checkpoint: its run's)")
     g.add_argument("--classes", action="append", metavar="NAMES", help="--predict, --export: only these "
                    "names or wnids: with commas between them, or the flag for each, or a file, one a line")
     g = p.add_argument_group("schedule")
@@ -1963,17 +1963,17 @@ def resolve(args, trained=None):
         setup = args.setup or ("own" if shapes or args.train_json else "s2")
     if not is_backbone(backbone):
         raise UserError(f"--backbone {backbone}: choose among r50, {', '.join(SWIN)}, tiny8 ... tiny64")
-    found = default_schedule(backbone, setup) | default_paths(args, setup)
+    found = default_schedule(backbone, setup) | default_paths(args, setup) | SCORED
     if backbone == "r50":
         found["bn"] = "sync" if args.init == "none" else "frozen"
     if trained:
-        found.update(image_size=trained["image_size"], masks=trained["masks"])
+        found.update({k: trained[k] for k in ("image_size", *SCORED) if k in trained})
     found |= {k: v for k, v in vars(args).items() if v is not None or k not in found}
     found.update(backbone=backbone, head=head, setup=setup)
     if trained:
         found.update(masks=trained["masks"] and args.masks is not False)
     if args.predict:
-        found.update(score_thresh=max(args.score_thresh, args.score))
+        found.update(score_thresh=max(SCORED["score_thresh"], args.score))
     if SETUPS[setup].cls == "none":
         found.update(cls_ratio=0)
     small = found["image_size"] // 64 * 32 if backbone.startswith("tiny") else found["image_size"]

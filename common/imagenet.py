@@ -61,6 +61,11 @@ def some(names, most=5):
     return show(", ".join(names[:most])) + more
 
 
+def are(names):
+    """"a is", "a and 2 more are": how a list of names begins a complaint."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
 def unprintable(text):
     """Whether a name holds a control character, a line break or bytes that are no UTF-8."""
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
@@ -1012,9 +1017,48 @@ def wnid_names(wnids, folder, path=None):
     return names
 
 
+def boxed_classes(records):
+    """(classes of the Records that have a box, but for crowds, those that have none: many a file lists
+    validation's, too). All and none, if no class has one."""
+    held = np.bincount(records.label[records.crowd == 0], minlength=len(records.classes)) > 0
+    held |= not held.any()
+    return tuple([n for n, h in zip(records.classes, held) if h == wanted] for wanted in (True, False))
+
+
+def pair_by_name(det, names):
+    """For each classification class its detection class or -1: by its whole name, if no other has it (cranes
+    are birds and machines), then by a part of it, likewise."""
+    from .datasets import plain_name
+    plain = lambda name: plain_name(name).strip()
+    free, count = {plain(n): k for k, n in enumerate(det)}, Counter(map(plain, names))
+    pair = [free.get(plain(n), -1) if count[plain(n)] == 1 else -1 for n in names]
+    free = {n: k for n, k in free.items() if k not in set(pair)}
+    times = Counter(part for n in names for part in {plain(n), *map(plain, n.split(","))})
+    for k, n in enumerate(names):
+        found = [part for part in map(plain, n.split(",")) if part in free and times[part] == 1]
+        if pair[k] < 0 and found:
+            pair[k] = free[found[0]]
+    return pair
+
+
 def class_folders(path):
     """Names of the classes of a folder: its folders and tars; nothing in them is looked at."""
-    return {e.name.removesuffix(".tar") for e in Path(path).iterdir() if not hidden(e.name)}
+    return {e.name if kind_of(e) == "folder" else untarred(e.name) for e in list_folder(path)}
+
+
+def shared_classes(val, train, classes):
+    """Those of the training classes whose folder or .tar in `val` is that in `train`, links followed; all of
+    them where `val` is `train`, or lies in a class of it. train None: none."""
+    def same(name):
+        try:
+            return os.path.samefile(os.path.join(val, name), os.path.join(train, name))
+        except OSError:  # not there
+            return False
+    if not train:
+        return []
+    place = os.path.relpath(os.path.realpath(val), os.path.realpath(train)).split(os.sep)[0]
+    everything = place == "." or place in classes
+    return [w for w in classes if everything or same(w) or same(f"{w}.tar")]
 
 
 # ------------------------------------------------------------------ augmentation, data sets that report
@@ -1082,7 +1126,8 @@ class ClassImages(LabelledImages):
         if self.both:
             text += f", {self.both:,} in both"
         if getattr(index, "asked", 0):
-            text += f" | left out {index.dropped:,} of the {index.asked:,} images of the benchmark"
+            text += (f" | left out {index.dropped:,} of the {index.asked:,} images of the benchmark, or of "
+                     "validation")
         if index.empty:
             more = " ..." if len(index.empty) > 5 else ""
             names = ", ".join(index.empty[:5])
@@ -1129,12 +1174,27 @@ def is_localisation(path):
     return False
 
 
-def benchmark_names(path):
-    """File names of the images of a json, if it is a localisation set."""
-    from .datasets import read_json
-    if not is_localisation(path):
+def evaluated_images(train, images, boxes, xml=None):
+    """File names in the folder `train` of images that are evaluated on and lie there: of a json's in the
+    folder `images`, or of those that ILSVRC's XML tells. A localisation set's may be copies: where none lies
+    there, its names as they are."""
+    from .datasets import read_annotations, read_json
+    if not images or not os.path.exists(xml or boxes or ""):
         return []
-    return [i["file_name"] for i in check_localisation(read_json(path), path, quiet=True)["images"]]
+    root, folder = os.path.realpath(train), os.path.realpath(images)
+    nested = Path(root).is_relative_to(folder) or Path(folder).is_relative_to(root)
+    local = not xml and is_localisation(boxes)
+    if local:
+        names = [i["file_name"] for i in check_localisation(read_json(boxes), boxes, quiet=True)["images"]]
+    elif not nested or not os.path.isdir(images):
+        return []  # without a look into the files
+    elif xml:
+        names = [i["file_name"] for i in read_ilsvrc(images, xml, quiet=True)["images"]]
+    else:
+        names = list(read_annotations(boxes, images).names)
+    inside = [os.path.relpath(os.path.join(folder, n), root) for n in names]
+    inside = [n for n in inside if not n.startswith("..")]
+    return inside or (names if local else [])
 
 
 def draw_split(index, seed):

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 import common.imagenet as imagenet
-from common.imagenet import (ImageIndex, LabelledImages, LocalisationImages, Stream, collate_labelled,
-                             jitter_image, read_annotation, read_ilsvrc)
+from common.imagenet import (ImageIndex, LabelledImages, LocalisationImages, Stream, class_folders, collate_labelled,
+                             evaluated_images, jitter_image, read_annotation, read_ilsvrc, shared_classes)
 from common.run import UserError
 from conftest import ROOT, SHARED
 
@@ -456,6 +456,48 @@ def test_images_of_a_benchmark_are_left_out(tmp_path):
     assert index.dropped == index.asked == 0 and len(index) == 4
     with pytest.raises(UserError, match="all 4 images belong to the evaluation"):
         index.drop(names(index))
+
+
+def test_class_folders_are_those_of_the_index_whatever_the_case_of_their_tars(tmp_path):
+    root = folders(tmp_path / "in", {"n1": 1, "n2": 1, "n3": 1}, tar=["n1", "n2"])
+    (root / "n2.tar").rename(root / "n2.TAR")
+    (root / "n3").rename(root / "n3.tar")  # a folder, by its whole name
+    assert class_folders(root) == set(ImageIndex(root).classes) == {"n1", "n2", "n3.tar"}
+
+
+def test_images_that_are_evaluated_on_are_found_in_the_training_folder(tmp_path, monkeypatch):
+    """Of a plain COCO json, and of ILSVRC's XML; nothing is read where they lie elsewhere."""
+    root = folders(tmp_path / "in", {"n1": 2, "n2": 1})
+    image = dict(id=1, file_name="n1/n1_0.JPEG", width=40, height=30)
+    (tmp_path / "val.json").write_text(json.dumps(dict(images=[image, dict(image, id=2, file_name="n9/x.JPEG")], categories=[dict(id=1, name="n1")],
+                                                       annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 9, 9])])))
+    assert evaluated_images(root, root, tmp_path / "val.json") == ["n1/n1_0.JPEG", "n9/x.JPEG"]  # ImageIndex.drop looks which are there
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "xml/n2_0.xml").write_text("<annotation><object><name>n2</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+                                           "<size><width>40</width><height>30</height></size></annotation>")
+    for images in (root, tmp_path):  # from above, too
+        assert evaluated_images(root, images, None, tmp_path / "xml") == ["n2/n2_0.JPEG"]
+    (tmp_path / "link").symlink_to(root)
+    assert evaluated_images(tmp_path / "link", root, None, tmp_path / "xml") == ["n2/n2_0.JPEG"]
+    assert evaluated_images(root, None, tmp_path / "val.json") == evaluated_images(root, root, tmp_path / "none.json") == evaluated_images(root, root, None) == []
+    other = folders(tmp_path / "other", {"n1": 2, "n2": 1})
+    monkeypatch.setattr("common.imagenet.read_ilsvrc", None)
+    monkeypatch.setattr("common.datasets.read_annotations", None)
+    assert evaluated_images(root, other, tmp_path / "val.json") == evaluated_images(root, other, None, tmp_path / "xml") == []
+
+
+def test_classes_whose_validation_images_are_those_of_training(tmp_path):
+    train = folders(tmp_path / "train", {"n1": 1, "n2": 1, "n3": 1}, tar=["n3"])
+    val, classes = folders(tmp_path / "val", {"n1": 1}), ["n1", "n2", "n3"]
+    assert shared_classes(val, train, classes) == shared_classes(val, None, classes) == []
+    (val / "n2").symlink_to(train / "n2")
+    (val / "n3.tar").symlink_to(train / "n3.tar")
+    assert shared_classes(val, train, classes) == ["n2", "n3"]
+    (tmp_path / "link").symlink_to(train)
+    assert shared_classes(tmp_path / "link", train, classes) == classes
+    folders(train / "val", {"n1": 1})
+    assert shared_classes(train / "val", train, classes) == []  # --cls-list has left it out
+    assert shared_classes(train / "val", train, [*classes, "val"]) == [*classes, "val"]
 
 
 # ------------------------------------------------------------------ labelled images

@@ -561,6 +561,9 @@ def test_predict_image_finds_what_detect_finds_of_the_classes_that_are_asked_for
         assert found == [names[k] for k in expected["labels"].tolist()] and boxes.max() > 100
     _, _, found = simple21k.predict_image(model, ["n00000002", "d2"], picture, 0.0)
     assert set(found) == {"c2", "d2"}
+    model.arch["fuse"] = 0.0  # of its run
+    shared = [simple21k.predict_image(model, ["c0"], picture, 0.0, *fuse)[1] for fuse in ([], [0.0], [2 / 3])]
+    assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[0], shared[2])
     with pytest.raises(UserError, match="classes unicorn: no such name"):
         simple21k.predict_image(model, ["unicorn"], picture)
     with pytest.raises(UserError, match="'d2' is one text; give a list"):
@@ -661,6 +664,14 @@ def test_novel_classes_that_had_boxes_before_are_told(tmp_path, capsys):
         _, second, path = init_from(tmp_path, arch_of(stage=stage, det=2), **changes)
         load_init(second, flags("--stage", "2", "--init", str(path)), 0)
         assert ("was trained on d1, which count as novel here" in capsys.readouterr().err) == told
+
+
+def test_a_detector_of_coco_that_lvis_will_score_is_told_at_its_start(tmp_path, capsys):
+    """As beside --eval. Stage I of setup 2 has seen ImageNet only."""
+    for setup, stage, told in (("s2", 2, True), ("s2", 1, False), ("s3", 2, False)):
+        _, second, path = init_from(tmp_path, arch_of(stage=stage) | dict(setup=setup), cls=[], cls_names=[], pair=[])
+        load_init(second, flags("--setup", "lvis", "--init", path), 0)
+        assert ("LVIS's validation images are of COCO's train2017, too" in capsys.readouterr().err) == told
 
 
 def test_pooled_classifier_gives_its_backbone_only(tmp_path, capsys):
@@ -793,6 +804,14 @@ def test_a_class_is_known_by_all_its_names():
     assert Vocabulary(twins, "cpu").of([dict(name="cat")]) == {"cat": 1}
 
 
+def test_two_validation_classes_that_are_one_to_the_model_are_told(tmp_path, capsys):
+    for names, told in (("couch", "sofa"), True), (("couch", "chair"), False):
+        boxes = write_boxes(tmp_path / "val.json", [dict(id=k, name=n) for k, n in enumerate(names)])
+        args = flags("--setup", "own", "--val-json", boxes[1], "--val-images", boxes[3])
+        simple21k.make_val(args, arch_of() | dict(cls_names=["couch, sofa", "chair", "c2", "c3", "c4"]))
+        assert ("couch and sofa are one class of the model" in capsys.readouterr().err) == told
+
+
 def test_wanted_classes_by_commas_flags_or_lines(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufefftélly, tv\ncup\n\n".encode())
     wanted = lambda *values: simple21k.class_names(parse_args(["--predict", "a", "--weights", "b", *(x for v in values for x in ("--classes", v))]).classes)
@@ -822,6 +841,99 @@ def test_own_classes_meet_by_name(tmp_path):
     (tmp_path / "names.txt").write_text("n0\ta\x07b\n")
     with pytest.raises(UserError, match="the name of n0 is empty, no text, or holds control characters"):
         simple21k.make_vocabulary(args)
+
+
+def pictures(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(root / name)
+    return root
+
+
+def test_classes_that_are_listed_without_a_box_are_no_detection_classes(tmp_path, capsys):
+    """One category list for training and validation: the novel classes stay novel, by a name of --overlap, too."""
+    categories = [dict(id=k, name=n) for k, n in enumerate(("dog", "cat", "crowd", "tv"))]
+    boxes = write_boxes(tmp_path / "det.json", categories, [0, 2])
+    content = json.loads(boxes[1].read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    boxes[1].write_text(json.dumps(content))
+    cls_dir = pictures(tmp_path / "in", "dog/a.jpg", "cat/a.jpg", "n1/a.jpg")
+    args = flags("--setup", "own", *boxes, "--cls-dir", cls_dir)
+    arch = simple21k.make_data(args)[0]
+    assert "note: " + f"{boxes[1]}: cat and 2 more are listed without a box" in capsys.readouterr().err
+    assert (arch["det"], arch["cls"], arch["pair"]) == (["dog"], ["cat", "dog", "n1"], [-1, 0, -1])
+    assert Vocabulary(arch, "cpu").base == [False, True, False]
+    val = argparse.Namespace(records=argparse.Namespace(categories=categories))
+    assert simple21k.reported(args, val, arch, 1)["report"] == "last"  # novel labels choose nothing
+    (tmp_path / "o.json").write_text(json.dumps(dict(dog="dog", tv="n1")))
+    args = flags("--setup", "own", *boxes, "--cls-dir", cls_dir, "--overlap", tmp_path / "o.json")
+    arch = simple21k.make_data(args, quiet=True)[0]
+    assert (arch["det"], arch["cls_names"], arch["pair"]) == (["dog"], ["cat", "dog", "n1, tv"], [-1, 0, -1])
+    assert Vocabulary(arch, "cpu").of(categories) == dict(cat=0, dog=1, tv=2) and capsys.readouterr().err == ""
+    write_boxes(tmp_path / "det.json", categories)
+    assert simple21k.make_data(flags("--setup", "own", *boxes, "--cls-dir", cls_dir))[0]["det"] == ["dog", "cat", "crowd", "tv"]
+    assert "without a box" not in capsys.readouterr().err
+    write_boxes(tmp_path / "det.json", categories, [])
+    with pytest.raises(UserError, match="it holds none|no usable image"):
+        simple21k.make_data(flags("--setup", "own", *boxes, "--cls-dir", cls_dir))
+    lvis = [dict(c, synset="x.n.01", frequency="c") for c in categories]
+    args = flags("--setup", "lvis", "--init", "none", *write_boxes(tmp_path / "det.json", lvis, [0]))
+    assert len(simple21k.make_vocabulary(args)[0]["det"]) == 4  # as ever: LVIS's and COCO's lists are whole
+
+
+def test_validation_images_in_the_training_folder_are_left_out_of_it(tmp_path):
+    """Boxes of a plain COCO json, as those of a localisation set."""
+    root = pictures(tmp_path / "all", "n1/a.jpg", "n1/b.jpg", "n2/c.jpg", "n2/d.jpg")
+    content = dict(images=[dict(id=1, file_name="n1/a.jpg", width=64, height=64)], categories=[dict(id=1, name="n1")],
+                   annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 20, 20], area=400, iscrowd=0)])
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    for folder, left in (root, 1), (tmp_path / "elsewhere", 0):
+        args = flags("--setup", "own", "--cls-dir", root, "--val-json", tmp_path / "val.json", "--val-images", folder)
+        index = simple21k.labelled_index(args, {})
+        assert (index.dropped, index.asked, len(index)) == (left, left, 4 - left)
+
+
+def test_accuracy_of_training_images_is_told(tmp_path, capsys):
+    train, val = pictures(tmp_path / "train", "n1/a.jpg", "n2/b.jpg"), pictures(tmp_path / "val", "n1/a.jpg", "n2/b.jpg")
+    arch = arch_of(stage=1) | dict(cls=["n1", "n2"], cls_names=["a", "b"], pair=[-1, -1])
+    for folder, told in (train, True), (val, False):
+        simple21k.make_val(flags("--setup", "own", "--cls-dir", train, "--cls-val", folder, stage=1), arch)
+        assert ("n1 and 1 more are in --cls-dir, too: the accuracy is of training images" in capsys.readouterr().err) == told
+
+
+def test_a_stage_one_that_left_out_fewer_images_is_told(tmp_path, capsys):
+    """Its checkpoint keeps the number; files of earlier versions have none."""
+    root = pictures(tmp_path / "all", "n1/a.jpg", "n1/b.jpg", "n2/c.jpg")
+    split = dict(images=[dict(id=1, file_name="n1/a.jpg", width=64, height=64, category_id=1)], annotations=[], categories=[dict(id=1, name="n1")])
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    given = ["--setup", "own", *write_boxes(tmp_path / "det.json", [dict(id=1, name="n1")]), "--cls-dir", root]
+    val = ["--val-json", tmp_path / "split.json", "--val-images", root]
+    without, with_it = (simple21k.make_data(flags("--stage", "1", *given, *more))[0] for more in ([], val))
+    assert (without["left_out"], with_it["left_out"]) == (0, 1)
+    old = {k: v for k, v in with_it.items() if k != "left_out"}
+    for before, told in (without, True), (with_it, False), (old, False):
+        torch.save(weights_of(new_model(before)), tmp_path / "first.pt")
+        arch = simple21k.make_data(flags("--stage", "2", "--init", tmp_path / "first.pt", *given, *val))[0]
+        assert ("left out 0 images that are evaluated on, this run 1;" in capsys.readouterr().err) == told
+        assert arch["left_out"] == (0 if told else 1)  # for what starts from this one
+
+
+def test_a_checkpoint_is_scored_as_its_run_was_unless_flags_say_otherwise(tmp_path):
+    given = ["--setup", "own", *write_boxes(tmp_path / "det.json", [dict(id=1, name="n1")]), "--cls-dir", pictures(tmp_path / "in", "n1/a.jpg", "n2/b.jpg")]
+    arch = simple21k.make_data(flags(*given, "--fuse", "0", "--max-dets", "7", "--score-thresh", "0.01"))[0]
+    assert (arch["fuse"], arch["max_dets"], arch["score_thresh"]) == (0.0, 7, 0.01) and simple21k.is_arch(arch)
+    scored = lambda arch, *more: [getattr(resolve(parse_args([*map(str, more)]), arch), k) for k in ("fuse", "max_dets", "score_thresh")]
+    assert scored(arch, "--eval", "x") == [0.0, 7, 0.01] and scored(arch, "--eval", "x", "--fuse", "1", "--max-dets", "9") == [1.0, 9, 0.01]
+    assert scored(arch_of(), "--eval", "x") == [2 / 3, None, 1e-4]  # files of earlier versions
+    model = Detector(arch)
+    torch.save(weights_of(model), tmp_path / "w.pt")
+    given = ["--weights", str(tmp_path / "w.pt")]
+    for mode in ["--predict", "a.jpg"], ["--export", "a.pt2"]:
+        for more, fuse in ([], 0.0), (["--fuse", "0.5"], 0.5):
+            assert simple21k.detector_of(parse_args([*mode, *given, *more]))[2].fuse == fuse
+    assert simple21k.detector_of(parse_args(["--predict", "a.jpg", *given]))[2].score_thresh == 0.1  # that is --score's
+    for wrong in (dict(fuse="1"), dict(fuse=2.0), dict(score_thresh=math.nan), dict(max_dets=0), dict(left_out="a")):
+        assert not simple21k.is_arch(arch | wrong)
 
 
 def test_paths_that_are_not_there_are_not_asked_for(tmp_path):
@@ -868,7 +980,7 @@ def test_a_benchmark_is_found_in_the_training_folder_from_above_and_from_below(t
     for root, name in (("in", "n1/a.jpg"), (".", "in/n1/a.jpg"), ("in/n1", "a.jpg")):
         (tmp_path / "split.json").write_text(json.dumps(dict(images=[dict(id=1, file_name=name, width=40, height=40, category_id=1)], annotations=[], categories=[dict(id=1, name="n1")])))
         args = flags("--setup", "own", "--cls-dir", str(tmp_path / "in"), "--val-json", str(tmp_path / "split.json"), "--val-images", str(tmp_path / root))
-        assert simple21k.benchmark_images(args) == ["n1/a.jpg"]
+        assert simple21k.evaluated_images(args.cls_dir, args.val_images, args.val_json) == ["n1/a.jpg"]
 
 
 def test_objects365_as_it_is_published(tmp_path):

@@ -447,7 +447,7 @@ def test_empty_classes_and_unreadable_images_are_told(small, tmp_path):
 
 
 def test_without_a_validation_set_the_last_classifier_is_the_best(small, tmp_path):
-    """Setups 1 and 3 have none for stage I, and stage II starts from best.pt."""
+    """Setups 1 and 3 have none for stage I."""
     r = run(*small.first, "--stage", "1", "--cls-val", "none", "--stage1-epochs", "3", "--out", tmp_path / "run")
     assert r.stdout.count("no validation set: ") == 2 and not (tmp_path / "run/results.json").exists()
     assert sum('"lr"' not in line for line in (tmp_path / "run/log.jsonl").read_text().splitlines()) == 3  # three evaluations that measured nothing

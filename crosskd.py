@@ -44,7 +44,7 @@ Not published, our choice:
      class term, main region; --method mimic is i = 5 with CrossKD's own losses), the weights of FitNet and of
      PKD alone (that of CrossKD+PKD; PKD's authors: 10 for RetinaNet, 4 maps), MobileNetV2 (torchvision's
      weights, running statistics fixed), --adapt (a 1x1 convolution a tower, for heads of another width; the
-     authors call it possible).
+     authors call it possible), Kaiming's first weights in such heads, the warm-up of short runs (a tenth).
 
 Letters: B images, C channels, H W size, L = 5 levels, A anchors or points of all levels, M boxes
 (padded), K classes, R = 17 bins of a box edge; C_1 .. C_5 the layers of a head (C_5 predicts), C3 .. C5

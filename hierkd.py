@@ -705,6 +705,9 @@ def make_data(args, split, like=None, novel=None):
     base, novel = class_split(rule, records.classes, like, asked_novel if novel is None else novel,
                               asked_base)
     if split == "train":
+        absent = sorted({*novel} - {*records.classes}) if rule in ("48_17", "65_15") else ()
+        for name in absent:
+            tell(f"{annotations}: has no {name}, novel in --split {rule}; under another name it is trained")
         if asked_base:
             refuse_strange(base, records.classes, "--base", annotations)
         strange = sorted(spaced(asked_novel or []) - spaced(records.classes))
@@ -830,6 +833,8 @@ def prepare(args, data, val, student, teacher, rank, world, device):
     if args.gkd:
         long = 2 * teacher.model.context_length  # characters: the few that may have more tokens
         tell_cut(teacher, [c for some in data.captions for c in some if len(c) > long], ("{}",), "captions")
+        if len(data) < args.batch_size * world:
+            tell(f"{len(data)} images are no batch: GKD tells them from copies of themselves (--no-gkd)")
     student.arch |= dict(base=base, novel=novel)
     if rank == 0:
         print(f"CLIP {teacher.name} | {len(base)} base and {len(novel)} novel classes")
@@ -950,7 +955,7 @@ def load(weights, flag="--weights"):
     load_strict(model, checkpoint.get("model"), where)
     model.unit_background()
     model.trained = checkpoint.get("epoch"), checkpoint.get("it")
-    model.clip, model.texts = None, {}  # see text_of
+    model.clip, model.spec, model.texts = None, None, {}  # see text_of
     return model.eval(), classes
 
 
@@ -958,8 +963,8 @@ def text_of(model, classes, spec=None):
     """(K, D) text matrix of these names by the checkpoint's CLIP, or by spec (--clip). CLIP is loaded once,
     each list of names read once."""
     device = model.tau_c.device
-    if model.clip is None:
-        model.clip = clip_of(model.arch, model.arch["dim"], spec, device)
+    if model.clip is None or spec not in (None, model.spec):
+        model.clip, model.spec, model.texts = clip_of(model.arch, model.arch["dim"], spec, device), spec, {}
     key = classes if isinstance(classes, str) else tuple(classes)
     if key not in model.texts:
         tell_cut(model.clip, key, model.arch["templates"])
@@ -1073,7 +1078,7 @@ def follow(args, arch):
     if arch["data"] == OWN and not (args.data or args.val_json):
         raise UserError(f"--eval {args.eval}: was trained on own files; give --val-json and --val-images")
     return argparse.Namespace(**vars(args) | dict(
-        data="shapes" if shapes else args.data or "data/coco", split="own", data_seed=arch["data_seed"],
+        data=args.data or arch["data"], split="own", data_seed=arch["data_seed"],
         image_size=args.image_size or arch["image_size"]))
 
 
@@ -1194,7 +1199,6 @@ ROWS = rows("""  # --row NAME: the paper's AR50/AP50 of novel classes (ZSD), COC
     t8-3x           70.0/25.3  --schedule 3x  # = t7-48
     t8-r101         71.4/27.3  --schedule 3x --backbone r101  # also of Table 9; jitter as R50's, not printed
     s31-fixed-bg    -          --bg fixed  # number not printed
-    fig5            -          --predict photo.jpg --weights runs/hierkd/best.pt
     released        -          RELEASED  # the released code's choices, see the script's head
     own             -          OWN  # small own data, not tuned; from random weights --lr 0.004
     """, IKD="--no-gkd --quality centerness --batch-size 4", GKD="--no-ikd --quality centerness",

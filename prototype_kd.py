@@ -100,7 +100,7 @@ from common.evaluation import Detections, class_table, coco_evaluate, judged, vo
 from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_teacher, checksum,
                         dash, describe_model, fast_layout, fold, fused, gather, given_flags, load_checkpoint,
                         load_strict, number, open_run, open_table, parse, parser, rebuilding, reduce_mean,
-                        rows, run_flags, saved_run, seed_all, started, tell_size, to_device,
+                        rows, run_flags, saved_run, seed_all, started, tell, tell_size, to_device,
                         warmup_multistep, with_defaults, wrap_ddp)
 
 STRIDES = dict(faster=(4, 8, 16, 32, 64), retina=(8, 16, 32, 64, 128))  # of the five FPN levels
@@ -1497,14 +1497,14 @@ def train(args, rank, world, device):
             run.step(losses, lr * factor, distiller.watch)
         run.end_epoch()
     metrics = run.close()
-    compare(args, rank)
+    compare(run)
     return metrics
 
 
 # Flags in which a run and its continuation without distillation must agree.
 SAME = """data dataset voc_train voc_val data_seed train_json train_images val_json val_images keep_empty
-    first_images image_size init student bn epochs max_iters optimizer lr weight_decay photometric seed
-    amp""".split()
+    first_images image_size init student bn epochs max_iters eval_every optimizer lr weight_decay photometric
+    seed amp""".split()
 
 
 def control_folder(args):
@@ -1532,6 +1532,11 @@ def continued(args, rank, world, device):
                 text += (f": its {k.replace('_', '-')} is {theirs.get(k)}, here {ours[k]}; give another "
                          "folder, or --control none")
             raise UserError(text)
+        own = Path(args.out) / "last.pt"
+        if not (own.exists() and load_checkpoint(own).get("finished")):  # else both go on from their ends
+            for k in {"epochs", "lr", "weight_decay"} & {*wrong}:
+                tell(f"--control {folder}: has trained with {dash(k)} {theirs.get(k)} so far, the distilled "
+                     f"run goes on with {ours[k]}; the difference will not be distillation's alone")
         finished = state.get("finished", False) and not wrong
     if finished and args.control != "run" and not (folder / "results.json").exists():
         raise UserError(f"--control {folder}: holds no results.json to compare with")
@@ -1546,11 +1551,16 @@ def continued(args, rank, world, device):
     train(resolve(argparse.Namespace(**vars(args) | more)), rank, world, device)
 
 
-def compare(args, rank):
+def compare(run):
     """Prints what a distilled run reports beside what its continuation without distillation does."""
-    if rank != 0 or args.control == "none":
+    if run.rank != 0 or run.args.control == "none":
         return
-    theirs, ours = (read_json(folder / "results.json") for folder in (control_folder(args), Path(args.out)))
+    folder = control_folder(run.args)
+    state = load_checkpoint(folder / "last.pt")
+    for name, what in (("seen", "trained"), ("judge", "evaluated")):
+        if state.get(name) not in (None, getattr(run, name)):
+            print(f"warning: {folder} was {what} on other images or boxes; the difference is no result")
+    theirs, ours = (read_json(out / "results.json") for out in (folder, run.out))
     keys = [k for k in ("AP", "AP50", "AP75", "VOC11", "VOCarea") if k in ours]
     gain = {k: ours[k] - theirs[k] for k in keys}
     for name, m in (("continued without distillation", theirs), ("distilled", ours), ("difference", gain)):

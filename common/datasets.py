@@ -1395,9 +1395,11 @@ def respell(names, like):
 def check_numbering(path, images, records, row_of):
     """The images of a captions file are those of the records' ids: by file name, where it has names. 2014's
     end as 2017's: COCO_val2014_000000522418.jpg."""
-    for i in images if isinstance(images, list) else ():
-        if not isinstance(i, dict) or not is_id(i.get("id")) or not isinstance(i.get("file_name"), str):
-            continue
+    named = [i for i in (images if isinstance(images, list) else ())
+             if isinstance(i, dict) and is_id(i.get("id")) and isinstance(i.get("file_name"), str)]
+    if not named:
+        tell(f"{path}: names no image files; its image ids are taken for those of {records.path.name}")
+    for i in named:
         row, theirs = row_of.get(i["id"]), Path(i["file_name"].replace("\\", "/")).stem
         mine = theirs if row is None else Path(records.names[row]).stem
         if not (theirs.endswith(mine) or mine.endswith(theirs)):

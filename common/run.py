@@ -1083,7 +1083,7 @@ class Run:
         self.every = args.eval_every or every or max(1, self.epochs // 12)
         self.it, self.best, self.best_epoch, self.due, self.complete = 0, -2.0, 0, False, False
         self.metrics, self.lr, self.data_time, self.eval_seconds = None, 0.0, 0.0, 0.0
-        self.judge = None  # fingerprint of what `best` was measured on
+        self.judge = self.seen = None  # fingerprints: of what `best` was measured on, of what is trained on
         self.signal, self.signal_time, self.training, self.handlers = None, 0.0, True, {}
         self.resumed = can_resume(self.out, args.resume, rank, device)
         if self.resumed:
@@ -1183,8 +1183,8 @@ class Run:
                             "the data have now; start anew, or from its weights")
         clips = [c.get("arch", {}).get("clip_name") for c in (state, self.plain)]
         if clips[0] != clips[1] and all(clips):
-            raise UserError(f"{where}: was trained with CLIP {clips[0]}, this is {clips[1]}; bring that back, "
-                            "or start anew")
+            raise UserError(f"{where}: was trained with CLIP {clips[0]}, this is {clips[1]}; bring that "
+                            "back, or start anew")
         for name, module in dict(self.parts, model=self.model).items():
             if name not in state:
                 raise UserError(f"{where}: lacks {name}, which these flags train")
@@ -1205,7 +1205,7 @@ class Run:
             group.update(values)
         self.it, self.state = state["it"], state  # for what a script keeps beside
         if not copy:
-            self.judge = state.get("judge")
+            self.judge, self.seen = state.get("judge"), state.get("seen")
             same = "judge" in state or state["args"].get("val_json") == vars(self.args).get("val_json")
             if same and math.isfinite(state["best"]):  # inf: of no validation set
                 self.best, self.best_epoch = state["best"], state["best_epoch"]
@@ -1226,7 +1226,7 @@ class Run:
         if self.rank == 0:
             state |= dict(best=self.best, best_epoch=self.best_epoch, due=self.due, rng=rng,
                           total_batch=self.total_batch, args=vars(self.args),
-                          fixed=self.fixed, judge=self.judge)
+                          fixed=self.fixed, judge=self.judge, seen=self.seen)
             state |= {name: make() for name, make in self.beside.items()}
             save_checkpoint(state, path or self.out / "last.pt")
         elif first_not_finite(state):  # rank 0 says which
@@ -1304,7 +1304,11 @@ class Run:
         judge = val.fingerprint() if hasattr(val, "fingerprint") else None
         if self.judge not in (None, judge):  # --resume with another validation set
             self.best, self.best_epoch = -2.0, 0
-        self.judge = judge
+        now = [data.fingerprint() for data in seen if hasattr(data, "fingerprint")]
+        if self.seen not in (None, now):
+            tell(f"--resume {self.out}: what is trained on are other images or boxes than before; the "
+                 "results are of both")
+        self.judge, self.seen = judge, now
         if self.rank == 0:
             for data in datasets:
                 print(data.report() if data else "no validation set: no evaluation, best.pt is the last")

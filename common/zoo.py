@@ -523,6 +523,7 @@ def guard(config, settings, where, whose="this script's detector", hint=""):
 
 
 PIXELS = dict(mean=[(123.675, 116.28, 103.53)], std=[(58.395, 57.12, 57.375)])
+CAFFE_PIXELS = dict(mean=[(102.9801, 115.9465, 122.7717)], std=[(1, 1, 1)])  # FCOS on a ResNet
 ANCHORS = dict(  # of the coded boxes and of the anchors; strides: a backbone's, too
     faster=dict(scales=[(8,)], ratios=[(0.5, 1, 2)], strides=[(4, 8, 16, 32, 64), (1, 2, 2, 2)],
                 target_stds=[(1, 1, 1, 1), (0.1, 0.1, 0.2, 0.2)]),
@@ -530,6 +531,7 @@ ANCHORS = dict(  # of the coded boxes and of the anchors; strides: a backbone's,
                    strides=[(8, 16, 32, 64, 128), (1, 2, 2, 2)], target_stds=[(1, 1, 1, 1)]),
     atss=dict(octave_base_scale=[(8,)], scales_per_octave=[(1,)], ratios=[(1,)],
               strides=[(8, 16, 32, 64, 128), (1, 2, 2, 2)], target_stds=[(0.1, 0.1, 0.2, 0.2)]))
+ANCHORS["fcos"] = dict(strides=ANCHORS["atss"]["strides"])
 ANCHORS["gfl"] = {k: v for k, v in ANCHORS["atss"].items() if k != "target_stds"}
 THIRD = (0.033, 0.033, 0.067, 0.067)  # of a cascade's heads
 ANCHORS["cascade"] = ANCHORS["faster"] | dict(
@@ -549,6 +551,15 @@ def guard_numbers(config, settings, where):
             if alike and numbers not in alike:
                 usual = ", ".join(f"{x:g}" for x in alike[0])
                 raise UserError(f"{where}: its config has {name}={found}, this script's detector {usual}")
+
+
+def tell_scale(config, where):
+    """Tells of a config that tests images at another size than 1333 x 800."""
+    _, _, tested = config.partition("test_pipeline")
+    found = re.search(r"(?<!\w)(?:img_)?scale\\?['\"]?\s*[=:,]\s*[\[(]+\s*(\d+)\s*,\s*(\d+)", tested)
+    if found and {*map(int, found.groups())} != {800, 1333}:
+        tell(f"{where}: its config tests images at {' x '.join(found.groups())}; here the short side is 800 "
+             "and the long at most 1333, unless --image-size says another")
 
 
 # ------------------------------------------------------------------ key rules
@@ -702,11 +713,13 @@ def read_dense(spec, flag, script):
         return where, content["arch"], content["model"], content["classes"], trained
     arch = infer_arch(content, where)
     # what the keys cannot tell: these variants have the same names and shapes
-    style = "style='pytorch'" if arch["kind"] == "fcos" else "style='caffe'"
-    settings = ("norm_on_bbox=True", "centerness_on_reg=True", style)
-    guard(config_of(*meta), settings, where, f"this script's {arch['kind']}")
-    if arch["kind"] != "fcos":
-        guard_numbers(config_of(*meta), ANCHORS[arch["kind"]] | PIXELS, where)
+    config, caffe = config_of(*meta), arch["kind"] == "fcos"
+    style = ("style='pytorch'", "to_rgb=True", "bgr_to_rgb=True") if caffe else (
+        "style='caffe'", "to_rgb=False", "bgr_to_rgb=False", "relu_before_extra_convs=True")
+    settings = "norm_on_bbox=True", "centerness_on_reg=True", "add_extra_convs='on_lateral'", *style
+    guard(config, settings, where, f"this script's {arch['kind']}")
+    guard_numbers(config, ANCHORS[arch["kind"]] | (CAFFE_PIXELS if caffe else PIXELS), where)
+    tell_scale(config, where)
     return where, arch, from_mmdet(content), classes_of(*meta), (None, None)
 
 
@@ -814,6 +827,7 @@ def read_torchvision(spec, flag, script):
     guard(config_of(meta), settings, where, f"this script's {name}", "; use one in pytorch's style")
     kind = dict(retina="retinanet").get(name.split("_")[0], name.split("_")[0])
     guard_numbers(config_of(meta), ANCHORS[kind] | PIXELS, where)
+    tell_scale(config_of(meta), where)
     classes, first = classes_of(meta), 0 if name.startswith("retina") else 1
     arch = dict(name=name, mmdet=True, classes=list(classes) if classes else None,
                 columns=list(range(first, first + count)), outputs=first + count)

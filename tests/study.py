@@ -10,7 +10,7 @@ arm, seed, metrics, epochs, steps, seconds (of one CPU thread, the whole command
 evaluation; without teacher, burn-in, stage I, tiny CLIP; null if a run was killed in between, or on a GPU,
 which `gpu` then names), commit (two of them where it was stopped in between), start (hashes of the weights it
 was given: teacher, burn-in; a line with others than the seed's is refused, as where a machine was lost in
-between). Seeds ran on machines of unlike speed, so tables and curves show the seconds of one seed, the first
+between; lines of before commit af69913 lack it). Seeds ran on machines of unlike speed, so tables and curves show the seconds of one seed, the first
 that has them.
 
 Statistics. A gain is a difference within a seed, its interval Student's t of 95 %. A claim, one per line of

@@ -690,6 +690,14 @@ def test_captions_of_another_numbering_are_refused(world, tmp_path, name, fits):
         assert f"its image {key} is other, that of own.json is" in text
 
 
+def test_captions_that_name_no_files_are_told(world, tmp_path, capsys):
+    """Two files that both count from 1 would give every image another's caption."""
+    key = world.images[0]["id"]
+    (tmp_path / "captions.json").write_text(json.dumps(dict(images=[dict(id=key)], annotations=[dict(image_id=key, caption="a kitchen")])))
+    world.dataset(captions=tmp_path / "captions.json")
+    assert "captions.json: names no image files; its image ids are taken for those of own.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_a_tiff_is_turned_once_whoever_opens_it(tmp_path, orientation):
     pixels = np.zeros((40, 60, 3), np.uint8)

@@ -8,8 +8,7 @@ key map; then raw head outputs and FPN features (GFL R50, ATSS R50; float64) agr
 of each map's standard deviation, detections to 0.002 px, ATSS assignments exactly, losses to 2e-6 (six
 cases each), the gradient norm of every trained parameter to 1e-3; CrossKD's cross-head predictions and
 losses agree with the authors' repository likewise, before and after the ReLU question (`--align pre|post`).
-All 13 key lists load strictly. COCO evaluation gives the twelve published numbers of the COCO API's sample,
-boxes and masks.
+All 13 key lists load strictly.
 """
 import argparse
 import copy

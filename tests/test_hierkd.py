@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -843,6 +844,17 @@ def test_another_clip_is_told(clip, tmp_path, capsys):
         hierkd.text_of(model, classes)
     assert len(hierkd.text_of(model, classes, str(tmp_path / "moved.pt"))) == 3
     assert "was trained with CLIP tiny-y, this is tiny-x" in capsys.readouterr().err
+    first = model.clip
+    assert hierkd.text_of(model, classes) is not None and model.clip is first
+    shutil.copy(tmp_path / "moved.pt", tmp_path / "third.pt")
+    hierkd.text_of(model, classes, str(tmp_path / "third.pt"))
+    assert model.clip is not first
+
+
+def test_an_evaluation_looks_where_training_did():
+    arch = dict(data="/x/coco", data_seed=0, image_size="800")
+    follow = lambda *flags: hierkd.follow(parse_args(["--eval", "a.pt", *flags]), arch).data
+    assert follow() == "/x/coco" and follow("--data", "/y") == "/y"
 
 
 def test_files_of_other_towers_are_refused_not_misread(clip, tmp_path):

@@ -268,6 +268,15 @@ def test_a_run_killed_in_its_control_resumes_with_its_flags(made, coco_few, tmp_
     r = run(*flags, "--control", tmp_path / "run/control", "--out", tmp_path / "other", fail=True)
     assert "that run is not finished; --resume it first" in r.stderr
     (tmp_path / "run/control/results.json").write_text('{"AP": 12')  # as if somebody had cut it: it is not taken for a result
+    changed = tmp_path / "changed"
+    shutil.copytree(tmp_path / "run", changed)
+    r = run("--resume", "--lr", 0.003, "--out", changed)
+    assert "has trained with --lr 0.01 so far, the distilled run goes on with 0.003" in r.stderr and "no result" not in r.stdout
+    state = {k: v for k, v in load_checkpoint(changed / "control/last.pt").items() if k not in ("format", "checksum")}
+    assert state["judge"] and state["seen"]
+    save_checkpoint(state | dict(judge=1, seen=[2]), changed / "control/last.pt")  # as if of other images under the same names
+    r = run(*flags, "--lr", 0.003, "--control", changed / "control", "--out", tmp_path / "apart")
+    assert all(f"control was {what} on other images or boxes; the difference is no result" in r.stdout for what in ("trained", "evaluated"))
     r = run("--resume", "--epochs", 12, "--out", tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["args"]
     assert "difference" in r.stdout and saved["seed"] == 5 and saved["epochs"] == 12 and saved["max_iters"] == 2

@@ -841,6 +841,20 @@ def test_validation_images_that_are_trained_on_are_told(tmp_path, capsys):
     it.release()
 
 
+def test_resume_with_other_training_images_is_told(tmp_path, capsys):
+    describe = lambda it, number: it.describe("x", 1, 1, 2, Photos(number), Photos("v"))
+    it = small_run(tmp_path)
+    describe(it, "a")
+    it.save()
+    it.release()
+    for number in "ab":
+        it = small_run(tmp_path, resume=True)
+        capsys.readouterr()
+        describe(it, number)
+        assert ("other images or boxes than before" in capsys.readouterr().err) == (number == "b")
+        it.release()
+
+
 @pytest.mark.parametrize("kind", ["classes", "base"])
 def test_resume_with_other_classes_or_another_order_of_them_is_refused(tmp_path, kind):
     """A file exported anew gives its categories other ids: each output would get another name."""

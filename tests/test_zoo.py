@@ -31,7 +31,7 @@ from common import run, zoo
 from common.zoo import (ANCHORS, CROSSKD_ZOO, PIXELS, PROTOTYPE_ZOO, AlignedPool, CascadeHeads, DeformConv,
                         ExactAnchors, Inert, PlainP6P7, always_shift, by_patches, classes_of,
                         config_of, digits_of, fetch, from_mmdet, guard, guard_numbers, imagenet_state, infer_arch,
-                        load_any, read_foreign, rename, strip_prefixes, to_dkdetr, to_torchvision,
+                        load_any, read_dense, read_foreign, rename, strip_prefixes, tell_scale, to_dkdetr, to_torchvision,
                         zoo_path)
 from common.run import UserError
 
@@ -607,6 +607,42 @@ def test_without_a_config_it_is_told_that_anchors_are_the_usual_ones(capsys):
     guard_numbers("scales=[8], ratios=[0.5, 1.0, 2.0], target_stds=[0.1, 0.1, 0.2, 0.2]", ANCHORS["faster"], "x")
     assert "scales=2" in error_of(lambda: guard_numbers("scales=[2]", ANCHORS["faster"], "x"))
     guard_numbers("target_stds=[0.033, 0.033, 0.067, 0.067]", ANCHORS["cascade"], "x")
+
+
+def mmdet_file(path, kind, **meta):
+    cls = dict(fcos="conv_cls", retinanet="retina_cls", gfl="gfl_cls")[kind]
+    conv = torch.zeros(256, 256, 3, 3)
+    state = {f"bbox_head.{cls}.bias": torch.zeros(9 if kind == "retinanet" else 1), "neck.lateral_convs.0.conv.weight": conv,
+             "neck.fpn_convs.3.conv.weight": conv, "backbone.layer1.0.conv3.weight": conv}
+    torch.save(dict(meta=meta, state_dict=state), path)
+    return str(path)
+
+
+def test_an_fcos_is_asked_for_its_pixels_as_the_others_are(tmp_path, capsys):
+    read_dense(mmdet_file(tmp_path / "a.pth", "fcos"), "--teacher", "crosskd.py")
+    assert "a.pth: holds no config; its anchors, box coding and pixels are taken for the usual" in capsys.readouterr().err
+    read_dense(mmdet_file(tmp_path / "b.pth", "fcos", config="mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False"), "--teacher", "crosskd.py")
+    for config, found in (("mean=[103.53, 116.28, 123.675]", "mean"), ("strides=[4, 8, 16, 32, 64]", "strides"), ("to_rgb=True", "to_rgb")):
+        path = mmdet_file(tmp_path / "c.pth", "fcos", config=config)
+        assert f"its config has {found}=" in error_of(lambda: read_dense(path, "--teacher", "crosskd.py"))
+
+
+@pytest.mark.parametrize("setting", ["add_extra_convs='on_lateral'", "relu_before_extra_convs=True", "bgr_to_rgb=False"])
+def test_variants_of_the_pyramid_are_refused(tmp_path, setting):
+    path = mmdet_file(tmp_path / "a.pth", "retinanet", config=setting)
+    assert setting in error_of(lambda: read_dense(path, "--teacher", "crosskd.py"))
+    if "lateral" not in setting:  # FCOS has both
+        read_dense(mmdet_file(tmp_path / "b.pth", "fcos", config=setting), "--teacher", "crosskd.py")
+
+
+@pytest.mark.parametrize("text, told", [
+    ("test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(512, 512))]", "tests images at 512 x 512"),
+    ("{'test_pipeline': [{'type': 'Resize', 'scale': [640, 400]}]}", "tests images at 640 x 400"),
+    ("train_pipeline = [dict(scale=(1333, 640))]\ntest_pipeline = [dict(scale=(1333, 800))]", ""), ("img_scale=(512, 512)", ""), ("", "")])
+def test_a_config_that_tests_at_another_size_is_told(capsys, text, told):
+    tell_scale(text, "x.pth")
+    said = capsys.readouterr().err
+    assert told in said and bool(told) == bool(said)
 
 
 def test_a_file_without_config_has_none():

@@ -28,25 +28,24 @@ the default is the first value (--crop-fit on shapes: pad). Fixed, most without 
     mixed in); its sides are at least --kd-min-size.
   - F^kd is the last layer's, through the classifier's projection. Gradients reach the object queries that KD
     queries look at. KD queries have no weight decay.
-  - Image and batch RKD are added; the batch is that of one process, and its map holds pairs of the same
-    image, too, and the diagonal. Losses are means over the images that have a target.
+  - Image and batch RKD are added; the batch is a micro-batch of one process, and its map holds pairs of the
+    same image, too, and the diagonal. Losses are means over the images that have a target.
   - Eq. 3 is taken on unit features, with lambda_skd (its weight was not published).
   - CLIP is ViT-B/32 ("CLIP" is all that the paper says); COCO runs on LVIS's schedule; no repeat factors.
 
 Differs from the paper or the release:
-  1. "886 base classes" are 866; Eq. 5's sign, direction and swapped R, Sec. 3.3's swapped Q: as meant.
+  1. "886 base classes" are 866; Eq. 5 has no minus (its direction: see --rkd-dir); Sec. 3.3's Q are swapped.
   2. The release's objectness is 1203 wide, of which channel 0 is used: here one channel, prior 0.01.
   3. Names are fed without underscores, brackets and slashes; the release feeds raw ones (for its weights).
-  4. A training crop without objects is drawn again from the same image. Mask targets are means of 2 x 2
-     pixels, and padding counts in neither mask loss.
+     ViLD's 63 prompts a name; the paper only says: such as "a photo of a [CLASS]".
+  4. A training crop without objects is drawn again from the same image; after 20 tries it is the whole image.
+     Mask targets are means of 2 x 2 pixels, and padding counts in neither mask loss.
   5. Normalisers are sums over all processes, at least 1; --accumulate normalises each micro-batch by its
      own objects. Warm-up is at most a tenth of the run.
-  6. best.pt is chosen by base classes alone (AP50; LVIS: AP): novel labels are not for choosing. What is
-     reported is last.pt; where no class is novel, best.pt, chosen by AP.
+  6. best.pt is chosen by base AP50 (LVIS: AP), last.pt is reported; where no class is novel, best.pt, by AP.
 
 Letters: B images, S tokens of all L levels, N queries, D width, T text width, K classes, M objects (padded),
-k distilled boxes of an image. Boxes: cx, cy, w, h in 0..1 of the valid image inside the network, xyxy pixels
-outside.
+k distilled boxes an image. Boxes in the network: cx, cy, w, h in 0..1 of the valid image; else xyxy pixels.
 
     torchrun --nnodes 2 --nproc_per_node 8 ... dkdetr.py --masks       # the paper's LVIS run, 16 x 8 images
     torchrun --nproc_per_node 8 dkdetr.py --row t3                     # a row of a table; --rows lists them
@@ -56,8 +55,9 @@ outside.
     python dkdetr.py --predict photo.jpg --weights runs/dkdetr/best.pt # names of its training, or --classes
     python dkdetr.py --export detector.pt2 --weights runs/dkdetr/best.pt
 
-Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO AP50 novel 32.3 (9.0), base 61.1 (61.2):
-not run here. On shapes, study_dkdetr.py: AP50 15.7, 45.7 (3.4, 46.8; Eq. 3 alone: 17.0, 46.5), 24 + 8 epochs.
+Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO novel 32.3 (9.0), base 61.1 (61.2), in
+Table 3 "AP", by its rivals' rows rather AP50: not run here. On shapes, study_dkdetr.py: AP50 15.7, 45.7 (3.4,
+46.8; Eq. 3 alone: 17.0, 46.5), 24 + 8 epochs.
 """
 import argparse
 import math
@@ -82,12 +82,12 @@ from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, as_pixels,
                              eval_loader, find_coco, find_lvis, own_files, read_annotations,
                              read_objects365, read_voc, refuse_strange, repeat_factors, require_lvis, respell,
                              same_names, split_classes, train_loader, without)
-from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis,
+from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis, judged,
                                lvis_evaluate, voc_evaluate)
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model,
-                        fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
-                        open_run, open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags,
-                        saved_run, seed_all, started, tell, tell_seen, to_device, warmup_multistep, wrap_ddp)
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model, fast_layout,
+                        fused, gather, given_flags, load_checkpoint, load_strict, number, open_run,
+                        open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_run,
+                        seed_all, started, tell, tell_seen, tell_size, to_device, warmup_multistep, wrap_ddp)
 
 
 # ================================================================== the paper
@@ -1027,29 +1027,32 @@ def make_data(args, split):
     elif files and all("frequency" in c for c in records.categories):
         tell(f"{records.path}: looks like LVIS; --dataset lvis scores it as such")
     base, novel = class_split(args, records.categories)
-    options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks)
+    options = dict(canvas=args.image_size, jitter=args.jitter, masks=args.masks, keep_empty=args.keep_empty)
     if split == "train":
         if args.base_names:
             refuse_strange(base, records.classes, "--base", records.path)
         hidden = novel if args.kd_boxes == "gt" else ()
-        data = CocoDataset(folder, records, True, classes=base, hidden=hidden, keep_empty=args.keep_empty,
-                           **options)
+        data = CocoDataset(folder, records, True, classes=base, hidden=hidden, **options)
         data.repeats = repeat_factors(data, args.rfs) if args.rfs else None
         return data
     names = [n for n in records.classes if n in {*base, *novel}]
     if not names:
         raise UserError(f"{records.path}: has no class of --dataset {args.dataset}, as {', '.join(base[:3])}")
-    # of all classes: images without objects count, too; LVIS says of each image which classes count
-    whole = args.dataset == "lvis" or len(names) == len(records.classes)
+    # of all that has a box: images without objects count, too; LVIS says of each image which classes count
+    whole = args.dataset == "lvis" or {records.classes[k] for k in {*records.label.tolist()}} <= {*names}
+    options["keep_empty"] = args.dataset != "ovcoco"  # whose images hold a box of the 65 names each
     return CocoDataset(folder, records, False, classes=None if whole else names, **options)
 
 
 def as_trained(args, data):
-    """The flags with the split of own data: what is trained is base, in the validation file, too."""
+    """The flags with the split of own data: what is trained is base, in the validation file, too. With --base
+    alone the rest of both files is novel."""
     if not args.train_json:
         return args
     base, novel = class_split(args, data.records.categories)
-    return argparse.Namespace(**vars(args) | dict(base_names=base, novel_names=args.novel_names or novel))
+    if args.base and not args.novel and (files := own_files(args, "val")):
+        novel += without(read_annotations(*files[::-1]).classes, base + novel)
+    return argparse.Namespace(**vars(args) | dict(base_names=base, novel_names=novel))
 
 
 def make_sets(args):
@@ -1060,12 +1063,22 @@ def make_sets(args):
     val = make_data(args, "val")
     novel, there = class_split(args, (val or data).records.categories)[1], data.records
     new = [n for n in novel if n not in there.classes]
-    if args.novel_names and val:
+    if args.novel and val:
         refuse_strange(args.novel_names, [*there.classes, *val.records.classes], "--novel",
                        f"{there.path}, {val.records.path}")
     elif args.train_json and new:
-        tell(f"{val.records.path}: {', '.join(new[:5])}: not in {there.path}, so scored as novel")
+        tell(f"{val.records.path}: {', '.join(new[:5])}: not in {there.path}, so scored as novel" if val else
+             f"{there.path}: has no class {', '.join(new[:5])} to keep out of training")
+    if args.train_json and val:
+        tell_left_out(val, evaluated_names(args, val), "neither base nor novel")
     return args, data, val, novel
+
+
+def tell_left_out(val, names, what):
+    """Tells of classes of the validation file that are none of `names`, those that are evaluated."""
+    if left := [n for n in val.records.classes if n not in names]:
+        tell(f"{len(left)} classes of {val.annotations.name} are {what} and left out, first {left[0]}; "
+             "--novel names others")
 
 
 def prompt_name(name, style="clean"):
@@ -1157,21 +1170,16 @@ def parameter_groups(model, lr, decay, backbone=0.1):
     --resume may change these.
     """
     rate = dict(body=backbone, offsets=0.1, rest=1.0)
-    norms = set()
-    for m in model.modules():
-        if isinstance(m, (nn.LayerNorm, nn.GroupNorm)):
-            norms |= {id(p) for p in m.parameters()}
+    norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))]
+    norms = {id(p) for m in norms for p in m.parameters()}
     groups = {}
     for name, p in model.named_parameters():
-        part = "offsets" if "sampling_offsets" in name else "rest"
-        part = "body" if name.startswith("body.") else part
+        part = "body" if name.startswith("body.") else "offsets" if "sampling_offsets" in name else "rest"
         plain = part != "body" and (id(p) in norms or name == "kd_queries")
         groups.setdefault((part, plain), []).append(p)
-    found = []
-    for (part, plain), parameters in groups.items():
-        found.append(dict(params=[p for p in parameters if p.requires_grad], lr=lr * rate[part],
-                          base_lr=lr * rate[part], weight_decay=0.0 if plain else decay))
-    return found
+    return [dict(params=[p for p in parameters if p.requires_grad], lr=lr * rate[part],
+                 base_lr=lr * rate[part], weight_decay=0.0 if plain else decay)
+            for (part, plain), parameters in groups.items()]
 
 
 def method_of(args, clip, data, novel, steps, lr):
@@ -1192,22 +1200,25 @@ def method_of(args, clip, data, novel, steps, lr):
 
 
 def reported(args, novel):
-    """How often a Run evaluates, and what it reports: the last weights, as the paper; without novel classes
-    the best."""
+    """How often a Run evaluates, and what it reports: the last, as the paper; the best if none is novel."""
     return dict(every=args.epochs if args.data == "shapes" else None, report="last" if novel else "best",
                 metric=chooser(args.dataset, novel).replace("_", " "))
 
 
 def begin_as_copy(run):
-    """--from: the state of another run's last.pt, or the weights of its best.pt, as the beginning of this
-    one."""
+    """--from: this run begins with the state of another's last.pt, or with the weights of its best.pt."""
     path = run.args.start_from
     if not path or run.it > 0:  # resumed; at step 0 a kill came before the copy was saved
         return
     state, where = load_checkpoint(path, "dkdetr.py"), f"--from {path}"
     tell_seen({*state.get("classes", ())} - {*state.get("novel", ())}, run.plain["novel"], where)
+    tell_size(state.get("arch", {}), run.args.image_size, where)
+    clips = [c.get("arch", {}).get("clip_name") for c in (state, run.plain)]
     if "optimizer" in state:
-        run.load(state, where, copy=True)
+        run.load(state, where, copy=True)  # refuses another CLIP, too
+    elif clips[0] != clips[1] and all(clips):
+        raise UserError(f"{where}: was trained with CLIP {clips[0]}, this is {clips[1]}; bring that back, or "
+                        "start anew")
     else:
         load_strict(run.model, state.get("model"), where)
     run.log.bar.initial = run.log.bar.n = run.it
@@ -1216,8 +1227,7 @@ def begin_as_copy(run):
 
 
 def at_epoch(model, distiller, run, device, world):
-    """The module to train in the epoch that begins or goes on: the distiller, wrapped for DDP, anew where
-    distillation begins."""
+    """The module to train in this epoch: the distiller, wrapped for DDP, anew where distillation begins."""
     active = distils(run.args) and run.it >= run.args.burn_in * run.steps
     if model is None or active != distiller.kd_active:
         distiller.distil(active)
@@ -1324,8 +1334,7 @@ def rebuilt(content, where):
 
 
 def rebuilt_foreign(state, where):
-    """(model, its weights) of the authors' or mmdetection's keys, which are renamed; those that have no place
-    here are named."""
+    """(model, its weights) of the authors' or mmdetection's keys, renamed; those without a place are told."""
     from common import zoo
     if "neck.convs.0.conv.weight" not in state:
         raise UserError(f"{where}: is neither a checkpoint of dkdetr.py nor a Deformable DETR of "
@@ -1388,8 +1397,7 @@ def find_boxes(model, pixels, text, image_size=None, amp="none", masks=False):
 
 
 def text_of(model, names, clip=None):
-    """The text matrix of names for a model of load, made by its own CLIP the first time. On the model's
-    device."""
+    """The text matrix of names for a model of load, on its device; made by its own CLIP the first time."""
     key = names if isinstance(names, str) else tuple(names)
     device = model.level_embed.device
     if key not in model.texts:
@@ -1486,7 +1494,8 @@ def dataset_metrics(args, val, truth, results, kind, ids):
         stats, keys = lvis_evaluate(truth, results, kind, ids), ("AP", "APr", "APc", "APf", "AP50", "AP75")
         per_class, more = ("AP", "AP50"), ("novel_AP", "base_AP") if args.novel_names else ()
     else:
-        stats, keys = coco_evaluate(truth, results, kind), ("AP50", "AP") if novel else ("AP", "AP50", "AP75")
+        found = judged(truth, results)
+        stats, keys = coco_evaluate(truth, found, kind), ("AP50", "AP") if novel else ("AP", "AP50", "AP75")
         per_class, more = ("AP50", "AR50"), ("novel_AP50", "base_AP50")
     if not novel:
         return stats, keys
@@ -1503,8 +1512,7 @@ def zero_shot_metrics(args, val, names, results, ids):
         truth = val.truth(names, holding=True)
         if not truth["images"]:
             return dict(zero_shot_AP=-1.0, zero_shot_AP50=-1.0)
-        kept = {i["id"] for i in truth["images"]}
-        stats = coco_evaluate(truth, results.of(kept))
+        stats = coco_evaluate(truth, judged(truth, results.of({i["id"] for i in truth["images"]})))
     return dict(zero_shot_AP=stats["AP"], zero_shot_AP50=stats["AP50"])
 
 
@@ -1529,10 +1537,12 @@ def follow(args, model, classes):
     known = {k: v for k, v in known.items() if getattr(args, k) is None}
     if shapes:
         known.update(data="shapes", data_seed=arch["data_seed"])
-    if same and model.novel is not None and not (args.base or args.novel):
+    args = resolve(argparse.Namespace(**vars(args) | known | dict(train_json=None)))
+    if model.novel is not None and not args.base and (same or args.novel):  # what was novel stays so
         more = without(class_names(args.classes), classes) if args.classes else []
-        known.update(base_names=[n for n in classes if n not in model.novel], novel_names=model.novel + more)
-    return resolve(argparse.Namespace(**vars(args) | known | dict(train_json=None)))
+        args.novel_names = args.novel_names + without(model.novel + more, args.novel_names)
+        args.base_names = without(classes, args.novel_names) if same else []
+    return args
 
 
 def evaluate_file(args, rank, world, device):
@@ -1543,14 +1553,17 @@ def evaluate_file(args, rank, world, device):
     val = make_data(args, "val")
     for flag in ("base", "novel"):
         if getattr(args, flag):
-            refuse_strange(getattr(args, f"{flag}_names"), val.records.classes, f"--{flag}", val.annotations)
+            refuse_strange(getattr(args, flag)[0], val.records.classes, f"--{flag}", val.annotations)
     names = evaluated_names(args, val)  # what is wrong with them is told before CLIP is downloaded
     novel = {*class_split(args, val.records.categories)[1]} & {*names}
-    tell_seen({*classes} - {*(model.novel or ())}, novel, f"--eval {args.eval}")
-    strange = [n for n in val.records.classes if n not in names]
-    if strange and args.val_json and not args.classes:
-        tell(f"{len(strange)} classes of {val.annotations.name} are not in the checkpoint's vocabulary and "
-             f"left out, first {strange[0]}; --novel names others")
+    trained = {*classes} - {*(model.novel or ())}
+    tell_seen(trained, novel, f"--eval {args.eval}")
+    if unseen := without(args.base_names, trained) if args.base and trained else []:
+        tell(f"--eval {args.eval}: was not trained on {', '.join(unseen[:5])}, which count as base here")
+    if more := without(sorted(novel), args.novel[0]) if args.novel and not args.base else []:
+        tell(f"--eval {args.eval}: novel are beside --novel its own {', '.join(more[:5])}")
+    if not args.classes:
+        tell_left_out(val, names, "not in the checkpoint's vocabulary")
     clip = clip_for(model, device, args.clip)
     metrics, results = evaluate(model.to(device), val, clip, rank, world, device, args, zero_shot=True)
     if rank == 0:
@@ -1634,28 +1647,26 @@ OPEN = (
      "themselves; the text says nothing of later layers"),
     ("kd-embed", ("per_rank", "shared"), "KD embeddings: the i-th of N belongs to the i-th best "
      "proposal; or one for all, for a rank far down has hardly any gradient"),
-    ("rkd-dir", ("teacher", "student"), "KL(teacher || student); or KL(student || teacher), as Eq. 5 prints "
-     "it (its two R swapped back), but without its minus sign, which would maximise it"),
+    ("rkd-dir", ("teacher", "student"), "KL(teacher || student), Eq. 5 with both R as printed; or "
+     "KL(student || teacher), with them swapped back; without its minus sign, which would maximise either"),
     ("crop-fit", ("warp", "pad"), "how a crop becomes CLIP's square, unsaid: stretched by RoIAlign; or whole "
      "pixels, padded, bicubic, as hierkd.py does"))
 TABLE = """
     t2              22.2/32.0/40.2/33.5  --masks  # box APr/APc/APf/AP on LVIS; masks 20.5/28.9/35.4/30.0
     t2-none         17.3/32.0/40.0/32.9  --masks --skd none --rkd none  # masks 16.4/28.9/35.3/29.3
-    t3              32.3/61.1            --dataset ovcoco  # novel/base on COCO, AP50 by its size
+    t3              32.3/61.1            --dataset ovcoco  # novel/base on COCO, AP50 by its rivals
     t3-none         9.0/61.2             --dataset ovcoco --skd none --rkd none
     t4-coco         39.4/54.3/43.0       --eval runs/dkdetr-t2/last.pt --dataset coco  # row t2: AP/AP50/AP75
     t4-objects365   12.4/17.3/13.4       --eval runs/dkdetr-t2/last.pt --dataset objects365
     t4-voc          71.3/60.9            --eval runs/dkdetr-t2/last.pt --dataset voc  # AP50/AP75, 11 points
     t5              20.4/30.9/37.6/31.7  --epochs 36  # 36 epochs: burn-in and drop of the rate scale along
     t5-none         17.0/30.0/36.9/30.5  --epochs 36 --skd none --rkd none
-    t5-skd          20.0/30.8/37.4/31.5  --epochs 36 --rkd none
-    t5-rkd          19.8/30.9/37.6/31.5  --epochs 36 --skd none
+    t5-skd          20.0/30.8/37.4/31.5  --epochs 36 --rkd none  # Table 6's BCE, too
+    t5-rkd          19.8/30.9/37.6/31.5  --epochs 36 --skd none  # Table 7's last row, too
     t5-no-aux       19.7/27.3/35.6/29.2  --epochs 36 --no-aux-queries
     t6-l1           18.9/30.8/37.3/31.4  --epochs 36 --rkd none --skd l1  # its weight was not published
-    t6-bce          20.0/30.8/37.4/31.5  --epochs 36 --rkd none  # = t5-skd
     t7-image        19.5/30.8/37.4/31.3  --epochs 36 --skd none --rkd image
     t7-batch        19.2/31.2/37.6/31.6  --epochs 36 --skd none --rkd batch
-    t7-both         19.8/30.9/37.6/31.5  --epochs 36 --skd none  # = t5-rkd
     released-lvis   22.4/31.9/40.1/33.5  --eval RELEASED --masks  # authors' README; masks 20.5/29.0/35.3/30.0
     released-coco   39.3/54.5/42.8       --eval RELEASED --dataset coco  # authors' README
     released-objects365 13.0/17.9/13.9   --eval RELEASED --dataset objects365  # authors' README
@@ -1667,10 +1678,9 @@ ROWS = rows(TABLE, RELEASED="checkpoints/dkd_r50_70e_lvis.pth",
             OWN="--batch-size 4 --lr 0.008 --warmup 100 --jitter 0.5 1.5")
 # flags, the flag that gives them an effect, its values
 BELONGS = (
-    ("images", "dataset", ("lvis", None)), ("data_seed", "data", ("shapes",)),
-    ("bn", "backbone", ("r50", "r101", None)), ("tau_s", "skd", ("bce",)), ("w_skd", "skd", ("bce", "l1")),
-    ("w_rkd tau_r rkd_dir", "rkd", ("both", "image", "batch")),
-    ("kd_attn kd_ref kd_embed", "aux_queries", (True,)),
+    ("images", "dataset", ("lvis", None)), ("w_rkd tau_r rkd_dir", "rkd", ("both", "image", "batch")),
+    ("data_seed", "data", ("shapes",)), ("tau_s", "skd", ("bce",)), ("w_skd", "skd", ("bce", "l1")),
+    ("bn", "backbone", ("r50", "r101", None)), ("kd_attn kd_ref kd_embed", "aux_queries", (True,)),
     ("kd_exclude kd_topk kd_min_size", "kd_boxes", ("encoder", "decoder")))
 DISTILLATION = """aux_queries burn_in kd_topk kd_min_size kd_boxes kd_exclude kd_attn kd_ref kd_embed crop_fit
     shuffle_crops""".split()  # of no effect where there is none
@@ -1700,12 +1710,10 @@ def parse_args(argv=None):
     flag(g, "images", "lvis: folder of train2017 and val2017", default="data/coco")
     flag(g, "base", "names to train on, comma-separated, or a file with one a line, or the flag once a name "
          "(which may then hold a comma); default: all but --novel", action="append", metavar="NAMES|FILE")
-    flag(g, "novel", "names that are never trained, and are evaluated apart; given alike", action="append",
-         metavar="NAMES|FILE")
-    flag(g, "data-seed", "shapes: seed of the drawn images, of the tiny CLIP and of the backbone", type=SEED,
-         default=0)
-    flag(g, "image-size", "canvas: images are jittered to --jitter times this, cut and padded to it",
-         type=COUNT)
+    flag(g, "novel", "names that are never trained, and are evaluated apart (--eval: beside the "
+         "checkpoint's); given alike", action="append", metavar="NAMES|FILE")
+    flag(g, "data-seed", "shapes: seed of the drawn images, tiny CLIP and backbone", type=SEED, default=0)
+    flag(g, "image-size", "canvas: images are jittered to --jitter times this, cut, padded to it", type=COUNT)
     flag(g, "jitter", "scales of the jitter", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"))
     flag(g, "rfs", "repeat-factor sampling threshold, 0 for none, unknown in the paper; LVIS's own is 0.001",
          type=number(), default=0.0)
@@ -1713,10 +1721,8 @@ def parse_args(argv=None):
     flag(g, "clip", f"teacher: MODEL/WEIGHTS of open_clip (default {CLIP}; shapes: the tiny CLIP, trained on "
          "demand)")
     flag(g, "templates", "63 prompts a name, or one", choices=tuple(PROMPTS))
-    flag(g, "backbone", "r50, r101, or tiny8 ... tiny64", choices=BACKBONES,
-         metavar="NAME")
-    flag(g, "init", "backbone start; shapes: of drawn base objects",
-         choices=("imagenet", "shapes", "none"))
+    flag(g, "backbone", "r50, r101, or tiny8 ... tiny64", choices=BACKBONES, metavar="NAME")
+    flag(g, "init", "backbone start; shapes: of drawn base objects", choices=("imagenet", "shapes", "none"))
     flag(g, "bn", "BatchNorm of layer2-4: batch statistics over all GPUs, or running ones",
          choices=("sync", "frozen"), default="sync")
     flag(g, "dim", "width D, a multiple of 32", type=COUNT)
@@ -1728,17 +1734,14 @@ def parse_args(argv=None):
     flag(g, "dropout", "of the transformer", type=number(float, 0, 1, below=True))
     flag(g, "masks", "SOIT's mask head; boxes without outline are left out (default no; --eval: if the "
          "checkpoint has it, on lvis and ovcoco)", action=both)
-    flag(g, "tau", "temperature of the classifier, Eq. 2; evaluation uses the checkpoint's", type=POSITIVE,
-         default=0.05)
+    flag(g, "tau", "classifier's temperature, Eq. 2 (--eval: the checkpoint's)", type=POSITIVE, default=0.05)
     g = p.add_argument_group("method")
     flag(g, "skd", "semantic distillation: bce is Eq. 4, l1 Eq. 3 on unit features",
          choices=("bce", "l1", "none"), default="bce")
     flag(g, "rkd", "relational distillation, Eq. 5, Table 7", choices=("both", "image", "batch", "none"),
          default="both")
-    flag(g, "aux-queries", "KD queries; without, the object queries are distilled, Table 5", action=both,
-         default=True)
-    flag(g, "w-skd", "lambda_skd of Eq. 6; a target has kd-topk - 1 negatives: lower it as that grows",
-         type=number())
+    flag(g, "aux-queries", "KD queries; else object queries are taught, Table 5", action=both, default=True)
+    flag(g, "w-skd", "lambda_skd of Eq. 6; lower it as kd-topk, and so negatives, grow", type=number())
     flag(g, "w-rkd", "lambda_rkd of Eq. 6", type=number(), default=2.0)
     flag(g, "tau-s", "temperature of Eq. 4", type=POSITIVE, default=0.05)
     flag(g, "tau-r", "temperature of Eq. 5", type=POSITIVE, default=0.2)
@@ -1746,16 +1749,14 @@ def parse_args(argv=None):
          type=number(int, 0, 2 ** 31))
     flag(g, "kd-topk", "targets of an image", type=COUNT)
     flag(g, "kd-min-size", "smallest side of a target, pixels of the network's input", type=number())
-    flag(g, "shuffle-crops", "control: each target gets the embedding of another image's crop",
-         action="store_true")
+    flag(g, "shuffle-crops", "control: each target gets the crop of another image", action="store_true")
     flag(g, "train-vocab", "names of the classifier in training; all: a control, novel ones as negatives",
          choices=("base", "all"), default="base")
     g = p.add_argument_group("open choices: what the paper does not say")
     for name, values, reason in OPEN:
         flag(g, name, reason, choices=values, default=None if name == "crop-fit" else values[0])
     g = p.add_argument_group("schedule")
-    flag(g, "epochs", "the rate falls by 10 at 55/70; the table of shapes takes 5, or 18 with a burn-in",
-         type=COUNT)
+    flag(g, "epochs", "rate / 10 at 55/70; the table of shapes takes 5, or 18 with a burn-in", type=COUNT)
     flag(g, "batch-size", "images per process and pass", type=COUNT)
     flag(g, "lr", "for a total batch of 128, shapes 16; scaled linearly", type=POSITIVE)
     flag(g, "backbone-lr", "share of --lr for the backbone", type=number())
@@ -1820,8 +1821,7 @@ def resolve(args):
     for k in ("base", "novel"):
         known[f"{k}_names"] = getattr(args, f"{k}_names", [])
         if getattr(args, k):
-            names = class_names(getattr(args, k), f"--{k}")
-            known[f"{k}_names"] = names
+            known[f"{k}_names"] = names = class_names(getattr(args, k), f"--{k}")
             known[k] = [names]  # names, not a file of names, are saved: --resume needs no file
     args = argparse.Namespace(**vars(args) | known)
     if args.init == "imagenet" and args.backbone.startswith("tiny"):

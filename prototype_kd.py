@@ -27,9 +27,9 @@ and RoIAlign): distillation adds nothing to it.
 Differs from the paper:
   1. The largest: Eqs. 6 and 8 compare cosines with the prototypes. The authors' code does, for sigma, of the
      largest cosine alone (--sigma maxcos); its Eq. 6 never runs. The paper: "exactly the same as in Eq. 5".
-     With its lambda = 10 every gap shrinks by 21, Eq. 6 by 441, and sigma is near 1 (--proj: other readings).
-     By cosines, on shapes, Eq. 6 is 0.1 to 0.2 % of the loss; sigma is 0.15 to 0.5 with the first prototypes,
-     0 for up to half of the objects on a level, later 0.4 to 0.6.
+     With its lambda = 10 gaps shrink by 21 (--proj independent; joint, ...: others), and sigma is near 1.
+     By cosines, on shapes, Eq. 6 is 0.1 to 0.2 % of the loss; sigma, a constant here, is 0.15 to 0.5 with the
+     first prototypes, 0 for up to half of the objects on a level, later 0.4 to 0.6.
   2. Eq. 7 is a mean over channels (1/D of the printed norm), cells and levels, not a sum. Its regions, those
      of FGFI, are the cells with an anchor whose IoU with a box is above half of the best that the box has on
      that level. H ends in a ReLU, as printed: it matches no negative value (--adapt conv1x1 does).
@@ -37,13 +37,13 @@ Differs from the paper:
      sees the proposal. Positive proposals, tau 1, a sum over classes, a mean over proposals; of a cascade
      the heads' logits are averaged.
   4. RetinaNet's class scores are compared as independent probabilities (KL of each sigmoid).
-  5. Prototypes come from --proto-max-images images of a class (800, from their code). Features are unit
-     vectors; a picked instance cannot be picked again. sigma is kept within 0 and 1 (not in their code).
+  5. Prototypes come from --proto-max-images images of a class (800, from their code), at the largest size.
+     Features are unit vectors; none is picked twice. sigma is kept within 0 and 1 (released: not).
   6. The student's BatchNorm is fixed, statistics and factors. Paper and code do not settle it (their config's
      "in eval mode" fixes the statistics only); --bn affine trains the factors. On shapes there is none.
 --preset released: their configuration as it stands in PRESETS (no Eq. 6, sigma from the largest cosines,
 objects = positive proposals on the level of their size, DeFeat's regions and background, a 3x3 H without
-ReLU, tau 2, a linear decay, a density filter, no photometric distortion). It keeps items 5 and 6, RoIAlign's
+ReLU, tau 2, a linear decay, a density filter, no photometric distortion). It keeps items 5, 6, RoIAlign's
 means (code: whole cells), the largest sigma where boxes overlap (code: the last), torchvision's losses.
 What the student would gain by training on alone the paper does not say: where there is a validation set, the
 same student is trained for as long WITHOUT distillation beside the distilled one, and both are printed.

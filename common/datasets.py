@@ -1062,7 +1062,8 @@ class CocoDataset(Dataset):
     Labels are 0..K-1 in the order of the category ids, which may have holes. Beside what the
     cleaning step leaves out, training drops, and counts in `dropped`: crowd boxes, boxes under 1 px
     or of area 0, images without any annotation (keep_empty: not) or with a side < 32 px (min_side).
-    Images that have crowd regions only stay, without boxes: they are background.
+    Images that have crowd regions only stay, without boxes: they are background. keep_empty in validation:
+    beside `classes`, images that hold no box of another class stay, too.
 
     image_size: "800" short side; "640,800" one of these per image; "480-800" uniform. The long side
     is at most 1333/800 of the largest of these: 1333 in all three. Keys come from BatchPlan:
@@ -1168,7 +1169,8 @@ class CocoDataset(Dataset):
         if self.train:
             keep &= records.sizes.min(1) >= min_side
         if (self.train or classes is not None) and not (keep_empty and self.train):
-            keep &= self.holding(self.chosen if classes is None else self.used)
+            held = self.holding(self.chosen if classes is None else self.used)
+            keep &= held | ~self.holding(~self.chosen) if keep_empty else held
         self.kept = np.flatnonzero(keep)
         self.dropped["images"] = len(records) - len(self.kept)
         if not len(self.kept):
@@ -1220,6 +1222,8 @@ class CocoDataset(Dataset):
         if not self.train and many.any():
             line += (f" | {many.sum():,} images have over 100 boxes; the metric takes 100 detections of an "
                      "image, LVIS's 300")
+        if not self.train and any("neg_category_ids" in self.records.lvis_lists(i) for i in self.kept[:99]):
+            line += " | by neg_category_ids: of an image, classes count that were looked for in it"
         warning = self.records.warning()
         return f"{line}\n{warning}" if warning else line
 

@@ -6,13 +6,16 @@ import difflib
 import json
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 import dkdetr
 from common.clip import FrozenCLIP, check_activation, cut_names, get_clip
 from common.datasets import class_names
+from common.evaluation import Detections
 from common.run import UserError
 from common.shapes import make_shapes
 from common.tiny import TINY, tiny_clip, tiny_model
@@ -196,7 +199,8 @@ def test_what_is_trained_is_base_in_the_validation_file_too_and_a_resumed_run_ke
     assert all(n in r.stderr for n in NOVEL) and f"not in {tmp_path / 'five.json'}, so scored as novel" in r.stderr
     assert set(torch.load(tmp_path / "a/best.pt", weights_only=True)["novel"]) == {*NOVEL}
     r = run("--eval", tmp_path / "a/last.pt", *files[4:], "--workers", 0, "--novel", "person,cat", "--out", tmp_path / "e")
-    assert "was trained on person, which count as novel here\n" in r.stderr
+    assert "was trained on person, which count as novel here\n" in r.stderr and "novel are beside --novel its own cup, dog\n" in r.stderr
+    assert "base_AP50" in json.loads((tmp_path / "e/results.json").read_text())
     r = run(*five, *SMALL, "--clip", clip_file, "--novel", "person", "--from", tmp_path / "a/best.pt", "--max-iters", 1, "--out", tmp_path / "f")
     assert f"--from {tmp_path / 'a/best.pt'}: was trained on person, which count as novel here\n" in r.stderr
     made, asked = dkdetr.text_matrix, []
@@ -208,6 +212,58 @@ def test_what_is_trained_is_base_in_the_validation_file_too_and_a_resumed_run_ke
     (tmp_path / "novel.txt").unlink()
     r = run("--resume", "--out", tmp_path / "b", "--max-iters", 3)
     assert "5 base and 3 novel classes" in " ".join(r.stdout.split())
+
+
+def drawn(folder, split, classes, held, **lists):
+    """The flags of own files: a blank image for each of `held`, the names of its boxes; lists: of LVIS, by name."""
+    ids, images, boxes = {n: k for k, n in enumerate(classes, 1)}, folder / split, []
+    images.mkdir(parents=True)
+    for k, names in enumerate(held):
+        Image.new("RGB", (64, 64)).save(images / f"{k}.png")
+        boxes += [dict(id=len(boxes) + j, image_id=k, category_id=ids[n], bbox=[8, 8, 40, 40], area=1600, iscrowd=0) for j, n in enumerate(names)]
+    lists = {key: [ids[n] for n in names] for key, names in lists.items()}
+    content = dict(images=[dict(id=k, file_name=f"{k}.png", width=64, height=64, **lists) for k in range(len(held))],
+                   annotations=boxes, categories=[dict(id=k, name=n) for n, k in ids.items()])
+    (folder / f"{split}.json").write_text(json.dumps(content))
+    return [f"--{split}-json", str(folder / f"{split}.json"), f"--{split}-images", str(images)]
+
+
+def test_what_only_the_validation_file_has_is_novel_beside_base_and_told_beside_novel(tmp_path, capsys):
+    files = [*drawn(tmp_path, "train", "abde", ["ab", "d"]), *drawn(tmp_path, "val", "abcd", ["a", "b", "c", "d"])]
+    made = lambda *flags: dkdetr.make_sets(dkdetr.resolve(dkdetr.parse_args([*flags])))
+    args, data, val, novel = made(*files, "--base", "a,b")
+    assert data.classes == ["a", "b"] and sorted(novel) == ["c", "d", "e"]  # e: held out, though nothing can score it
+    assert dkdetr.evaluated_names(args, val) == list("abcd") and dkdetr.class_split(args, val.records.categories)[0] == ["a", "b"]
+    said = capsys.readouterr().err
+    assert "val.json: c: not in " in said and "so scored as novel" in said and "left out" not in said
+    args, data, val, novel = made(*files, "--novel", "d")
+    assert data.classes == ["a", "b", "e"] and novel == ["d"] and dkdetr.evaluated_names(args, val) == list("abd")
+    assert "note: 1 classes of val.json are neither base nor novel and left out, first c; --novel names others\n" in capsys.readouterr().err
+    assert made(*files, "--novel", "d,c")[3] == ["d", "c"] and "left out" not in capsys.readouterr().err
+    assert made(*files)[3] == ["c"] and "left out" not in capsys.readouterr().err
+    assert made(*files[:4], "--novel", "dd")[3] == ["dd"]  # no validation set
+    assert "train.json: has no class dd to keep out of training\n" in capsys.readouterr().err
+
+
+def test_a_class_without_a_box_takes_no_background_out_of_the_evaluation(tmp_path):
+    files = [*drawn(tmp_path, "train", "ab", ["a", "b"]), *drawn(tmp_path, "val", "abc", ["a", "b", "", ""])]
+    assert len(dkdetr.make_sets(dkdetr.resolve(dkdetr.parse_args([*files, "--novel", "b"])))[2]) == 4
+    others = drawn(tmp_path / "more", "val", "abc", ["a", "c", "ac", ""])  # c alone is left out
+    assert len(dkdetr.make_sets(dkdetr.resolve(dkdetr.parse_args([*files[:4], *others, "--novel", "b"])))[2]) == 3
+
+
+def test_lists_of_lvis_say_what_is_judged_where_a_file_is_scored_as_cocos(tmp_path):
+    """b is found in the first image, too, and c in the second: nobody has said that they are not there."""
+    for lists, ap, alone in ((dict(neg_category_ids=""), 100, 100), ({}, 50, 75)):
+        files = drawn(tmp_path / f"{ap}", "val", "abc", ["a", "ab", "c"], **lists)
+        args = dkdetr.resolve(dkdetr.parse_args(["--eval", "x", "--dataset", "coco", *files, "--novel", "b,c"]))
+        val, found = dkdetr.make_data(args, "val"), Detections()
+        for image, scores in enumerate(([0.9, 0.0], [0.8, 0.9], [0.0, 0.8])):
+            found.add(image, torch.tensor([[8.0, 8, 48, 48]] * 2), torch.tensor(scores), torch.tensor([1, 2]), val.category_ids)
+        stats, _ = dkdetr.dataset_metrics(args, val, val.truth(), found, "bbox", val.category_ids)
+        assert stats["novel_AP50"] == pytest.approx(ap, abs=0.01)
+        stats = dkdetr.zero_shot_metrics(args, val, ["b", "c"], found, val.category_ids)  # without the first image
+        assert stats["zero_shot_AP50"] == pytest.approx(alone, abs=0.01)
 
 
 def test_own_names_that_no_file_has_are_told_before_the_first_step(coco_mini, clip_file, tmp_path):
@@ -282,6 +338,35 @@ def test_classes_of_own_files_that_the_checkpoint_does_not_know_are_told(coco_mi
     assert "79 classes of instances_val2017.json are not in the checkpoint's vocabulary and left out, first person" in r.stderr
 
 
+@pytest.mark.parametrize("flags, base, novel, told", [
+    ([], ["worker", "stool, wooden"], ["dog"], "1 classes of val.json are not in the checkpoint's vocabulary and left out, first cat"),
+    (["--novel", "cat"], ["worker", "stool, wooden"], ["cat", "dog"], "novel are beside --novel its own dog\n"),
+    (["--base", "worker", "--base", "dog"], ["worker", "dog"], ["cat", "stool, wooden"], "was not trained on dog, which count as base here\n")])
+@pytest.mark.parametrize("own", [True, False], ids=["val-json", "data"])
+def test_names_of_eval_are_read_against_the_checkpoints(clip_file, tmp_path, monkeypatch, capsys, flags, base, novel, told, own):
+    """What it held as novel is base only where --base says so; classes that it does not know are told, whichever way the file came."""
+    path, seen = saved(tmp_path / "a.pt", clip_file, data="data/coco", dataset="coco"), []
+    files = drawn(tmp_path, "val", ["cat", "dog", "stool, wooden", "worker"], [["cat", "dog"], ["stool, wooden", "worker"]])
+    monkeypatch.setattr(dkdetr, "find_data", lambda args, split: (tmp_path / "val", tmp_path / "val.json"))
+    monkeypatch.setattr(dkdetr, "clip_for", lambda *of: None)
+    monkeypatch.setattr(dkdetr, "evaluate", lambda model, val, *of, **how: seen.append(dkdetr.class_split(of[-1], val.records.categories)) or (None, None))
+    dkdetr.evaluate_file(dkdetr.parse_args(["--eval", str(path), *(files if own else ()), *flags]), 1, 1, torch.device("cpu"))
+    assert [sorted(names) for names in seen[0]] == [sorted(base), sorted(novel)] and told in capsys.readouterr().err
+
+
+def test_weights_to_begin_with_are_of_the_same_clip_and_another_image_size_is_told(clip_file, tmp_path, capsys):
+    path = saved(tmp_path / "best.pt", clip_file, clip_name="tiny-a")
+    model, _ = dkdetr.load(path)
+    here = mock.MagicMock(it=0, model=model, args=argparse.Namespace(start_from=str(path), image_size=128))
+    here.plain = dict(novel=[], arch=dict(clip_name="tiny-b"))
+    with pytest.raises(UserError, match="best.pt: was trained with CLIP tiny-a, this is tiny-b; bring that back, or start anew"):
+        dkdetr.begin_as_copy(here)
+    assert "best.pt: was trained at --image-size 160, it sees 128 here\n" in capsys.readouterr().err and not here.save.called
+    here.plain = dict(novel=[], arch=dict(clip_name="tiny-a"))
+    dkdetr.begin_as_copy(here)
+    assert here.save.called
+
+
 def test_targets_are_cut_to_the_image_before_their_size_is_asked():
     scale = torch.tensor([[[100.0, 50, 100, 50]]])
     boxes = dkdetr.cut_boxes(torch.tensor([[[0.05, 0.5, 0.25, 0.4], [0.5, 0.5, 0.2, 0.4]]]), scale)
@@ -343,7 +428,13 @@ def test_names_of_a_checkpoint_are_what_is_evaluated(clip_file, tmp_path):
     assert follow("--dataset", "voc").base_names == follow("--dataset", "voc").novel_names == []
     a = follow("--classes", "Worker,dog,cat")  # what was trained stays base, whatever ovcoco calls novel
     assert a.base_names == ["worker", "stool, wooden"] and a.novel_names == ["dog", "cat"]
-    assert follow("--novel", "cat").novel_names == ["cat"] and follow("--novel", "cat").base_names == []
+    for novel in (["cat", "dog"], ["worker", "dog"]):  # those that are given, beside the checkpoint's own, which is never base
+        a = follow("--novel", novel[0])
+        assert a.novel_names == novel and a.base_names == [n for n in ("worker", "stool, wooden") if n not in novel]
+    a = follow("--novel", "cat", "--dataset", "voc")  # of other data all the rest is base
+    assert a.novel_names == ["cat", "dog"] and a.base_names == []
+    a = follow("--base", "dog")
+    assert a.base_names == ["dog"] and a.novel_names == []
 
 
 def test_a_list_of_names_is_no_text(clip_file, tmp_path):

@@ -35,7 +35,8 @@ SHIPPED = {  # file: start of its sha256, what was measured when it was made, sp
     "backbone-tiny16-e4950efee589": ("b9048f6b988bb79a", dict(shape=26.9, colour=82.7), 4),
     "tiny-clip-04ea169bc1d1": ("9c424a2fc60042a7", dict(all=81.6, novel=93.2), 4),
     "crosskd-gfl_tiny32-e8-shapes-1": ("ac636fa46f15a3fa", dict(AP=28.7), 2),           # packed: 28.8
-    "prototype_kd-faster_tiny32-e8-r2-shapes-1": ("7d5873a3c6dfa332", dict(AP=22.7), 2),  # packed: 22.3
+    "prototype_kd-faster_tiny32-e8-r2-shapes-1": ("515b17fa7e9f3686", dict(AP=22.7), 2),  # packed: 21.8
+    "prototype_kd-faster_tiny8-e20-r2-shapes-1": ("2bbf5a553d048ebe", dict(AP=5.7), 1),   # packed: 5.8
     "dkdetr-e24-shapes-1": ("62122326196965b8", dict(base_AP50=35.8), 4),
     "simple21k-tiny16-e15-shapes-1-n2000x600-i400": ("38b214dfdda9400f", dict(top1=73.7), 3)}  # packed: 74.0
 

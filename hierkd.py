@@ -64,9 +64,9 @@ Own data: --train-json a.json --train-images a/ --novel "cup,hair drier" (or a f
 --train-captions c.json for GKD; see README.md.
 
 Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6; R50 3x ZSD 25.3, GZSD base 51.3, novel 20.3, all
-43.2. Measured here: COCO not run; shapes, from --init shapes, which knows the colours that novel names are
-made of (from noise GKD shows nothing), ZSD / base, 6 seeds: without 1.7 / 19.1, IKD 26.6 / 15.7, GKD 14.8 /
-11.2, both 15.5 / 10.5: IKD alone is better, by 11.1 +- 2.2, unlike Table 4; see tests/study_hierkd.py.
+43.2. Measured here: COCO not run; shapes, from --init shapes (from noise GKD shows nothing), ZSD / base, 6
+seeds: without 1.7 / 19.1, IKD 26.6 / 15.7, GKD 14.8 / 11.2, both 15.5 / 10.5: IKD alone is better, by 11.1 +-
+2.2, unlike Table 4; of a novel name its colour is learnt, its shape not; see tests/STUDIES.md.
 """
 import argparse
 import math

@@ -5,17 +5,17 @@ Protocol and statistics: study.py. Teacher gfl_tiny32, students gfl_tiny16, both
 in the paper: Table 1 (position i, prediction mimicking), Table 2 (feature imitation), Table 6 (combination);
 --adapt for a head of another width; equal compute beside equal epochs, by three lengths of the plain and of
 the distilled training, and by plain training for as many epochs as CrossKD's time is enough for: its run
-takes 1.67 to 1.80 times as long as that of "alone" on the same machine, 5 epochs 1.67 times as long as 3, 13
-1.62 times as long as 8. (The plain curve rises steeply. Interpolated over the log of seconds it had AP 2.2 +-
-1.1 more than CrossKD of 3 epochs, 4.7 +- 3.7 more than that of 8; trained, 0.3 +- 1.3 and 4.4 +- 0.5.) The
-teacher has trained for 8 epochs as the quick start's, for students of 20 epochs 20 itself: one of 8 finds
-less (AP 29.7, seed 1) than they do alone (39.8). So the last point of CrossKD's curve has a better teacher
-than the other two. Training of 8 epochs and more is planned on 4 seeds (alone for 13: 6), the others on 6.
-After "alone, 13 epochs" was seen to be above CrossKD of 8 epochs and above its teacher, too, one arm was added:
-8 epochs with the teacher of 20.
+takes 1.67 to 1.80 times as long as that of "alone" on the same machine (20 epochs, seeds 3 and 4: 1.77,
+1.78), the teacher's not counted; 5 epochs are 1.67 times 3, 13 are 1.62 times 8. (The plain curve rises
+steeply. Interpolated over the log of seconds it had AP 2.2 +- 1.1 more than CrossKD of 3 epochs, 4.7 +- 3.7
+more than that of 8; trained, 0.3 +- 1.3 and 4.4 +- 0.5.) The teacher has trained for 8 epochs as the quick
+start's, for students of 20 epochs 20 itself: one of 8 finds less (AP 29.7, seed 1) than they do alone (39.8).
+So the last point of CrossKD's curve has a better teacher than the other two. Training of 8 epochs and more is
+planned on 4 seeds (alone for 13: 6), the others on 6. After "alone, 13 epochs" was seen to be above CrossKD
+of 8 epochs and above its teacher, too, one arm was added: 8 epochs with the teacher of 20.
 
 The learning rate suits the plain student (seed 0, one thread): at half of it, at it and at twice it has AP 11.5,
-11.5, 9.1, CrossKD 13.4, 16.3, 18.1.
+11.5, 9.1, CrossKD 13.4, 16.3, 18.1, still rising: at each one's best rate CrossKD is further ahead.
 
 Before --init shapes was (commit 6bc5f36; seeds 1 to 3, gfl_tiny8, 6 epochs, one teacher for all), the order
 hung on the start. From random weights PKD gained 11.9 AP, CrossKD 7.6, mimicking 7.3; from the backbone of

@@ -88,7 +88,7 @@ def detectors(seed, folder, kind):
 
 
 def prepare(seed, folder):
-    detectors(seed, folder, "faster")
+    """Nothing: run asks for the detectors of an arm's kind."""
 
 
 def run(arm, seed, folder):

@@ -84,10 +84,11 @@ from common.datasets import (BASE_48, NOVEL_17, CocoDataset, Records, as_pixels,
                              same_names, split_classes, train_loader, without)
 from common.evaluation import (Detections, class_mean, coco_evaluate, encode_mask, import_lvis, judged,
                                lvis_evaluate, voc_evaluate)
-from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, describe_model, fast_layout,
-                        fused, gather, given_flags, load_checkpoint, load_strict, number, open_run,
-                        open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags, saved_run,
-                        seed_all, started, tell, tell_seen, tell_size, to_device, warmup_multistep, wrap_ddp)
+from common.run import (COUNT, POSITIVE, SEED, Run, UserError, answer_folder, check_clip, describe_model,
+                        fast_layout, fused, gather, given_flags, load_checkpoint, load_strict, number,
+                        open_run, open_table, parse, parser, rebuilding, reduce_mean, rows, run_flags,
+                        saved_run, seed_all, started, tell, tell_seen, tell_size, to_device,
+                        warmup_multistep, wrap_ddp)
 
 
 # ================================================================== the paper
@@ -1213,12 +1214,9 @@ def begin_as_copy(run):
     state, where = load_checkpoint(path, "dkdetr.py"), f"--from {path}"
     tell_seen({*state.get("classes", ())} - {*state.get("novel", ())}, run.plain["novel"], where)
     tell_size(state.get("arch", {}), run.args.image_size, where)
-    clips = [c.get("arch", {}).get("clip_name") for c in (state, run.plain)]
+    check_clip(state, run.plain, where)
     if "optimizer" in state:
-        run.load(state, where, copy=True)  # refuses another CLIP, too
-    elif clips[0] != clips[1] and all(clips):
-        raise UserError(f"{where}: was trained with CLIP {clips[0]}, this is {clips[1]}; bring that back, or "
-                        "start anew")
+        run.load(state, where, copy=True)
     else:
         load_strict(run.model, state.get("model"), where)
     run.log.bar.initial = run.log.bar.n = run.it

@@ -1181,10 +1181,7 @@ class Run:
         if not copy and names[0] != names[1]:
             raise UserError(f"{where}: was trained on other classes, or in another order of their ids, than "
                             "the data have now; start anew, or from its weights")
-        clips = [c.get("arch", {}).get("clip_name") for c in (state, self.plain)]
-        if clips[0] != clips[1] and all(clips):
-            raise UserError(f"{where}: was trained with CLIP {clips[0]}, this is {clips[1]}; bring that "
-                            "back, or start anew")
+        check_clip(state, self.plain, where)
         for name, module in dict(self.parts, model=self.model).items():
             if name not in state:
                 raise UserError(f"{where}: lacks {name}, which these flags train")
@@ -1358,6 +1355,14 @@ def tell_seen(before, novel, what):
     plain = {n.replace("_", " ").casefold() for n in before}
     if again := sorted(n for n in novel if n.replace("_", " ").casefold() in plain):
         tell(f"{what}: was trained on {', '.join(again[:5])}, which count as novel here")
+
+
+def check_clip(state, plain, where):
+    """Raises UserError where a checkpoint was trained with another CLIP than `plain` names."""
+    theirs, ours = (c.get("arch", {}).get("clip_name") for c in (state, plain))
+    if theirs and ours and theirs != ours:
+        raise UserError(f"{where}: was trained with CLIP {theirs}, this is {ours}; bring that back, or start "
+                        "anew")
 
 
 def tell_size(arch, size, what):

@@ -7,7 +7,7 @@ With a GPU also: R101 -> R50 at 800 x 1333, images/s, peak memory and the share 
 Ratios are medians over interleaved repetitions, so that a busy machine slows both sides.
 
 Measured. `python tests/bench_crosskd.py`, 2 cores of an AMD EPYC, torch 2.15, 2 images of 320 x 480
-(nothing of this was measured on a GPU yet):
+(memory on a GPU: README):
 
 | | seconds | ratio |
 |---|---|---|

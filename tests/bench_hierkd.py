@@ -10,10 +10,10 @@ PIL one by one 1,880/s, 1.3x (1.5x in another run; aim 5x: **not met**). PIL is 
 left is moving 600 kB a crop; cut as bytes, one by one, by ATen's kernel they take a fifth of PIL's time,
 but that is a loop over boxes on the host. In a step it does not matter: R50, 2 x 320 x 480, 123 crops:
 detector 1.40 s; IKD + 6.34 s (452 %), of which CLIP's ViT-B/32 6.08 s and the crops 0.04 s; GKD + 0.28 s
-(20 %). On a CPU IKD with the real CLIP is therefore for trying out; no GPU was at hand. On shapes a step
-takes 0.12 s without distillation and 0.14 to 0.16 s with both. `--compile` (inductor, 3 minutes to
-compile): the first step's losses and gradient norm agree to 1e-6, after 20 steps the loss to 0.6 %, since
-whole-pixel crops follow the rounding of the boxes.
+(20 %). On a CPU IKD with the real CLIP is therefore for trying out. On shapes a step takes 0.12 s
+without distillation and 0.14 to 0.16 s with both. `--compile` (inductor, 3 minutes to compile): the
+first step's losses and gradient norm agree to 1e-6, after 20 steps the loss to 0.6 %, since whole-pixel
+crops follow the rounding of the boxes.
 """
 import argparse
 import sys

@@ -148,6 +148,16 @@ def claims(rows, listed, planned):
         print(f"{c['verdict']:10s} {c['sentence']}: {c['key']} {said(gains)}{p}, up on {up} of {len(gains)} seeds")
 
 
+def asides(rows, listed):
+    """Prints comparisons that are no claims, made afterwards or beside the question: (arm, against, metric), or
+    with the seeds that they are of. No verdict, no p."""
+    print()
+    for arm, against, key, *seeds in listed:
+        gains = paired([r for r in rows if not seeds or r["seed"] in seeds], arm, against, key)
+        if gains:
+            print(f"beside: {arm}, above {against}: {key} {said(gains)}, {len(gains)} seeds")
+
+
 def markdown(rows, listed, planned):
     """The claims as STUDIES.md prints them."""
     lines = ["| claim | with | against | gain | seeds | |", "|---|---|---|---|---|---|"]
@@ -165,26 +175,38 @@ def markdown(rows, listed, planned):
     return "\n".join(lines)
 
 
+def seconds_of(rows, lines):
+    """{arm: seconds of the first seed that has them} of {label: arms}."""
+    rows = sorted((r for r in rows if r.get("seconds")), key=lambda r: -r["seed"])
+    took = {r["arm"]: r["seconds"] for r in rows}  # the lowest seed comes last
+    return {arm: took.get(arm, math.nan) for arms in lines.values() for arm in arms}
+
+
+def at_equal_seconds(rows, lines, key):
+    """[(seconds, gains)] of the arms of the last line over the first line at the seconds that they take, on the
+    seeds that have the arms for it; each seed's first line is interpolated over log seconds, which is fair only
+    where that line is nearly flat."""
+    of, took = {(r["arm"], r["seed"]): r[key] for r in rows if key in r}, seconds_of(rows, lines)
+    plain, *others = lines.values()
+    found = []
+    for arm in others[-1] if others else ():
+        for short, long in zip(plain, plain[1:]):
+            mine = [s for a, s in sorted(of) if a == arm and (short, s) in of and (long, s) in of]
+            if took[short] <= took[arm] < took[long] and mine:
+                share = math.log(took[arm] / took[short]) / math.log(took[long] / took[short])
+                found.append((took[arm], [of[arm, s] - (1 - share) * of[short, s] - share * of[long, s] for s in mine]))
+    return found
+
+
 def curve(rows, lines, key, path, title, axis="CPU seconds of the student's run, one thread", between=True):
     """A picture: metric against seconds of one thread. lines: {label: arms from short to long}; each point is
     the mean of the seeds that have every arm, its bar the 95 % t interval of the arm (not of the gain). between:
-    prints the gains of the last line over the first at equal seconds, too, on the seeds that have the arms for
-    it; there, each seed's first line is interpolated over log seconds, which is fair only where that line is
-    nearly flat. An arm's seconds are those of the first seed that has them."""
-    of = {(r["arm"], r["seed"]): r for r in rows}
+    prints at_equal_seconds, too."""
+    of, took = {(r["arm"], r["seed"]): r for r in rows}, seconds_of(rows, lines)
     seeds = sorted({s for _, s in of})
-    took = {a: next((of[a, s]["seconds"] for s in seeds if (a, s) in of and of[a, s]["seconds"]), math.nan)
-            for arms in lines.values() for a in arms}
-    plain, other = [*lines.values()][0], [*lines.values()][-1]
     print()
-    for arm in other if between else ():
-        for short, long in zip(plain, plain[1:]):
-            mine = [s for s in seeds if {(arm, s), (short, s), (long, s)} <= {*of}]
-            if took[short] <= took[arm] < took[long] and mine and other is not plain:
-                share = math.log(took[arm] / took[short]) / math.log(took[long] / took[short])
-                at = {s: (1 - share) * of[short, s][key] + share * of[long, s][key] for s in mine}
-                gains = [of[arm, s][key] - at[s] for s in mine]
-                print(f"at equal seconds, {took[arm]:.0f}, interpolated: {key} {said(gains)} ({len(mine)} seeds)")
+    for seconds, gains in at_equal_seconds(rows, lines, key) if between else ():
+        print(f"at equal seconds, {seconds:.0f}, interpolated: {key} {said(gains)} ({len(gains)} seeds)")
     seeds = [s for s in seeds if all((a, s) in of for arms in lines.values() for a in arms)]
     if not seeds:
         print("no curve: no seed has all its arms")

@@ -22,7 +22,7 @@ hung on the start. From random weights PKD gained 11.9 AP, CrossKD 7.6, mimickin
 a trained student CrossKD 4.7, mimicking 4.6, PKD 2.0. Students that continue from a wholly trained one lost
 by CrossKD.
 """
-from study import Study, claims, curve, folder_of, python, seeds_of, table, train
+from study import Study, asides, claims, curve, folder_of, python, seeds_of, table, train
 
 LENGTHS = 3, 8, 20  # epochs: the quick start's, and towards convergence
 KD = {  # name: flags of the shortest length; the paper's AP (GFL R50 -> R18 on COCO), for the order only
@@ -60,6 +60,9 @@ CLAIMS = (
     ("CrossKD + PKD above CrossKD", "CrossKD + PKD", "CrossKD, i = 3", "AP"),
     ("CrossKD into a head of 32 channels, `--adapt`, above that student alone", "32 channels, --adapt",
      "32 channels, alone", "AP"))
+ASIDES = (
+    ("CrossKD + PKD", "alone, 5 epochs", "AP"), ("CrossKD, i = 3, 8 epochs", "teacher, 8 epochs", "AP"),
+    ("alone, 8 epochs", "teacher, 8 epochs", "AP"), (BETTER, "CrossKD, i = 3, 8 epochs", "AP"), (BETTER, "alone, 8 epochs", "AP"))
 
 
 def prepare(seed, folder):
@@ -98,6 +101,7 @@ def report(rows):
         table(f"{n} epochs", rows, arms, METRICS, arms[0])
     table("teachers", rows, ["teacher, 8 epochs", "teacher, 20 epochs"], METRICS, "teacher, 8 epochs")
     claims(rows, CLAIMS, SEEDS)
+    asides(rows, ASIDES)
     curve(rows, CURVES, "AP", "tests/study_crosskd.png", f"gfl_tiny16 on shapes, {', '.join(map(str, LENGTHS))} epochs",
           between=False)
 

@@ -16,7 +16,7 @@ others'.
 """
 import json
 
-from study import Study, claims, curve, folder_of, python, seeds_of, table, train
+from study import Study, asides, claims, curve, folder_of, python, seeds_of, table, train
 
 BURN_IN, EPOCHS = 24, 8
 LENGTHS = EPOCHS // 2, EPOCHS, 2 * EPOCHS  # after the burn-in
@@ -47,6 +47,9 @@ CLAIMS = (
     ("SKD (Eq. 4) above L1 (Eq. 3)", "SKD", "SKD with L1", "novel_AP50"),
     *((f"SKD and RKD above neither, {n} epochs", f"both, {n} epochs", f"none, {n} epochs", "novel_AP50")
       for n in LENGTHS if n != EPOCHS))
+ASIDES = (
+    *((f"both, {n} epochs" if n != EPOCHS else "both", f"none, {n} epochs" if n != EPOCHS else "none", "base_AP50") for n in LENGTHS),
+    ("both", "both, on object queries", "novel_AP50"), ("SKD with L1", "both", "novel_AP50"), ("both", "none", "novel_AR50"))
 
 DIAGNOSE = """
 import json, sys, torch
@@ -116,6 +119,7 @@ def report(rows):
     table(f"{EPOCHS} epochs after the burn-in", rows, MAIN, METRICS, "none")
     table("diagnosis", rows, MAIN, DIAGNOSES, None)
     claims(rows, CLAIMS, SEEDS)
+    asides(rows, ASIDES)
     curve(rows, CURVES, "novel_AP50", "tests/study_dkdetr.png",
           f"shapes, {', '.join(map(str, LENGTHS))} epochs after the common burn-in",
           "CPU seconds after the burn-in, one thread")

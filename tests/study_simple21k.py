@@ -20,7 +20,7 @@ more than "full".
 import json
 import sys
 
-from study import Study, claims, command, folder_of, python, seeds_of, table, train
+from study import Study, asides, claims, command, folder_of, python, seeds_of, table, train
 
 STAGE1 = {"roi": [], "gap": ["--stage1-head", "gap"]}
 ARMS = {  # name: (which stage I, flags of stage II)
@@ -33,6 +33,7 @@ ARMS = {  # name: (which stage I, flags of stage II)
 FUSE = {"full, g^ alone": "0", "full, g alone where it knows": "1"}
 METRICS = "novel_AP50", "base_AP50", "novel_AP", "base_AP"
 CLAIMS = (
+    ("full above no stage I", "full", "-stage I", "novel_AP50"),
     ("full above a plain classifier as stage I", "full", "-reform", "novel_AP50"),
     ("the same, base AP50", "full", "-reform", "base_AP50"),
     ("a plain classifier as stage I above none", "-reform", "-stage I", "novel_AP50"),
@@ -41,6 +42,7 @@ CLAIMS = (
     ("full above boxes only", "full", "boxes only", "novel_AP50"),
     ("Eq. 5 above g, of boxes, alone, base AP50", "full", "full, g alone where it knows", "base_AP50"),
     ("Eq. 5 above g^, of image labels, alone, base AP50", "full", "full, g^ alone", "base_AP50"))
+ASIDES = ("-reform", "-stage I", "novel_AP50", 4, 5, 6),  # the seeds after the claims
 
 
 def stage1(head, seed, folder):
@@ -75,6 +77,7 @@ def report(rows):
     table("stage I", rows, [f"stage I, {head}" for head in STAGE1], ["top1"], "stage I, gap")
     table("3 epochs of stage II", rows, [*ARMS, *FUSE], METRICS, "-stage I")
     claims(rows, CLAIMS, SEEDS)
+    asides(rows, ASIDES)
 
 
 SEEDS = dict.fromkeys([*ARMS, *FUSE], range(1, 7))

@@ -121,7 +121,7 @@ def report(rows):
     asides(rows, ASIDES)
     curve(rows, CURVES, "AP", "tests/study_prototype_kd.png",
           f"faster_tiny8 on shapes, continued for {', '.join(map(str, LENGTHS))} epochs",
-          "CPU seconds of continuing, one thread")
+          "CPU seconds of continuing, one thread", between=False)
 
 
 def seeds_of_arm(arm):

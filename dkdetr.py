@@ -56,8 +56,8 @@ k distilled boxes an image. Boxes in the network: cx, cy, w, h in 0..1 of the va
     python dkdetr.py --export detector.pt2 --weights runs/dkdetr/best.pt
 
 Expected (paper): LVIS box APr 22.2 (17.3 without KD), AP 33.5; COCO novel 32.3 (9.0), base 61.1 (61.2), in
-Table 3 "AP", by its rivals' rows rather AP50: not run here. On shapes, study_dkdetr.py: AP50 15.7, 45.7 (3.4,
-46.8; Eq. 3 alone: 17.0, 46.5), 24 + 8 epochs.
+Table 3 "AP", by its rivals' rows rather AP50: not run here. On shapes, study_dkdetr.py, 4 seeds: AP50 15.7,
+45.7 (3.4, 46.8; Eq. 3 alone: 17.0, 46.5), 24 + 8 epochs.
 """
 import argparse
 import math

@@ -16,8 +16,9 @@ of 8 epochs and above its teacher, too, one arm was added: 8 epochs with the tea
 
 The learning rate suits the plain student of 3 epochs (seed 0, one thread): at half of it, at it and at twice it
 has AP 11.5, 11.5, 9.1, CrossKD 13.4, 16.3, 18.1. So after all else arms were added: CrossKD, and 5 and 6 plain
-epochs (seed 4: 207, 189 and NNN s), each at the best of its rates on seed 0. In multiples of 0.003 (the shipped teacher; another run of the
-rates that both have): CrossKD 17.6 (2), 18.6 (3), 19.6 (4), 18.6 (6); alone, 5 epochs 16.2 (1), 17.9 (2), 17.6 (3).
+epochs (seed 4: 207, 189 and 250 s), each at the best of its rates on seed 0. With the shipped teacher these
+were, in multiples of 0.003: CrossKD 17.6 (2), 18.6 (3), 19.6 (4), 18.6 (6); alone, 5 epochs, 16.2 (1), 17.9
+(2), 17.6 (3).
 
 Before --init shapes was (commit 6bc5f36; seeds 1 to 3, gfl_tiny8, 6 epochs, one teacher for all), the order
 hung on the start. From random weights PKD gained 11.9 AP, CrossKD 7.6, mimicking 7.3; from the backbone of

@@ -64,7 +64,7 @@ Own data: --train-json a.json --train-images a/ --novel "cup,hair drier" (or a f
 --train-captions c.json for GKD; see README.md.
 
 Expected, COCO 48/17, AP50 (paper): R50 1x novel (ZSD) 21.6 (--row t4-both: 20.7); R50 3x ZSD 25.3, GZSD base
-51.3, novel 20.3, all 43.2. COCO not run here; shapes (from noise GKD gave nothing), ZSD / base, 6 seeds:
+51.3, novel 20.3, all 43.2. COCO not run here; shapes (from noise GKD showed nothing), ZSD / base, 6 seeds:
 without 1.7 / 19.1, IKD 26.6 / 15.7, GKD 14.8 / 11.2, both 15.5 / 10.5: IKD alone is better, by 11.1 +- 2.2,
 unlike Table 4; colours of novel names are learnt, of their shapes nothing is shown.
 """

@@ -62,7 +62,7 @@ Own data (--train-json a.json --train-images a/ --val-json b.json --val-images b
 
 Expected (paper, COCO val2017 AP, 8 GPUs x 2 images, 24 epochs): Faster R-CNN R50 38.4 -> 40.6 (teacher 39.8),
 RetinaNet R50 37.4 -> 39.8 (teacher 38.9). COCO and VOC at full size not run here; shapes, tests/STUDIES.md:
-AP 6.9 -> 7.7 (+0.8 +- 0.6); above plain training of equal cost, and of Eq. 6, nothing is shown.
+AP 6.9 -> 7.7 (+0.8 +- 0.6); above plain training of like cost, and of Eq. 6, nothing is shown.
 """
 import argparse
 import math

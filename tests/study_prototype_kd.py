@@ -6,7 +6,7 @@ Protocol and statistics: study.py. Does a trained student gain by distillation o
 as long without it; which of the three losses does it; does Eq. 6, and on raw or on centred features; do the
 prototypes have to be those of Alg. 1? Each seed trains a teacher on all 2,000 images and a student on 300
 of them; all arms continue from that student, with the same images, flips and RoI seeds; `seconds` are those
-of continuing. Equal compute beside equal epochs by three lengths. "global" is Eq. 6 as printed; the arms
+of continuing. Three lengths. "global" is Eq. 6 as printed; the arms
 "global x 10" differ from it in weight, in taking the prototypes of all classes, and each instance from its
 own level of the FPN. Those of CHEAP decide Eq. 6, on 12 seeds. "sigma 1" is without Eq. 8: the response
 loss alone is then without any prototype. "continued, 24 epochs" takes as long as all three losses for 16 (1.3
@@ -72,7 +72,7 @@ CLAIMS = (
     ("the same, centred, Alg. 1 above random prototypes", "global x 10, centred", "global x 10, centred, random", "AP"),
     ("response loss without sigma, so without prototypes, above none", "response, sigma 1", "continued", "AP"),
     ("all three losses above that", "all three", "response, sigma 1", "AP"),
-    ("all three losses, 16 epochs, above none, 24, which cost as much", "all three", "continued, 24 epochs", "AP"),
+    ("all three losses, 16 epochs, above none, 24, which cost about as much", "all three", "continued, 24 epochs", "AP"),
     ("RetinaNet, all three losses", "RetinaNet, all three", "RetinaNet, continued", "AP"),
     *((f"all three losses, {n} epochs", f"all three, {n} epochs", f"continued, {n} epochs", "AP")
       for n in LENGTHS if n != EPOCHS))

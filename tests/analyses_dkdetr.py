@@ -10,8 +10,8 @@ Measured, on 173 to 181 objects: name, colour, shape of runs as study_dkdetr.py'
 on a CPU, its rows of these are of a GPU.
     seed  none              SKD and RKD       distilled on object queries
     2     15.3  22.2  68.8  17.3  25.7  69.8  39.0  46.3  84.2
-    3     12.7  22.5  66.5  37.9  44.3  78.7  QUERIES3
-    4     17.7  24.9  74.6  37.6  44.4  81.5  QUERIES4
+    3     12.7  22.5  66.5  37.9  44.3  78.7  47.7  64.4  75.3
+    4     17.7  24.9  74.6  37.6  44.4  81.5  not run
 Seed 2 also: SKD 14.2, RKD 18.5, SKD with L1 14.9, crops of other images 15.3; 16 epochs, without and with both, 15.6
 and 21.5.
 """

@@ -7,7 +7,7 @@ the same equations, images and order, other sums. An hour on 2 cores; continued 
 Measured (AMD EPYC with AVX-512, torch 2.14): AP of AVX-512 on 1 and 2 threads, AVX2 on 1 and 2.
     alone    11.5  11.3  12.3  11.7
     CrossKD  16.3  16.9  16.9  17.3
-Teacher (an Intel Xeon with AVX-512; the shipped one, of the EPYC, two threads, has 28.7): 25.7 on 1 thread, AVX2 on 1 26.7.
+Teacher, on an Intel Xeon with AVX-512 (the shipped one, of that EPYC, has 28.7): 25.7  26.4  26.7  -
 """
 import argparse
 import json

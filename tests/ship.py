@@ -40,7 +40,7 @@ SHIPPED = {  # file: start of its sha256, what was measured when it was made, sp
     "dkdetr-e24-shapes-1": ("62122326196965b8", dict(base_AP50=35.8), 4),
     "simple21k-tiny16-e15-shapes-1-n2000x600-i400": ("38b214dfdda9400f", dict(top1=73.7), 3)}  # packed: 74.0
 
-# Of the teacher of crosskd.py, rounding alone made 25.7, 26.7 and 28.7 (bench_rounding.py): a spread of 2 was too
+# Of the teacher of crosskd.py, rounding alone made 25.7, 26.4, 26.7 and 28.7 (bench_rounding.py): a spread of 2 was too
 # narrow. The others were made anew once, on another CPU and one thread: shape 21.8, colour 80.5; 26.8, 82.4; all
 # 80.3, novel 93.8; AP 22.7; 5.9; base_AP50 33.3; top1 72.7.
 

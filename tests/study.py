@@ -17,8 +17,8 @@ Statistics. A gain is a difference within a seed, its interval Student's t of 95
 CLAIMS, holds where its interval excludes 0 from above, is REFUTED where it does from below, else not shown,
 which says nothing of how near to 0 the gain is; it is interim until all seeds are run that the end of each
 study plans. The p beside it (two-sided, paired t test) is Holm's, over all claims of the study: where it is
-above 0.05, "holds" or "REFUTED" is of that claim alone. What is printed "at equal seconds" is interpolated
-and no claim.
+above 0.05, "holds" or "REFUTED" is of that claim alone. What is printed "beside"
+or "at equal seconds", interpolated, is no claim.
 
     python tests/study_NAME.py [--seeds 1 2 3] [--arms A B] [--jobs 2]    # runs what is missing, reports
     python tests/study_NAME.py --report                                   # tables from the lines that are there

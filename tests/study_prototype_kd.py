@@ -4,15 +4,15 @@
 
 Protocol and statistics: study.py. Does a trained student gain by distillation over the same student trained
 as long without it; which of the three losses does it; does Eq. 6, and on raw or on centred features; do the
-prototypes have to be those of Alg. 1? Each seed trains a teacher on all 2,000 images and a student on 300
-of them; all arms continue from that student, with the same images, flips and RoI seeds; `seconds` are those
-of continuing. Three lengths. "global" is Eq. 6 as printed; the arms
-"global x 10" differ from it in weight, in taking the prototypes of all classes, and each instance from its
-own level of the FPN. Those of CHEAP decide Eq. 6, on 12 seeds. "sigma 1" is without Eq. 8: the response
-loss alone is then without any prototype. "continued, 24 epochs" takes as long as all three losses for 16 (1.3
-to 1.6 times the plain run on one machine, seven seeds). "response, sigma 1" and it were added, with their
-claims, when all other arms but RetinaNet had been seen. The teacher has seen 1,700 images that the student has
-not: a gain is of its knowledge, whatever carries it.
+prototypes have to be those of Alg. 1? Each seed trains a teacher on all 2,000 images and a student on 300 of
+them; all arms continue from that student, with the same images, flips and RoI seeds; `seconds` are those of
+continuing. Three lengths. "global" is Eq. 6 as printed; the arms "global x 10" differ from it in weight, in
+taking the prototypes of all classes, and each instance from its own level of the FPN. Those of CHEAP decide
+Eq. 6, on 12 seeds. "sigma 1" is without Eq. 8: the response loss alone is then without any prototype.
+"continued, 24 epochs" takes as long as all three losses for 16 (1.3 to 1.6 times the plain run on one
+machine, seven seeds). "response, sigma 1" and it were added, with their claims, when all other arms but
+RetinaNet had been seen. The teacher has seen 1,700 images that the student has not: a gain is of its
+knowledge, whatever carries it.
 
 Before --init shapes was (commit 3b8571e; seeds 1 to 3, teacher of 16 epochs 34.4, start of 32 7.9),
 "continued" had 9.4; all three gained 1.1, response 0.9, feature 0.7, released 1.4, global -0.1, global x 10
